@@ -1,0 +1,73 @@
+# Every command works from a bare clone; `make` alone lists them. Needs GNU make, bash and Python 3.11 or newer.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+BENCH_VENV ?= .venv-bench
+ARGS ?=
+
+BIN := $(VENV)/bin
+BENCH_BIN := $(BENCH_VENV)/bin
+PINNED := -c constraints.txt
+SOURCES := pyproject.toml constraints.txt
+
+.PHONY: help install quickstart test quick lint format coverage bench clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed  ## make .venv with the tested set of constraints.txt
+
+quickstart: $(VENV)/.installed  ## train the bundled model on handwritten digits; options: make quickstart ARGS="--seed_everything 1"
+	$(BIN)/python -m rllava_pl fit --config configs/quickstart.yaml $(ARGS)
+
+test: lint  ## all checks and the whole test suite; options: make test ARGS="-k losses"
+	$(BIN)/python -m pytest $(ARGS)
+
+quick: $(VENV)/.installed-test  ## the quick tests only
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(VENV)/.installed-test  ## style, formatting, types and the import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-test  ## let ruff mend and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+coverage: $(VENV)/.installed-test  ## the whole test suite with a coverage report
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+bench: $(BENCH_VENV)/.installed-bench  ## step time against a plain loop and TRL, in an environment of its own
+	$(BENCH_BIN)/python benchmarks/step_time.py $(ARGS)
+
+clean:  ## remove the environments, caches and build results; runs are kept
+	rm -rf $(VENV) $(BENCH_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp file stands for "installed": it is renewed when the package's metadata or the tested set changes.
+# torch goes first and pinned, so that nothing after it can bring another build.
+%/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " \
+	  + sys.version.split()[0] + "; choose another with: make PYTHON=/path/to/python3 ...")'
+	$(PYTHON) -m venv $*
+
+$(VENV)/.installed: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PINNED) torch
+	$(BIN)/python -m pip install --quiet $(PINNED) -e '.[demo]'
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet $(PINNED) -e '.[demo,test]'
+	touch $@
+
+$(BENCH_VENV)/.installed-bench: $(SOURCES) | $(BENCH_BIN)/python
+	$(BENCH_BIN)/python -m pip install --quiet $(PINNED) torch
+	$(BENCH_BIN)/python -m pip install --quiet $(PINNED) -e '.[demo,bench]'
+	touch $@

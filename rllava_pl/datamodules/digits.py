@@ -1,0 +1,83 @@
+"""Reading handwritten digits: real pictures that come with scikit-learn, so nothing is downloaded."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rllava_pl.datamodules.base import BaseDataModule
+from rllava_pl.functional.seeds import permutation, seed_from
+from rllava_pl.types import IMAGE, Message, Prompt
+
+QUESTION = "Which digit is it?"
+ROWS = 1797
+SIDE_PIXELS = 56
+TEST_ROWS, VAL_ROWS = 400, 192  # the rest, 1,205 rows, is for training
+
+
+class DigitsDataModule(BaseDataModule):
+    """1,797 scanned digits (8 x 8, 17 grey levels), shown as 56 x 56 RGB; the answer is one digit, chance is 10 %.
+
+    Split by a fixed permutation, whatever ``seed`` is: 1,205 for training, 192 for validation, 400 for test. The uid is
+    ``digits:<row of the file>``. Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI
+    Machine Learning Repository, 1998 (its test part, as distributed with scikit-learn).
+
+    Args:
+        batch_size: Prompts of one rollout on each rank.
+        val_batch_size: Prompts of one validation, test or prediction batch on each rank.
+        num_workers: Processes that prepare prompts ahead; 0 prepares them in the training process.
+        seed: Seed of the training order.
+    """
+
+    def setup(self, stage: str) -> None:
+        """Read the file once and split it.
+
+        Raises:
+            ModuleNotFoundError: scikit-learn, whose package holds the file, is not installed.
+        """
+        if len(self.train_prompts):
+            return
+        prompts = load_digit_prompts()
+        order = permutation(seed_from("digits", "split"), ROWS)
+        rows = [prompts[int(row)] for row in order]
+        self.test_prompts = rows[:TEST_ROWS]
+        self.val_prompts = rows[TEST_ROWS : TEST_ROWS + VAL_ROWS]
+        self.train_prompts = rows[TEST_ROWS + VAL_ROWS :]
+
+
+def load_digit_prompts() -> Sequence[Prompt]:
+    """All 1,797 digits as prompts, in the order of the file."""
+    with gzip.open(_digits_file(), "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    message = Message("user", (IMAGE, QUESTION))
+    return [
+        Prompt(
+            uid=f"digits:{row}",
+            messages=(message,),
+            images=(_enlarge(values[:64].reshape(8, 8)),),
+            answer=str(int(values[64])),
+            source=f"scikit-learn digits.csv.gz row {row}",
+        )
+        for row, values in enumerate(table)
+    ]
+
+
+def _digits_file() -> Path:
+    """The file inside scikit-learn, found without importing it, which would take seconds."""
+    spec = find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            'the handwritten digits come with scikit-learn, which is not installed: pip install "rllava-pl[demo]"'
+        )
+    return Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+
+
+def _enlarge(levels: np.ndarray) -> Image.Image:
+    """Grey levels 0..16 to an RGB picture with 0..255, bicubic."""
+    small = Image.fromarray((levels * (255 / 16)).round().astype(np.uint8))
+    return small.resize((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.BICUBIC).convert("RGB")

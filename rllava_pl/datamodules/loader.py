@@ -1,0 +1,160 @@
+"""Order of the prompts and exact resume: which rank sees which prompt at which step, as a function of counters only.
+
+Batch ``k`` of an epoch holds, over all ranks, the entries ``[k * B * W, (k + 1) * B * W)`` of that epoch's order
+(``B`` prompts a rank, ``W`` ranks); rank ``r`` takes every ``W``-th of them. Two integers, epoch and position, are
+therefore the whole state, the same on every rank, and one rank's checkpoint restores all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence, Sized
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from rllava_pl.functional.seeds import permutation, seed_from
+from rllava_pl.types import Prompt, PromptBatch
+
+PADDING = -1
+"""Index of no prompt: it fills up short ranks in evaluation and is dropped again by ``PromptBatch``."""
+
+
+class PromptDataset(Dataset["Prompt | None"]):
+    """Prompts by index; ``PADDING`` gives None.
+
+    Args:
+        prompts: Any sequence of prompts; it may build them lazily.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt | None:
+        return None if index == PADDING else self.prompts[index]
+
+
+class PromptSampler(DistributedSampler[int]):
+    """Indices of one rank, a pure function of (seed, epoch, rank, number of ranks).
+
+    A subclass of torch's ``DistributedSampler``, so that Lightning keeps it and announces every epoch through
+    ``set_epoch``. Other than its parent it never shows a row twice to make the ranks equal.
+
+    Args:
+        dataset: Only its length is used.
+        num_replicas: Number of ranks that share the rows.
+        rank: The rank that reads through this sampler.
+        shuffle: A new permutation each epoch; otherwise the rows in their order.
+        seed: Seed of the permutations.
+        drop_last: What happens to the rest of ``len(dataset) / num_replicas``: dropped (training), or kept, and the
+            short ranks filled up with ``PADDING`` (evaluation). Either way all ranks have equally many entries.
+    """
+
+    start: int = 0
+    """Entries of this rank that the next iteration leaves out, because they were seen before an interruption."""
+
+    def __init__(
+        self,
+        dataset: Sized,
+        num_replicas: int = 1,
+        rank: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = True,
+    ) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
+        self.rows = len(dataset)
+        self.num_samples = self.rows // num_replicas if drop_last else -(-self.rows // num_replicas)
+        self.total_size = self.num_samples * num_replicas
+
+    def __iter__(self) -> Iterator[int]:
+        order: Sequence[int] = range(self.rows)
+        if self.shuffle:
+            order = permutation(seed_from(self.seed, "order", self.epoch), self.rows)
+        mine = [int(index) for index in order[self.rank : self.total_size : self.num_replicas]]
+        mine += [PADDING] * (self.num_samples - len(mine))
+        return iter(mine[self.start :])
+
+
+class PromptLoader(DataLoader["Prompt | None"]):
+    """Training loader that resumes at the very next batch, whatever the workers had fetched ahead.
+
+    Lightning stores ``state_dict()`` in every checkpoint and hands it back before training goes on. The position counts
+    batches that the trainer has finished, so a checkpoint written in the middle of a step repeats that step's batch.
+
+    It takes the arguments of ``DataLoader``; the sampler is a ``PromptSampler`` (any other, such as the one Lightning
+    puts in for ``overfit_batches``, works, but starts its epoch anew after an interruption).
+    """
+
+    finished: Callable[[], int] | None = None
+    """Batches of this epoch whose step has ended; None: all that were handed out."""
+    _epoch = 0
+    _handed_out = 0
+    _resume: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[PromptBatch]:  # type: ignore[override]
+        """Batches of the sampler's epoch, from the restored position on.
+
+        A generator on purpose: nothing runs before the first batch is asked for. Lightning calls ``iter`` before
+        ``set_epoch`` at the start of a run, and worker processes would by then be fetching the wrong epoch.
+        """
+        self._epoch = getattr(self.sampler, "epoch", 0)
+        self._handed_out = self._take_resume_position()
+        for batch in super().__iter__():
+            self._handed_out += 1
+            yield batch
+
+    def _take_resume_position(self) -> int:
+        """Position to start at; a restored one counts once, and only in the epoch it was taken in."""
+        epoch, position = self._resume or (self._epoch, 0)
+        self._resume = None
+        if not isinstance(self.sampler, PromptSampler):
+            return 0
+        position = position if epoch == self._epoch else 0
+        self.sampler.start = position * (self.batch_size or 1)
+        return position
+
+    def _shape(self) -> dict[str, int]:
+        """What a position refers to; a checkpoint of another shape points at other prompts."""
+        ranks = getattr(self.sampler, "num_replicas", 1)
+        rows = len(self.dataset)  # type: ignore[arg-type]
+        return {
+            "prompts_per_batch": (self.batch_size or 1) * ranks,
+            "rows": rows,
+            "seed": getattr(self.sampler, "seed", 0),
+        }
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and number of batches done in it, with the shape they refer to."""
+        if self._resume is not None:  # restored, nothing asked for yet
+            epoch, position = self._resume
+        else:
+            epoch, position = self._epoch, self._handed_out
+            if self.finished is not None:
+                position = min(position, self.finished())
+        return {"epoch": epoch, "position": position, **self._shape()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where ``state`` was taken.
+
+        Raises:
+            ValueError: Batch size, number of rows or seed differ from those of the checkpoint.
+        """
+        shape = self._shape()
+        wrong = [f"{name} was {state[name]}, is {now}" for name, now in shape.items() if state[name] != now]
+        if wrong:
+            raise ValueError(
+                f"cannot resume in epoch {state['epoch']} after batch {state['position']}: {'; '.join(wrong)}. "
+                "The position would point at other prompts (prompts_per_batch = batch_size x ranks). Restore the old "
+                "values, or start a new run from the checkpoint's weights."
+            )
+        self._resume = (state["epoch"], state["position"])
+        if isinstance(self.sampler, PromptSampler):
+            self.sampler.set_epoch(state["epoch"])
+
+
+def quiet_generator(seed: int) -> torch.Generator:
+    """A generator of its own for a loader, which otherwise draws from (and so shifts) torch's global stream."""
+    return torch.Generator().manual_seed(seed_from(seed, "workers"))

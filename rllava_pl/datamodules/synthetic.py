@@ -1,0 +1,185 @@
+"""Drawn pictures with exact answers: tasks that a tiny vision-language model learns within minutes on a CPU.
+
+A picture is a pure function of (task, split, index); no file is read and none is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, overload
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from rllava_pl.datamodules.base import BaseDataModule
+from rllava_pl.functional.seeds import seed_from
+from rllava_pl.types import IMAGE, Message, Prompt
+
+SIDE_PIXELS = 56
+SHAPES = ("circle", "square", "triangle", "cross")
+COLORS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
+    {
+        "red": (220, 40, 40),
+        "green": (40, 180, 60),
+        "blue": (50, 80, 230),
+        "yellow": (235, 215, 50),
+        "purple": (150, 60, 190),
+        "white": (245, 245, 245),
+    }
+)
+
+TaskName = Literal["color", "count", "where"]
+
+
+@dataclass(frozen=True)
+class VisionTask:
+    """A question about a drawn picture."""
+
+    question: str
+    """Asked below every picture."""
+    answers: tuple[str, ...]
+    """All possible answers, equally frequent; chance level is 1 / len(answers)."""
+    draw: Callable[[np.random.Generator, str], Image.Image]
+    """Draws a picture to which the second argument is the answer."""
+
+
+class DrawnPrompts(Sequence[Prompt]):
+    """Prompts ``0 .. size-1`` of one task and split, drawn when asked for (0.1 ms a picture, so nothing is kept).
+
+    Args:
+        task: Name in ``TASKS``.
+        split: Enters the seed of every picture, so that splits share none.
+        size: Number of prompts.
+    """
+
+    def __init__(self, task: TaskName, split: str, size: int) -> None:
+        self.task, self.split, self.size = task, split, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.size))]
+        if not 0 <= index < self.size:
+            raise IndexError(f"prompt {index} of {self.size}")
+        task = TASKS[self.task]
+        answer = task.answers[index % len(task.answers)]  # exactly balanced, not only on average
+        rng = np.random.default_rng(seed_from("synthetic", self.task, self.split, index))
+        uid = f"{self.task}-{self.split}:{index}"
+        message = Message("user", (IMAGE, task.question))
+        return Prompt(uid, (message,), (task.draw(rng, answer),), answer, source=f"synthetic {uid}")
+
+
+class SyntheticVisionDataModule(BaseDataModule):
+    """Pictures of 56 x 56 pixels drawn on the fly, with a question whose answer is one word.
+
+    ``color``: one shape, six colours ("What color is the shape?"). ``count``: one to five equal dots ("How many dots
+    are there?"). ``where``: one shape near an edge ("Where is the shape?" left, right, top or bottom).
+
+    Training, validation and test pictures are disjoint, and the same whatever ``seed`` is.
+
+    Args:
+        task: ``color``, ``count`` or ``where``.
+        train_size: Training prompts (one epoch).
+        val_size: Validation prompts.
+        test_size: Test prompts.
+        batch_size: Prompts of one rollout on each rank.
+        val_batch_size: Prompts of one validation, test or prediction batch on each rank.
+        num_workers: Processes that prepare prompts ahead; 0 prepares them in the training process.
+        seed: Seed of the training order.
+    """
+
+    def __init__(
+        self,
+        task: TaskName = "color",
+        train_size: int = 4096,
+        val_size: int = 384,
+        test_size: int = 384,
+        batch_size: int = 32,
+        val_batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, val_batch_size, num_workers, seed)
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+        self.task: TaskName = task
+        self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
+
+    def setup(self, stage: str) -> None:
+        """Nothing is drawn yet."""
+        self.train_prompts = DrawnPrompts(self.task, "train", self.train_size)
+        self.val_prompts = DrawnPrompts(self.task, "val", self.val_size)
+        self.test_prompts = DrawnPrompts(self.task, "test", self.test_size)
+
+
+def draw_color(rng: np.random.Generator, answer: str) -> Image.Image:
+    """One shape of radius 7-13 in the colour ``answer``, anywhere."""
+    image = _background(rng)
+    radius = int(rng.integers(7, 14))
+    x, y = (int(v) for v in rng.integers(radius + 1, SIDE_PIXELS - radius - 1, size=2))
+    _draw_shape(ImageDraw.Draw(image), SHAPES[rng.integers(len(SHAPES))], x, y, radius, COLORS[answer])
+    return image
+
+
+def draw_count(rng: np.random.Generator, answer: str) -> Image.Image:
+    """``answer`` equal white dots that do not touch: each in a cell of its own of a 3 x 3 grid, anywhere in it."""
+    image = _background(rng)
+    canvas, radius, cell = ImageDraw.Draw(image), int(rng.integers(4, 7)), SIDE_PIXELS / 3
+    for place in rng.permutation(9)[: int(answer)]:
+        slack = cell / 2 - radius - 1
+        dx, dy = rng.uniform(-slack, slack, size=2)
+        x, y = (place % 3 + 0.5) * cell + dx, (place // 3 + 0.5) * cell + dy
+        canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLORS["white"])
+    return image
+
+
+def draw_where(rng: np.random.Generator, answer: str) -> Image.Image:
+    """One shape of any colour, 15-18 pixels from the centre towards ``answer`` and within 3 pixels of it across."""
+    image = _background(rng)
+    away, across = int(rng.integers(15, 19)), int(rng.integers(-3, 4))
+    along = -away if answer in ("left", "top") else away
+    dx, dy = (along, across) if answer in ("left", "right") else (across, along)
+    shape, color = SHAPES[rng.integers(len(SHAPES))], list(COLORS.values())[rng.integers(len(COLORS))]
+    center = SIDE_PIXELS // 2
+    _draw_shape(ImageDraw.Draw(image), shape, center + dx, center + dy, int(rng.integers(6, 10)), color)
+    return image
+
+
+def _background(rng: np.random.Generator) -> Image.Image:
+    """Dark grey noise: mean drawn from 15-70, standard deviation 8."""
+    grey = rng.normal(rng.uniform(15, 70), 8, size=(SIDE_PIXELS, SIDE_PIXELS))
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _draw_shape(
+    canvas: ImageDraw.ImageDraw, shape: str, x: int, y: int, radius: int, color: tuple[int, int, int]
+) -> None:
+    left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
+    if shape == "circle":
+        canvas.ellipse((left, top, right, bottom), fill=color)
+    elif shape == "square":
+        canvas.rectangle((left, top, right, bottom), fill=color)
+    elif shape == "triangle":
+        canvas.polygon(((x, top), (left, bottom), (right, bottom)), fill=color)
+    else:
+        arm = radius // 3
+        canvas.rectangle((x - arm, top, x + arm, bottom), fill=color)
+        canvas.rectangle((left, y - arm, right, y + arm), fill=color)
+
+
+TASKS: Mapping[TaskName, VisionTask] = MappingProxyType(
+    {
+        "color": VisionTask("What color is the shape?", tuple(COLORS), draw_color),
+        "count": VisionTask("How many dots are there?", ("1", "2", "3", "4", "5"), draw_count),
+        "where": VisionTask("Where is the shape?", ("left", "right", "top", "bottom"), draw_where),
+    }
+)
+"""All tasks by name."""

@@ -1,0 +1,1 @@
+"""Worlds in which an episode takes several turns."""

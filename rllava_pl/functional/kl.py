@@ -1,0 +1,154 @@
+"""KL divergence between policy and reference, estimated from sampled tokens, and the coefficient in front of it.
+
+``d = logp - ref_logp`` of tokens drawn from the policy. After J. Schulman's note "Approximating KL divergence".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from rllava_pl.functional._numerics import check_choice, raised
+
+KLEstimator = Literal["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+"]
+
+_K3_LINEAR_FROM = 80.0
+"""k3 grows linearly beyond: exp overflows fp32 at 88.7."""
+
+
+def kl_estimate(logp_NT: Tensor, ref_logp_NT: Tensor, estimator: KLEstimator = "k3") -> Tensor:
+    """Estimate of KL(policy || reference) at every token; elementwise.
+
+    =================== ===================== ============= =====================================================
+    estimator           value                 d/d logp      on-policy expectation of the gradient
+    =================== ===================== ============= =====================================================
+    k1                  d                     1             0: right inside the reward, useless as a loss
+    abs                 abs(d)                sign(d)       none of a KL
+    k2                  d^2 / 2               d             that of KL(policy || reference), exactly
+    k3                  exp(-d) + d - 1       1 - exp(-d)   that of KL(reference || policy), the other direction
+    k1+, abs+, k3+      of the first          d             that of KL(policy || reference)
+    =================== ===================== ============= =====================================================
+
+    k3 continues linearly for -d > 80, with a gradient that stays finite and does not vanish.
+
+    Args:
+        logp_NT: Log-probs under the policy.
+        ref_logp_NT: Log-probs of the same tokens under the reference.
+        estimator: One of the above.
+
+    Returns:
+        The shape of the inputs, in at least fp32.
+
+    Raises:
+        ValueError: unknown ``estimator``.
+
+    >>> kl_estimate(torch.tensor([-5.0, -1.0]), torch.tensor([0.0, -1.0]), "k3")
+    tensor([142.4132,   0.0000])
+    """
+    check_choice("estimator", estimator, get_args(KLEstimator))
+    difference = raised(logp_NT) - raised(ref_logp_NT)
+    if estimator == "k2":
+        return _k2(difference)
+    value = _VALUES[estimator.removesuffix("+")](difference)
+    if not estimator.endswith("+"):
+        return value
+    k2 = _k2(difference)
+    # The bracket is exactly 0: adding it last keeps the value free of rounding.
+    return value.detach() + (k2 - k2.detach())
+
+
+def _k1(difference: Tensor) -> Tensor:
+    return difference
+
+
+def _k2(difference: Tensor) -> Tensor:
+    return difference.square() / 2
+
+
+def _k3(difference: Tensor) -> Tensor:
+    u = -difference
+    # Both branches see a clamped argument: the one not taken must not overflow, or its backward is 0 * inf.
+    exact = torch.expm1(u.clamp(max=_K3_LINEAR_FROM)) - u
+    linear = math.exp(_K3_LINEAR_FROM) * (u.clamp(min=_K3_LINEAR_FROM) - (_K3_LINEAR_FROM - 1)) - 1 - u
+    return torch.where(u <= _K3_LINEAR_FROM, exact, linear)
+
+
+_VALUES: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "abs": torch.abs, "k3": _k3}
+
+
+class AdaptiveKLController:
+    """A KL coefficient that keeps the observed KL near a target (arXiv 1909.08593, section 2.2).
+
+    ``coef <- coef * (1 + clip(observed / target - 1, -0.2, 0.2) * n / horizon)``. ``coef`` is its whole state.
+
+    Args:
+        init_coef: Coefficient at the start.
+        target: KL per token to hold, in nats; 0.1 is usual.
+        horizon: Samples over which the coefficient may change by a fifth; 10,000 is usual.
+
+    Raises:
+        ValueError: ``init_coef`` negative, ``target`` or ``horizon`` not positive.
+
+    >>> controller = AdaptiveKLController(0.001, target=0.1, horizon=10_000)
+    >>> controller.update(0.3, 512)
+    >>> round(controller.coef, 8)
+    0.00101024
+    """
+
+    def __init__(self, init_coef: float, target: float, horizon: float) -> None:
+        if not init_coef >= 0:
+            raise ValueError(f"init_coef is {init_coef}; a KL coefficient must be 0 or positive")
+        if not target > 0:
+            raise ValueError(f"target is {target}; the KL to hold must be positive, e.g. 0.1")
+        if not horizon > 0:
+            raise ValueError(f"horizon is {horizon}; it must be a positive number of samples, e.g. 10000")
+        self.coef = init_coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, observed_kl: float, n: int) -> None:
+        """Move the coefficient after a rollout batch.
+
+        Args:
+            observed_kl: Token mean of k1 over the rollout batch of all ranks.
+            n: Samples in that batch.
+
+        Raises:
+            ValueError: ``observed_kl`` is NaN, or ``n`` so large that the coefficient could reach 0.
+        """
+        if math.isnan(observed_kl):
+            raise ValueError("observed_kl is NaN; the KL coefficient would stay NaN for the rest of the run")
+        if not 0 <= n < 5 * self.horizon:
+            raise ValueError(
+                f"n is {n} with horizon {self.horizon}; 0 <= n < 5 * horizon = {5 * self.horizon} keeps coef > 0"
+            )
+        error = min(max(observed_kl / self.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * n / self.horizon
+
+
+class FixedKLController:
+    """A constant KL coefficient behind the interface of :class:`AdaptiveKLController`.
+
+    Args:
+        coef: The coefficient.
+
+    Raises:
+        ValueError: ``coef`` negative.
+
+    >>> controller = FixedKLController(0.04)
+    >>> controller.update(0.3, 512)
+    >>> controller.coef
+    0.04
+    """
+
+    def __init__(self, coef: float) -> None:
+        if not coef >= 0:
+            raise ValueError(f"coef is {coef}; a KL coefficient must be 0 or positive")
+        self.coef = coef
+
+    def update(self, observed_kl: float, n: int) -> None:
+        """Change nothing."""

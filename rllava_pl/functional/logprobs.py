@@ -1,0 +1,140 @@
+"""Log-probs and entropies of tokens under the distribution they are sampled from.
+
+That distribution is the softmax of logits / temperature over the allowed tokens; engine and trainer must mean the
+same one, hence temperature and bans are arguments here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from rllava_pl.functional._numerics import raised
+
+BANNED_LOGP = -100.0
+"""Log-prob reported for a target that can not be sampled, such as an image token inside an observation."""
+
+_BANNED_LOGIT = -1e30
+"""Probability exactly 0, as with -inf, but finite: p * log p and its gradient are then 0 instead of 0 * inf."""
+
+
+def token_log_probs(
+    logits_NTV: Tensor,
+    ids_NT: Tensor,
+    *,
+    temperature: float = 1.0,
+    banned_ids: Sequence[int] | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each given token and entropy of the distribution it was drawn from, both differentiable.
+
+    With ``z = logits / temperature`` and banned columns at -inf: ``logp = z[id] - logsumexp(z)`` and
+    ``entropy = -sum_v p_v * (z_v - logsumexp(z))``.
+
+    Args:
+        logits_NTV: Finite logits; ``logits_NTV[:, t]`` predict ``ids_NT[:, t]`` (the caller shifts).
+        ids_NT: int64; at padding any id of the vocabulary.
+        temperature: Divides the logits; positive.
+        banned_ids: Ids that are never sampled.
+
+    Returns:
+        ``(logp_NT, entropy_NT)`` in at least fp32, entropy in nats. A banned target has logp -100 and no gradient.
+
+    Raises:
+        ValueError: ``temperature`` not positive; shapes that do not fit.
+
+    >>> logp_NT, entropy_NT = token_log_probs(torch.tensor([[[1.0, 2.0, 5.0]]]).log(), torch.tensor([[1]]))
+    >>> round(logp_NT.item(), 4), round(entropy_NT.item(), 4)  # ln(2 / 8)
+    (-1.3863, 0.9003)
+    """
+    _check_temperature(temperature)
+    if logits_NTV.shape[:-1] != ids_NT.shape:
+        raise ValueError(
+            f"logits have shape {tuple(logits_NTV.shape)}, ids {tuple(ids_NT.shape)}; they must be (N, T, V) and (N, T)"
+        )
+    scaled_NTV = raised(logits_NTV)
+    if temperature != 1.0:
+        scaled_NTV = scaled_NTV / temperature
+    banned = _as_index(banned_ids, ids_NT.device)
+    if banned is not None:
+        scaled_NTV = scaled_NTV.index_fill(-1, banned, _BANNED_LOGIT)
+    logp_NTV = scaled_NTV.log_softmax(-1)
+    # Not lse - sum(p * z): for logits of standard deviation 150 that loses two digits more to cancellation.
+    entropy_NT = -(logp_NTV.exp() * logp_NTV).sum(-1)
+    logp_NT = logp_NTV.gather(-1, ids_NT.unsqueeze(-1)).squeeze(-1)
+    if banned is not None:
+        logp_NT = logp_NT.masked_fill(torch.isin(ids_NT, banned), BANNED_LOGP)
+    return logp_NT, entropy_NT
+
+
+def chunked_token_log_probs(
+    hidden_NTH: Tensor,
+    head_weight_VH: Tensor,
+    ids_NT: Tensor,
+    *,
+    temperature: float = 1.0,
+    banned_ids: Sequence[int] | Tensor | None = None,
+    chunk_tokens: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """:func:`token_log_probs` of ``hidden @ head.T`` without ever holding N * T * V logits.
+
+    The N * T rows are taken in slices, and the backward computes the logits of each slice again: memory of
+    ``chunk_tokens * V`` for one more multiplication with the head. Heads with a bias, a logit scale or a soft-cap do
+    not fit; give their logits to :func:`token_log_probs`.
+
+    Args:
+        hidden_NTH: Last hidden states; ``hidden_NTH[:, t]`` predict ``ids_NT[:, t]``.
+        head_weight_VH: Weight of the language-model head.
+        ids_NT: int64; at padding any id of the vocabulary.
+        temperature: Divides the logits; positive.
+        banned_ids: Ids that are never sampled.
+        chunk_tokens: Rows of a slice.
+
+    Returns:
+        ``(logp_NT, entropy_NT)`` as :func:`token_log_probs`; gradients reach hidden states and weight.
+
+    Raises:
+        ValueError: ``temperature`` or ``chunk_tokens`` not positive; shapes that do not fit.
+
+    >>> head_weight_VH = torch.tensor([[1.0, 2.0, 5.0]]).log().T
+    >>> logp_NT, entropy_NT = chunked_token_log_probs(torch.ones(1, 1, 1), head_weight_VH, torch.tensor([[1]]))
+    >>> round(logp_NT.item(), 4), round(entropy_NT.item(), 4)
+    (-1.3863, 0.9003)
+    """
+    _check_temperature(temperature)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; a slice needs at least 1 token")
+    if hidden_NTH.shape[:-1] != ids_NT.shape:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden_NTH.shape)}, ids {tuple(ids_NT.shape)}; they must be (N, T, H) and (N, T)"
+        )
+    banned = _as_index(banned_ids, ids_NT.device)
+
+    def slice_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return token_log_probs(linear(hidden, weight), ids, temperature=temperature, banned_ids=banned)
+
+    hidden_slices = torch.split(hidden_NTH.flatten(0, -2), chunk_tokens)
+    id_slices = torch.split(ids_NT.flatten(), chunk_tokens)
+    outputs = [
+        checkpoint(slice_log_probs, hidden, head_weight_VH, ids, use_reentrant=False, preserve_rng_state=False)
+        for hidden, ids in zip(hidden_slices, id_slices, strict=True)
+    ]
+    logp, entropy = (torch.cat(parts).view(ids_NT.shape) for parts in zip(*outputs, strict=True))
+    return logp, entropy
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature is {temperature}; it must be positive (greedy sampling has no log-probs to train on)"
+        )
+
+
+def _as_index(banned_ids: Sequence[int] | Tensor | None, device: torch.device) -> Tensor | None:
+    """``banned_ids`` as an int64 vector on ``device``; None if nothing is banned."""
+    if banned_ids is None or len(banned_ids) == 0:
+        return None
+    return torch.as_tensor(banned_ids, dtype=torch.int64, device=device)

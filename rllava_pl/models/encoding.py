@@ -1,0 +1,161 @@
+"""Prompts to model inputs: chat template, processor, padding.
+
+``encode`` runs the processor once over a batch and takes the result apart again, one ``PromptInputs`` a prompt, so that
+prompts can be regrouped freely into mini- and micro-batches; ``collate`` pads a selection of them for one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+
+from rllava_pl.models.families import FAMILIES, Family, ImageAxis
+from rllava_pl.types import ImageSlot, Message, Prompt, PromptInputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+    Processor = ProcessorMixin | PreTrainedTokenizerBase
+
+Chat = list[dict[str, str | list[dict[str, str]]]]
+
+
+def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase:
+    """The tokenizer inside a processor; a text-only model's processor is its tokenizer."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def chat(messages: Sequence[Message], *, multimodal: bool = True) -> Chat:
+    """Messages as chat templates expect them: content as typed parts, or as text for text-only models."""
+
+    def part(piece: str | ImageSlot) -> dict[str, str]:
+        return {"type": "image"} if isinstance(piece, ImageSlot) else {"type": "text", "text": piece}
+
+    if multimodal:
+        return [{"role": m.role, "content": [part(piece) for piece in m.parts]} for m in messages]
+    return [{"role": m.role, "content": "".join(str(piece) for piece in m.parts)} for m in messages]
+
+
+def check_images(prompt: Prompt) -> None:
+    """Refuse a prompt whose image slots and images differ in number.
+
+    Raises:
+        ValueError: Naming the row and both counts.
+    """
+    slots = sum(message.image_slots for message in prompt.messages)
+    if slots != len(prompt.images):
+        where = f" ({prompt.source})" if prompt.source else ""
+        raise ValueError(
+            f"prompt {prompt.uid!r}{where} shows {slots} image slot(s) but carries {len(prompt.images)} image(s); "
+            "every image needs exactly one slot"
+        )
+
+
+def prompt_text(processor: Processor, prompt: Prompt) -> str:
+    """The prompt through the model's own chat template, up to where the assistant begins to answer."""
+    multimodal = hasattr(processor, "image_processor")
+    if prompt.images and not multimodal:
+        raise ValueError(f"prompt {prompt.uid!r} carries images, but the model reads text only")
+    conversation = chat(prompt.messages, multimodal=multimodal)
+    return str(processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
+
+
+def encode(processor: Processor, prompts: Sequence[Prompt], family: Family | None = None) -> list[PromptInputs]:
+    """Prompts as the model reads them, without padding, placeholders expanded.
+
+    Args:
+        processor: Of the model, or its tokenizer for a text-only model.
+        prompts: Any mix of several images, one image and none.
+        family: Row of the family table; by default that of the processor's class.
+
+    Raises:
+        ValueError: Image slots and images of a prompt differ in number.
+    """
+    if not prompts:
+        return []
+    for prompt in prompts:
+        check_images(prompt)
+    texts = [prompt_text(processor, prompt) for prompt in prompts]
+    images = [image for prompt in prompts for image in prompt.images]
+    bos = tokenizer_of(processor).bos_token
+    outputs = processor(
+        text=texts,
+        **({"images": images} if images else {}),
+        padding=True,
+        add_special_tokens=not (bos and texts[0].startswith(bos)),  # a template that writes BOS must not get a second one
+        return_tensors="pt",
+    )
+    return _take_apart(dict(outputs), [len(prompt.images) for prompt in prompts], family or _family_by_class(processor))
+
+
+def _family_by_class(processor: Processor) -> Family:
+    name = type(processor).__name__.removesuffix("Processor").lower()
+    return next((row for key, row in FAMILIES.items() if key.replace("_", "") == name.replace("_", "")), Family())
+
+
+def _take_apart(outputs: dict[str, Tensor], counts: Sequence[int], family: Family) -> list[PromptInputs]:
+    """Split a padded processor output into one unpadded piece a prompt."""
+    attention = outputs.pop("attention_mask").bool()
+    ids = outputs.pop("input_ids")
+    along_tokens = [name for name, x in outputs.items() if x.shape[:2] == ids.shape and x.ndim == 2]
+    image_parts = split_images({k: v for k, v in outputs.items() if k not in along_tokens}, counts, family.image_axis)
+    return [
+        PromptInputs(ids[p, kept], {name: outputs[name][p, kept] for name in along_tokens}, image_parts[p])
+        for p, kept in enumerate(attention)
+    ]
+
+
+def split_images(features: Mapping[str, Tensor], counts: Sequence[int], axis: ImageAxis) -> list[dict[str, Tensor]]:
+    """Vision inputs of each prompt; ``counts`` images a prompt, none gives an empty dict.
+
+    Flat layouts are cut by images, and patches by the grid of their image (t·h·w patches each), never by rows.
+    """
+    parts: list[dict[str, Tensor]] = [{} for _ in counts]
+    grids = features.get("image_grid_thw")
+    for name, x in features.items():
+        if axis == "prompt":
+            pieces = list(x.unbind(0))
+        elif axis == "patch" and name != "image_grid_thw" and grids is not None:
+            patches = [int(g.prod(-1).sum()) for g in grids.split(list(counts))]
+            pieces = list(x.split(patches))
+        else:
+            pieces = list(x.split(list(counts)))
+        for part, piece, count in zip(parts, pieces, counts, strict=True):
+            if count:
+                part[name] = piece
+    return parts
+
+
+def collate(inputs: Sequence[PromptInputs], *, pad_id: int, axis: ImageAxis, device: torch.device) -> dict[str, Tensor]:
+    """One padded forward input of several prompts: left-padded tokens (P, S), vision inputs joined in the family's layout."""
+    batch = {"input_ids": _pad_left([x.input_ids_S for x in inputs], pad_id)}
+    batch["attention_mask"] = _pad_left([torch.ones_like(x.input_ids_S) for x in inputs], 0)
+    for name in inputs[0].tokens:
+        batch[name] = _pad_left([x.tokens[name] for x in inputs], 0)
+    for name in dict.fromkeys(name for x in inputs for name in x.images):
+        pieces = [x.images.get(name) for x in inputs]
+        present = [piece for piece in pieces if piece is not None]
+        batch[name] = _stack_padded(pieces) if axis == "prompt" else torch.cat(present)
+    return {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+
+
+def _pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
+    width = max(len(row) for row in rows)
+    if all(len(row) == width for row in rows):
+        return torch.stack(list(rows))
+    return torch.stack([F.pad(row, (width - len(row), 0), value=value) for row in rows])
+
+
+def _stack_padded(pieces: Sequence[Tensor | None]) -> Tensor:
+    """Stack tensors of different sizes with zeros behind; None is all zeros (a prompt without images)."""
+    present = [piece for piece in pieces if piece is not None]
+    shape = [max(sizes) for sizes in zip(*(piece.shape for piece in present), strict=True)]
+    stacked = present[0].new_zeros(len(pieces), *shape)
+    for row, piece in zip(stacked, pieces, strict=True):
+        if piece is not None:
+            row[tuple(slice(size) for size in piece.shape)] = piece
+    return stacked

@@ -1,0 +1,78 @@
+"""What differs between families of vision-language models, as data.
+
+A family that follows the transformers conventions needs no entry: it loads, samples and trains in the plain form. An entry
+names its vision modules and special tokens and says whether the shared-prompt form is exact for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ImageAxis = Literal["prompt", "image", "patch"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table: everything the policy must know of a model type."""
+
+    vision_tower: str = "*vision*"
+    """Glob of the tower's parameter names."""
+    connector: str = "*projector*"
+    """Glob of the parameters that lead from the tower into the language model."""
+    visual_tokens: tuple[str, ...] = ()
+    """Special tokens that only the processor may write; never sampled, whatever the config says of them."""
+    image_axis: ImageAxis = "image"
+    """First axis of ``pixel_values``: one row a prompt (with an image axis behind it), one an image, or one a patch."""
+    causal: bool = False
+    """True where every layer is plain causal softmax attention, images included: the shared-prompt form is exact."""
+
+
+_QWEN_VISION = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
+_QWEN = Family("model.visual.*", "model.visual.*merger*", _QWEN_VISION, "patch", causal=True)
+_IDEFICS_VISION = ("<image>", "<fake_token_around_image>", "<global-img>")
+_IDEFICS = Family("model.vision_model.*", "model.connector.*", _IDEFICS_VISION, "prompt", causal=True)
+_TEXT = Family(vision_tower="", connector="", causal=True)
+
+FAMILIES: dict[str, Family] = {
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+    "llava": Family("model.vision_tower.*", "model.multi_modal_projector.*", ("<image>",), "image", causal=True),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "llama": _TEXT,
+    "qwen2": _TEXT,
+    "qwen3": _TEXT,
+}
+"""By ``config.model_type``; families that are not here use ``Family()`` and the plain form."""
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The table's row for a loaded model, or the defaults."""
+    return FAMILIES.get(model.config.model_type, Family())
+
+
+def banned_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that must never be sampled: a placeholder without an image makes the sequence impossible to score again.
+
+    They are the family's visual tokens and every image, video or vision token id that the model's config names, as far as
+    the vocabulary has them. Sorted, without repeats.
+    """
+    named = tokenizer.convert_tokens_to_ids(list(family_of(model).visual_tokens))
+    tiles = tokenizer.convert_tokens_to_ids([token for token in tokenizer.all_special_tokens if token.startswith("<row_")])
+    unknown = {None, tokenizer.unk_token_id}
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = {*named, *tiles, *_visual_ids(model)} - unknown
+    return sorted(i for i in ids if 0 <= i < vocabulary)
+
+
+def _visual_ids(model: PreTrainedModel) -> Iterator[int]:
+    for name, value in model.config.to_dict().items():
+        visual = name.startswith(("image_token", "video_token", "vision_")) and name.endswith(("_id", "_index"))
+        if visual and isinstance(value, int):
+            yield value

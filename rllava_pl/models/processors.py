@@ -1,0 +1,85 @@
+"""Loading the processor of a model directory: chat template, tokenizer and image processor in one object."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+logger = logging.getLogger(__name__)
+
+
+def load_processor(path: str | Path, *, revision: str | None = None) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """The processor of a model, or the tokenizer of a text-only one.
+
+    Some processors (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, ...) carry a video processor, which transformers builds only with
+    torchvision. Where that is missing, or where the directory was saved without a video processor, the processor is
+    loaded for images alone and one line in the log says that video is off. Code from the model's repository is never run.
+
+    Args:
+        path: Directory or hub name of the model.
+        revision: Branch, tag or commit of a hub model.
+
+    Raises:
+        ValueError: The directory holds neither a processor nor a tokenizer.
+    """
+    from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers.utils.import_utils import is_torchvision_available
+
+    base = _processor_class(path, revision)
+    if base is not None and "video_processor" in base.get_attributes():
+        if not is_torchvision_available():
+            logger.info("%s: video input is off, torchvision is not installed; images work", path)
+            return image_only(base).from_pretrained(path, revision=revision)
+        if _saved_without_video(path, revision):
+            logger.info("%s: video input is off, it was saved without a video processor; images work", path)
+            return image_only(base).from_pretrained(path, revision=revision)
+    processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+    if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):
+        raise ValueError(f"{path} holds a {type(processor).__name__} but no tokenizer; save the model's processor beside it")
+    return processor
+
+
+@functools.cache
+def image_only(base: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """``base`` without its video processor; everything about text and images is inherited.
+
+    The subclass keeps the name of ``base``: a processor writes its class name into what it saves, and such a directory
+    must name a class that transformers knows.
+
+    Example: ``image_only(Qwen2VLProcessor)(image_processor, tokenizer, chat_template=template)``.
+
+    Args:
+        base: A processor class whose constructor takes ``video_processor`` after its other parts.
+    """
+
+    class ImageOnlyProcessor(base):  # type: ignore[misc, valid-type]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            """Names of the parts to load, check and save."""
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+    ImageOnlyProcessor.__doc__ = f"{base.__name__} for images alone; video input is off."
+    ImageOnlyProcessor.__name__ = ImageOnlyProcessor.__qualname__ = base.__name__
+    return ImageOnlyProcessor
+
+
+def _processor_class(path: str | Path, revision: str | None) -> type[ProcessorMixin] | None:
+    """The processor class that transformers has for this model type; None for a text-only model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    return PROCESSOR_MAPPING.get(type(config), None)
+
+
+def _saved_without_video(path: str | Path, revision: str | None) -> bool:
+    """Whether ``processor_config.json`` lists the parts and video is not among them (older layouts list no parts)."""
+    from transformers import ProcessorMixin
+
+    parts, _ = ProcessorMixin.get_processor_dict(path, revision=revision)
+    return "image_processor" in parts and "video_processor" not in parts

@@ -1,0 +1,461 @@
+"""Small random vision-language models that learn by RL on one CPU core: for the quickstart, tests and benchmarks.
+
+``build`` writes an ordinary Hugging Face directory, so that everything downstream treats it like a downloaded model. The
+weights are random; a short supervised warm-up on noise pictures with *random* answers teaches the answer format and
+nothing else, hence all a policy ever knows about a picture comes from its rewards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+
+from rllava_pl.models.families import FAMILIES
+from rllava_pl.models.processors import image_only
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+
+    MakeConfig = Callable[[PreTrainedTokenizerFast], PreTrainedConfig]
+    MakeProcessor = Callable[[PreTrainedTokenizerFast], ProcessorMixin]
+
+RECIPE_VERSION = 1
+"""Raise it whenever the same arguments would give another model."""
+
+IMAGE_SIZE = 56
+PATCH_SIZE = 14
+HIDDEN = 64
+HEADS = 2  # head_dim 32: the smallest that vLLM's CPU attention supports
+WARMUP_ROWS = 64
+WARMUP_LEARNING_RATE = 5e-3
+RECIPE_FILE = "tiny_vlm.json"
+
+_PAD, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_FORMAT_TOKENS = ("<answer>", "</answer>", "<think>", "</think>")
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ 'IMAGE' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a tiny model is a function of, besides the versions of this module and of transformers."""
+
+    family: str
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    seed: int
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        if self.family not in _BLUEPRINTS:
+            raise ValueError(f"family {self.family!r} is unknown; tiny models exist for {', '.join(_BLUEPRINTS)}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; use 0 for an untrained model or a positive number")
+        reserved = (_PAD, _START, _END, *_BLUEPRINTS[self.family].visual_tokens, *_FORMAT_TOKENS)
+        for name, texts in (("questions", self.questions), ("answers", self.answers)):
+            if not texts or not all(texts):
+                raise ValueError(f"{name} is {list(texts)}; give at least one text, and no empty ones")
+            clash = next(((text, token) for text in texts for token in reserved if token in text), None)
+            if clash:
+                raise ValueError(f"{name}: {clash[0]!r} contains {clash[1]!r}, which the chat format reserves")
+
+    @property
+    def key(self) -> str:
+        """Short stable hash over the arguments, ``RECIPE_VERSION`` and the version of transformers."""
+        parts = [RECIPE_VERSION, importlib.metadata.version("transformers"), asdict(self)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recipe_key(family: str, questions: Sequence[str], answers: Sequence[str], seed: int, warmup_steps: int) -> str:
+    """Name of a cached model: equal exactly when ``build`` would write the same one.
+
+    Raises:
+        ValueError: As ``build``.
+    """
+    return Recipe(family, tuple(questions), tuple(answers), seed, warmup_steps).key
+
+
+def build(
+    directory: Path,
+    *,
+    family: str = "idefics3",
+    questions: Sequence[str],
+    answers: Sequence[str],
+    seed: int = 0,
+    warmup_steps: int = 40,
+) -> Path:
+    """Write a tiny model of one family: config, weights, tokenizer, processor and chat template.
+
+    The model is a function of the arguments alone, and the caller's random state is left as it was. The directory appears
+    under its name only when it is complete; if another process was faster, its directory is kept.
+
+    Args:
+        directory: Where to; a directory that this recipe has already filled is returned as it is.
+        family: ``idefics3``, ``llava``, ``qwen2_vl``, ``qwen2_5_vl`` or ``qwen3_vl``.
+        questions: What the task asks; the tokenizer is trained on them, the warm-up takes them in turn.
+        answers: What the task's answers look like; the warm-up draws from them uniformly.
+        seed: Of weights, warm-up pictures and warm-up answers.
+        warmup_steps: Supervised steps of 64 rows that teach the answer format; 0 leaves the weights random.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: The family is unknown, a text is empty or contains a token of the chat format.
+        FileExistsError: The directory holds something else.
+    """
+    recipe = Recipe(family, tuple(questions), tuple(answers), seed, warmup_steps)
+    directory = Path(directory)
+    if _is_filled(directory, recipe):
+        return directory
+    draft = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    try:
+        _write(draft, recipe)
+        _publish(draft, directory, recipe)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return directory
+
+
+def _is_filled(directory: Path, recipe: Recipe) -> bool:
+    """Whether the directory holds this recipe; an absent or empty one does not, any other content is refused."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return False
+    note = directory / RECIPE_FILE
+    found = json.loads(note.read_text())["key"] if note.is_file() else None
+    if found != recipe.key:
+        raise FileExistsError(f"{directory} exists and holds {f'recipe {found}' if found else 'something else'}, not recipe {recipe.key}")
+    return True
+
+
+def _write(draft: Path, recipe: Recipe) -> None:
+    """All files of the model, in a directory that nobody knows yet."""
+    from transformers import AutoModelForImageTextToText
+
+    blueprint = _BLUEPRINTS[recipe.family]
+    with _own_world(recipe.seed):
+        tokenizer = _tokenizer(recipe, blueprint)
+        processor = blueprint.processor(tokenizer)
+        model = AutoModelForImageTextToText.from_config(blueprint.config(tokenizer), dtype=torch.float32)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        _warm_up(model, processor, recipe)
+        draft.mkdir(parents=True)
+        model.save_pretrained(draft)
+    processor.save_pretrained(draft)
+    (draft / RECIPE_FILE).write_text(json.dumps({"key": recipe.key, **asdict(recipe)}, indent=2) + "\n")
+
+
+def _publish(draft: Path, directory: Path, recipe: Recipe) -> None:
+    """Give the finished draft its name in one step; a directory that appeared meanwhile stays."""
+    try:
+        os.rename(draft, directory)
+    except OSError:
+        if not _is_filled(directory, recipe):
+            raise
+
+
+@contextmanager
+def _own_world(seed: int) -> Iterator[None]:
+    """Random state, device, gradient mode and thread count of the build, whatever the caller's are.
+
+    One thread, because the order of floating-point sums, and with it the last bits of the weights, depends on it.
+    """
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the caller's GPUs as well
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+# Tokenizer -----------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(recipe: Recipe, blueprint: Blueprint) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the task's own words; with all 256 bytes in its alphabet, any text encodes."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[_PAD, _START, _END, *blueprint.visual_tokens],
+        show_progress=False,
+    )
+    core.train_from_iterator([*recipe.questions, *recipe.answers, "system\n", "user\n", "assistant\n"], trainer)
+    # Not special: the tags must survive decoding without special tokens, for rewards read them.
+    core.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in _FORMAT_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=_END,
+        pad_token=_PAD,
+        extra_special_tokens=dict(blueprint.named_tokens),
+        padding_side="left",
+        model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"],
+        chat_template=_CHATML.replace("IMAGE", blueprint.image_text),
+    )
+
+
+# Warm-up -------------------------------------------------------------------------------------------------------------
+
+
+def _warm_up(model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe) -> None:
+    """Supervised steps on ``<answer>random answer</answer>``; vision tower and connector stay frozen.
+
+    The same 64 pictures serve every step, as do the prompts' token ids; only the answers are drawn anew.
+    """
+    family = FAMILIES[recipe.family]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (fnmatch(name, family.vision_tower) or fnmatch(name, family.connector)))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=WARMUP_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    pictures = [_noise_picture() for _ in range(WARMUP_ROWS)]
+    ids_AT, mask_AT = _completions(processor.tokenizer, recipe.answers)
+    prompts: dict[str, dict[str, Tensor]] = {}
+    for step, drawn_N in enumerate(_drawn_answers(len(recipe.answers), recipe.warmup_steps)):
+        question = recipe.questions[step % len(recipe.questions)]
+        if question not in prompts:
+            prompts[question] = _prompts(processor, question, pictures)
+        loss = _completion_loss(model, prompts[question], ids_AT[drawn_N], mask_AT[drawn_N])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+
+
+def _drawn_answers(answers: int, steps: int) -> Tensor:
+    """Answers (steps, 64) at random, each equally often: shuffled decks of all answers, one behind the other.
+
+    Independent draws would leave every batch, and so the model, with favourites.
+    """
+    total = steps * WARMUP_ROWS
+    decks = [torch.randperm(answers) for _ in range(math.ceil(total / answers))]
+    return torch.cat([*decks, torch.empty(0, dtype=torch.int64)])[:total].view(steps, WARMUP_ROWS)
+
+
+def _noise_picture() -> Image:
+    """Coloured blobs of random number and size.
+
+    They cover more of what pictures look like than pixel noise does, after which the format can break on bright pictures.
+    """
+    from PIL import Image
+
+    blobs = int(torch.randint(1, 8, ()))
+    noise = F.interpolate(torch.rand(1, 3, blobs, blobs), (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")[0]
+    return Image.fromarray((255 * noise).to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+
+
+def _completions(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Token ids (A, T) of one completion an answer, padded on the right, and their mask."""
+    rows = [torch.tensor(tokenizer.encode(f"<answer>{answer}</answer>{_END}")) for answer in answers]
+    ids_AT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask_AT = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).bool()
+    return ids_AT, mask_AT
+
+
+def _prompts(processor: ProcessorMixin, question: str, pictures: Sequence[Image]) -> dict[str, Tensor]:
+    """The question about every picture, as the model reads it; all rows are equally long."""
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    text = processor.apply_chat_template([turn], add_generation_prompt=True)
+    inputs = processor(text=[text] * len(pictures), images=[[picture] for picture in pictures], return_tensors="pt")
+    return dict(inputs)
+
+
+def _completion_loss(model: PreTrainedModel, prompts: dict[str, Tensor], ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """Mean cross-entropy of the completion tokens."""
+    grown = {"input_ids": ids_NT, "attention_mask": mask_NT.long(), "mm_token_type_ids": torch.zeros_like(ids_NT)}
+    inputs = {name: torch.cat([x, grown[name]], 1) if name in grown else x for name, x in prompts.items()}
+    logits_NTV = model(**inputs, use_cache=False, logits_to_keep=ids_NT.shape[1] + 1).logits[:, :-1]
+    return F.cross_entropy(logits_NTV[mask_NT], ids_NT[mask_NT])
+
+
+# Families ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """How the tiny model of one family is put together."""
+
+    image_text: str
+    """What the chat template writes for an image, before the processor expands it."""
+    visual_tokens: tuple[str, ...]
+    named_tokens: tuple[tuple[str, str], ...]
+    """Attributes of the tokenizer by which the processor finds its tokens."""
+    config: MakeConfig
+    processor: MakeProcessor
+
+
+def _text(tokenizer: PreTrainedTokenizerFast, **special: object) -> dict[str, object]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": HIDDEN,
+        "intermediate_size": 3 * HIDDEN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.1,  # at this width the usual 0.02 leaves the logits almost flat
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.pad_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **special,
+    }
+
+
+def _vision(**special: object) -> dict[str, object]:
+    return {"hidden_size": HIDDEN, "patch_size": PATCH_SIZE, "initializer_range": 0.1, **special}
+
+
+def _siglip(**special: object) -> dict[str, object]:
+    shape = {"intermediate_size": 2 * HIDDEN, "num_hidden_layers": 2, "num_attention_heads": HEADS, "image_size": IMAGE_SIZE}
+    return _vision(**shape, **special)
+
+
+def _idefics3_config(tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        "idefics3",
+        text_config=_text(tokenizer, model_type="llama"),
+        vision_config=_siglip(),
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+
+
+def _idefics3_processor(tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
+    from transformers import Idefics3ImageProcessorPil, Idefics3Processor
+
+    size = {"longest_edge": IMAGE_SIZE}
+    images = Idefics3ImageProcessorPil(
+        size=size, max_image_size=size, do_image_splitting=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    # 56 / 14 = 4 x 4 patches, shuffled 2 x 2 into one token each: 4 tokens an image
+    return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=tokenizer.chat_template)
+
+
+def _llava_config(tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        "llava",
+        text_config=_text(tokenizer, model_type="llama"),
+        vision_config=_siglip(model_type="siglip_vision_model", vision_use_head=False),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+    )
+
+
+def _llava_processor(tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
+    from transformers import LlavaProcessor, SiglipImageProcessorPil
+
+    images = SiglipImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    template = tokenizer.chat_template
+    return LlavaProcessor(
+        images, tokenizer, patch_size=PATCH_SIZE, vision_feature_select_strategy="full", chat_template=template
+    )
+
+
+def _qwen_config(family: str, rope: dict[str, object], vision: dict[str, object], **text: object) -> MakeConfig:
+    def config(tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+        from transformers import AutoConfig
+
+        # Axes time, height, width share the 16 = head_dim / 2 rotary frequencies.
+        rotary = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6], **rope}
+        return AutoConfig.for_model(
+            family,
+            text_config=_text(tokenizer, rope_parameters=rotary, **text),
+            vision_config=_vision(depth=2, num_heads=HEADS, **vision),
+            image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+            video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+            vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+            vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+            tie_word_embeddings=True,
+        )
+
+    return config
+
+
+def _qwen_processor(class_name: str) -> MakeProcessor:
+    def processor(tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
+        import transformers
+
+        area = IMAGE_SIZE * IMAGE_SIZE
+        images = transformers.Qwen2VLImageProcessorPil(
+            patch_size=PATCH_SIZE,
+            merge_size=2,
+            temporal_patch_size=2,
+            size={"shortest_edge": area, "longest_edge": area},
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        )
+        base = getattr(transformers, class_name)
+        return image_only(base)(images, tokenizer, chat_template=tokenizer.chat_template)
+
+    return processor
+
+
+def _qwen(class_name: str, config: MakeConfig) -> Blueprint:
+    names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+    tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    slot = "<|vision_start|><|image_pad|><|vision_end|>"
+    return Blueprint(slot, tokens, tuple(zip(names, tokens, strict=True)), config, _qwen_processor(class_name))
+
+
+_MLP = {"out_hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN}
+_IMAGE_TOKEN = (("image_token", "<image>"),)
+_IDEFICS3_TOKENS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+
+_BLUEPRINTS = {
+    "idefics3": Blueprint("<image>", _IDEFICS3_TOKENS, _IMAGE_TOKEN, _idefics3_config, _idefics3_processor),
+    "llava": Blueprint("<image>", ("<image>",), _IMAGE_TOKEN, _llava_config, _llava_processor),
+    "qwen2_vl": _qwen("Qwen2VLProcessor", _qwen_config("qwen2_vl", {}, {"embed_dim": HIDDEN, "mlp_ratio": 2})),
+    "qwen2_5_vl": _qwen(
+        "Qwen2_5_VLProcessor",
+        _qwen_config("qwen2_5_vl", {}, {**_MLP, "fullatt_block_indexes": [0, 1], "window_size": IMAGE_SIZE}),
+    ),
+    "qwen3_vl": _qwen(
+        "Qwen3VLProcessor",
+        _qwen_config(
+            "qwen3_vl",
+            {"mrope_interleaved": True},
+            {**_MLP, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            head_dim=HIDDEN // HEADS,
+        ),
+    ),
+}

@@ -1,0 +1,121 @@
+"""What of a model is trained: frozen parts and LoRA adapters, and its weights as a checkpoint names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from rllava_pl.models.families import family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters W + (alpha / r)·B·A on linear layers (arXiv 2106.09685), through peft.
+
+    Dropout is not offered: it would make the policy that is updated differ from the one that sampled.
+
+    Args:
+        r: Rank.
+        alpha: Scale; the update is multiplied by alpha / r.
+        target_modules: Globs of module names; by default every linear layer of the language model.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    target_modules: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r is {self.r}; the rank must be at least 1")
+
+
+def add_lora(model: PreTrainedModel, lora: LoRA) -> None:
+    """Inject adapters in place; everything but the adapters is frozen.
+
+    Raises:
+        ValueError: A glob of ``target_modules`` matches no linear layer.
+    """
+    from peft import LoraConfig
+
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if lora.target_modules:
+        targets = {name for glob in lora.target_modules for name in _matches(glob, linear, "lora.target_modules")}
+    else:
+        decoder = {id(module) for module in model.get_decoder().modules()}
+        targets = {name for name in linear if id(model.get_submodule(name)) in decoder}
+    model.add_adapter(LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=sorted(targets)))
+
+
+def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
+    """Stop training the parameters that match.
+
+    Args:
+        model: Changed in place.
+        patterns: Globs of parameter names, or the names ``vision_tower``, ``connector``, ``language_model``, ``embeddings``.
+
+    Raises:
+        ValueError: A pattern matches no parameter: it would silently do nothing.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    frozen = {name for pattern in patterns for name in _matches_part(model, pattern, names)}
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+
+
+def _matches_part(model: PreTrainedModel, pattern: str, names: set[str]) -> set[str]:
+    family = family_of(model)
+    connector = _glob(family.connector, names)
+    if pattern == "vision_tower":
+        return _expect(_glob(family.vision_tower, names) - connector, pattern, names)
+    if pattern == "connector":
+        return _expect(connector, pattern, names)
+    by_module = {"language_model": model.get_decoder(), "embeddings": model.get_input_embeddings()}
+    if pattern in by_module:
+        ids = {id(parameter) for parameter in by_module[pattern].parameters()}
+        return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
+    return _matches(pattern, names, "freeze")
+
+
+def _matches(glob: str, names: set[str], key: str) -> set[str]:
+    return _expect(_glob(glob, names), glob, names, key)
+
+
+def _glob(glob: str, names: set[str]) -> set[str]:
+    return {name for name in names if fnmatchcase(name, glob)}
+
+
+def _expect(found: set[str], pattern: str, names: set[str], key: str = "freeze") -> set[str]:
+    if not found:
+        raise ValueError(f"{key}: {pattern!r} matches nothing; names of this model look like {', '.join(sorted(names)[:3])}, ...")
+    return found
+
+
+def hf_weights(model: PreTrainedModel, full: Callable[[Tensor], Tensor] = Tensor.detach) -> Iterator[tuple[str, Tensor]]:
+    """Stream ``(name, tensor)`` of the whole model as its checkpoint names it, one tensor at a time.
+
+    Adapters are merged on the fly (W + scaling·B·A) without touching the trained weights; tied heads appear under both
+    names, because engines that pack the head separately need it.
+
+    Args:
+        model: With or without adapters.
+        full: Gathers a parameter that is sharded; by default the parameter as it is.
+    """
+    scale = {f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if ".lora_" in name:
+            continue
+        weight = full(tensor)
+        if name in scale:
+            layer = scale[name]
+            (adapter,) = layer.active_adapters
+            a, b = full(layer.lora_A[adapter].weight), full(layer.lora_B[adapter].weight)
+            weight = weight + (layer.scaling[adapter] * (b.float() @ a.float())).to(weight.dtype)
+        yield name.replace(".base_layer.", "."), weight

@@ -1,0 +1,167 @@
+"""Where a policy comes from: a checkpoint and what is trained of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rllava_pl.models.trainable import LoRA, add_lora, freeze
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rllava_pl.models.encoding import Processor
+    from rllava_pl.models.policy import Policy
+
+DType = Literal["float32", "bfloat16"]
+log = logging.getLogger(__name__)
+
+
+class VLM:
+    """A pretrained vision-language model, as a directory or a hub id.
+
+    Args:
+        path: Directory in Hugging Face format, or a hub id. Any model that ``AutoModelForImageTextToText`` loads; text-only
+            language models work too.
+        revision: Branch, tag or commit of a hub id.
+        dtype: Of the weights.
+        attn_implementation: ``sdpa``, ``eager`` or ``flash_attention_2``. The shared-prompt form needs ``sdpa``.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        freeze: Globs of parameter names that are not trained, or ``vision_tower``, ``connector``, ``language_model``,
+            ``embeddings``.
+        lora: Train low-rank adapters only; the base model then serves as the reference policy at no cost.
+        share_prompt: Compute each prompt once a group instead of once a completion, where that is exact for the family.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        revision: str = "main",
+        dtype: DType = "float32",
+        attn_implementation: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        freeze: list[str] | None = None,
+        lora: LoRA | None = None,
+        share_prompt: bool = True,
+    ) -> None:
+        self.path = path
+        self.revision = revision
+        self.dtype = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.freeze = list(freeze or [])
+        self.lora = lora
+        self.share_prompt = share_prompt
+
+    def prepare(self, seed: int) -> None:
+        """Make the checkpoint available; called once a machine, before anything is loaded."""
+
+    def load(self, *, temperature: float = 1.0, trainable: bool = True) -> Policy:
+        """Load weights and processor.
+
+        Args:
+            temperature: Of sampling, and so of the log-probs.
+            trainable: False gives a frozen copy without adapters: a reference policy.
+        """
+        from rllava_pl.models.policy import Policy
+
+        policy = Policy(
+            self._load_model(), self.load_processor(), temperature=temperature, share_prompt=self.share_prompt
+        )
+        if self.share_prompt and not policy.shares_prompt:
+            log.warning("%s: prompts are computed once a completion; the shared form is not known to be exact here", self.path)
+        if not trainable:
+            return policy.requires_grad_(False).eval()
+        self._make_trainable(policy.model)
+        return policy.train()  # dropout is off; gradient checkpointing only works in training mode
+
+    def load_processor(self) -> Processor:
+        """The processor, or the tokenizer of a text-only model."""
+        from rllava_pl.models.processors import load_processor
+
+        return load_processor(self.path, revision=self.revision)
+
+    def _load_model(self) -> PreTrainedModel:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+        config = AutoConfig.from_pretrained(self.path, revision=self.revision)
+        auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        return auto.from_pretrained(
+            self.path,
+            revision=self.revision,
+            dtype=getattr(torch, self.dtype),
+            attn_implementation=self.attn_implementation,
+        )
+
+    def _make_trainable(self, model: PreTrainedModel) -> None:
+        freeze(model, self.freeze)
+        if self.lora is not None:
+            add_lora(model, self.lora)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+class TinyVLM(VLM):
+    """A random-init model of 0.2-0.4 M parameters that has learnt an answer format and nothing else.
+
+    It is built on first use and kept in a cache directory. A short warm-up teaches it to write ``<answer>...</answer>``
+    with answers drawn at random, so whatever it later knows about pictures comes from the reward. It proves that every
+    part of the loop is wired rightly and says nothing about large models.
+
+    Args:
+        family: ``idefics3``, ``llava``, ``qwen2_vl``, ``qwen2_5_vl`` or ``qwen3_vl``.
+        questions: What will be asked; the tokenizer is trained on it.
+        answers: The possible answers.
+        warmup_steps: Steps of the format warm-up.
+        cache_dir: Where built models are kept; by default ``~/.cache/rllava_pl``.
+        gradient_checkpointing: As in ``VLM``.
+        freeze: As in ``VLM``.
+        lora: As in ``VLM``.
+        share_prompt: As in ``VLM``.
+    """
+
+    def __init__(
+        self,
+        family: str = "idefics3",
+        *,
+        questions: list[str],
+        answers: list[str],
+        warmup_steps: int = 40,
+        cache_dir: str = "",
+        gradient_checkpointing: bool = False,
+        freeze: list[str] | None = None,
+        lora: LoRA | None = None,
+        share_prompt: bool = True,
+    ) -> None:
+        super().__init__(
+            path="",
+            gradient_checkpointing=gradient_checkpointing,
+            freeze=freeze,
+            lora=lora,
+            share_prompt=share_prompt,
+        )
+        self.family = family
+        self.questions = questions
+        self.answers = answers
+        self.warmup_steps = warmup_steps
+        self.cache_dir = Path(cache_dir) if cache_dir else _cache_home() / "rllava_pl"
+
+    def prepare(self, seed: int) -> None:
+        """Build the model of this recipe and seed unless it is in the cache, and point ``path`` at it."""
+        from rllava_pl.models import tiny
+
+        recipe = {"family": self.family, "questions": self.questions, "answers": self.answers}
+        key = tiny.recipe_key(**recipe, seed=seed, warmup_steps=self.warmup_steps)
+        directory = self.cache_dir / f"{self.family}-{key}"
+        if not directory.is_dir():
+            log.info("building a tiny %s in %s", self.family, directory)
+            tiny.build(directory, **recipe, seed=seed, warmup_steps=self.warmup_steps)
+        self.path = str(directory)
+
+
+def _cache_home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

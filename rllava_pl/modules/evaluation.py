@@ -1,0 +1,100 @@
+"""Validation, test and prediction: greedy and sampled answers, scored by the same rewards as in training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torchmetrics import MeanMetric
+
+from rllava_pl.rewards.base import Judgement, judge
+from rllava_pl.strategies.collectives import world_size
+from rllava_pl.types import Prompt, PromptBatch, Rollout
+
+if TYPE_CHECKING:
+    from rllava_pl.modules.base import RLModule
+
+GREEDY = 0
+
+
+class Scores:
+    """Means of everything the rewards say of one split, exact over batches and ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._means: dict[str, MeanMetric] = defaultdict(lambda: MeanMetric().to(device))
+
+    def update(self, judgement: Judgement, suffix: str = "") -> None:
+        """Add rollouts; one that could not be scored counts as 0 and as ``unscored``."""
+        missing = [float(reward is None) for reward in judgement.rewards]
+        named = {"reward": [reward or 0.0 for reward in judgement.rewards], "unscored": missing, **judgement.components}
+        for name, values in named.items():
+            self._means[name + suffix].update(torch.tensor(values).nan_to_num(0.0))
+
+    def compute(self) -> dict[str, float]:
+        """Means over all ranks, by name; collective."""
+        names = set(self._means)
+        if world_size() > 1:  # a rank without rows has met no name yet and must still take part
+            everyone: list[set[str]] = [set() for _ in range(world_size())]
+            dist.all_gather_object(everyone, names)
+            names = set.union(*everyone)
+        return {name: float(self._means[name].compute()) for name in sorted(names)}
+
+
+class Evaluation(LightningModule):
+    """Scores of the present policy; part of ``RLModule``, which holds the options."""
+
+    def examine(
+        self: RLModule, prompts: Sequence[Prompt], *, samples: int = GREEDY, stream: str = "val"
+    ) -> tuple[list[Rollout], Judgement]:
+        """Answer prompts and judge the answers.
+
+        Args:
+            prompts: Any number, also none.
+            samples: Draws of each prompt at the training temperature; 0 takes the most likely answer, once.
+            stream: Name of the random stream of the draws.
+        """
+        sampling = self.sampling if samples else dataclasses.replace(self.sampling, temperature=0.0)
+        rollouts = self.engine.generate(self.requests(prompts, samples=samples or 1, stream=stream), sampling)
+        return rollouts, judge(self.rewards, rollouts)
+
+    def _evaluate(self: RLModule, prompts: PromptBatch, stage: str) -> None:
+        if not len(prompts):
+            return
+        self.scores.update(self.examine(list(prompts), stream=stage)[1])
+        if self.val_samples:
+            self.scores.update(self.examine(list(prompts), samples=self.val_samples, stream=stage)[1], suffix="_sampled")
+
+    def _report_scores(self: RLModule, stage: str) -> None:
+        self.log_dict({f"{stage}/{name}": value for name, value in self.scores.compute().items()}, rank_zero_only=False)
+
+    def on_validation_epoch_start(self: RLModule) -> None:
+        """Begin with empty scores."""
+        self.scores = Scores(self.device)
+
+    def validation_step(self: RLModule, prompts: PromptBatch, batch_idx: int) -> None:
+        """Answer and judge one batch."""
+        self._evaluate(prompts, "val")
+
+    def on_validation_epoch_end(self: RLModule) -> None:
+        """Log ``val/accuracy``, ``val/reward``, ... and ``val/..._sampled``."""
+        self._report_scores("val")
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def test_step(self: RLModule, prompts: PromptBatch, batch_idx: int) -> None:
+        """Answer and judge one batch."""
+        self._evaluate(prompts, "test")
+
+    def on_test_epoch_end(self: RLModule) -> None:
+        """Log ``test/accuracy``, ``test/reward``, ..."""
+        self._report_scores("test")
+
+    def predict_step(self: RLModule, prompts: PromptBatch, batch_idx: int) -> list[Rollout]:
+        """The most likely answer of every prompt."""
+        greedy = dataclasses.replace(self.sampling, temperature=0.0)
+        return self.engine.generate(self.requests(list(prompts), samples=1, stream="predict"), greedy)

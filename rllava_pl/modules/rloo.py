@@ -1,0 +1,31 @@
+"""REINFORCE leave-one-out."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from rllava_pl.functional import advantages
+from rllava_pl.modules.base import RLModule
+from rllava_pl.types import Experience
+
+
+class RLOO(RLModule):
+    """RLOO (arXiv 2402.14740): each completion is compared with the mean of the others of its prompt.
+
+    A_i = r_i - mean of r_j over j ≠ i = G/(G-1)·(r_i - mean(r)): an unbiased baseline, since it does not contain the sample
+    itself. Clipped surrogate, mean over tokens; KL to the reference (k1, summed over the response) inside the reward.
+
+    Args:
+        kl_reward_coef: Weight of the KL divergence in the reward.
+    """
+
+    needs_groups: ClassVar[bool] = True
+
+    def __init__(self, *args, kl_reward_coef: float = 0.001, **kwargs) -> None:  # noqa: ANN002, ANN003
+        super().__init__(*args, kl_reward_coef=kl_reward_coef, **kwargs)
+
+    def advantages(self, experience: Experience) -> Tensor:
+        """r minus the mean of the other completions, (N,)."""
+        return advantages.rloo(experience.rewards_N, experience.group_N)

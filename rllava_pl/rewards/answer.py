@@ -1,0 +1,84 @@
+"""Reward for short answers between tags: ``<answer>4</answer>``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rllava_pl.rewards.base import BaseReward
+from rllava_pl.rewards.text import MAX_CHARS, exact, is_tag_name, last_block, strict
+from rllava_pl.types import Rollout, Score
+
+
+class AnswerTagReward(BaseReward):
+    """Is the answer right, and does the response keep to its form?
+
+    ``format_weight * format + accuracy_weight * accuracy``, where ``format`` is 1 if the response is exactly one block
+    of every tag in order and nothing else, and ``accuracy`` is 1 if the last answer block equals the prompt's answer:
+    as numbers if both are (0.50 is 1/2), else as text without case, punctuation and articles. A response of more than
+    64 Ki characters has no format, and only its end is searched for an answer. The label itself may be tagged, too.
+
+    Example: the label is 4. ``<answer>4</answer>`` earns 1.0, ``<answer>5</answer>`` 0.1, and
+    ``It is <answer>4</answer>`` 0.0, or 0.9 if lenient.
+
+    Args:
+        tags: Blocks the response consists of, in order, e.g. ``[think, answer]``; the last is ``answer``.
+        format_weight: Worth of the right form.
+        accuracy_weight: Worth of the right answer.
+        lenient: Accept the last answer block wherever it stands; otherwise only a well-formed response can be right.
+        weight: Factor of this reward in the sum of rewards.
+
+    Raises:
+        ValueError: If the tags or a weight make no sense.
+    """
+
+    components = ("accuracy", "format")
+
+    def __init__(
+        self,
+        tags: Sequence[str] = ("answer",),
+        format_weight: float = 0.1,
+        accuracy_weight: float = 0.9,
+        lenient: bool = False,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(weight)
+        _check_tags(tags)
+        for option, x in (("format_weight", format_weight), ("accuracy_weight", accuracy_weight)):
+            if not (math.isfinite(x) and x >= 0):
+                raise ValueError(f"AnswerTagReward: {option} is {x}; it must be finite and not negative")
+        self.tags = tuple(tags)
+        self.format_weight = format_weight
+        self.accuracy_weight = accuracy_weight
+        self.lenient = lenient
+
+    def score(self, rollout: Rollout) -> Score:
+        """0 to ``format_weight + accuracy_weight``; unscored, as ``no_answer``, if the prompt has no answer."""
+        label = last_block(rollout.prompt.answer, "answer")
+        truth = (rollout.prompt.answer if label is None else label).strip()
+        if not truth:
+            return Score(None, reason="no_answer")
+        well_formed = strict(rollout.text, self.tags)
+        accuracy = float((well_formed or self.lenient) and self._is_right(rollout.text, truth))
+        value = self.format_weight * well_formed + self.accuracy_weight * accuracy
+        return Score(value, {"accuracy": accuracy, "format": float(well_formed)})
+
+    @staticmethod
+    def _is_right(text: str, truth: str) -> bool:
+        given = last_block(text[-MAX_CHARS:], "answer")
+        return given is not None and exact(given, truth)
+
+
+def _check_tags(tags: Sequence[str]) -> None:
+    hint = "give a list like [think, answer]"
+    if isinstance(tags, str) or not tags:
+        raise ValueError(f"AnswerTagReward: tags is {tags!r}; {hint}")
+    for tag in tags:
+        if not is_tag_name(tag):
+            raise ValueError(
+                f"AnswerTagReward: {tag!r} is no tag name; use lower-case ASCII letters, digits and _; {hint}"
+            )
+    if len(set(tags)) < len(tags):
+        raise ValueError(f"AnswerTagReward: tags {list(tags)} repeat a tag; every block occurs once; {hint}")
+    if tags[-1] != "answer":
+        raise ValueError(f"AnswerTagReward: tags {list(tags)} end in {tags[-1]!r}; the last must be 'answer'; {hint}")

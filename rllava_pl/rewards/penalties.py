@@ -1,0 +1,40 @@
+"""Penalties: rewards that are 0 at best and read token ids instead of text."""
+
+from __future__ import annotations
+
+from rllava_pl.rewards.base import BaseReward
+from rllava_pl.types import Rollout, Score
+
+
+class RepetitionPenalty(BaseReward):
+    """Minus the share of repeated n-grams: ``distinct / all - 1``, from 0 (no repeat) towards -1 (one n-gram for ever).
+
+    Only windows that the policy sampled from end to end count: text of a tool or an environment is not its doing. A
+    response shorter than one n-gram costs nothing. Linear in the length of the response.
+
+    Example: with ``ngram_tokens=2`` the response ``7 8 7 8 7`` has the pairs 78, 87, 78, 87: 2 of 4 are repeats, -0.5.
+
+    Args:
+        ngram_tokens: Length of the n-grams in tokens; short ones also punish ordinary language.
+        weight: Factor of this penalty in the sum of rewards, not negative.
+
+    Raises:
+        ValueError: If ``ngram_tokens`` is below 1, or the weight is negative or not finite.
+    """
+
+    def __init__(self, ngram_tokens: int = 8, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        if ngram_tokens < 1:
+            raise ValueError(f"RepetitionPenalty: ngram_tokens is {ngram_tokens}; an n-gram has at least 1 token")
+        if weight < 0:
+            raise ValueError(f"RepetitionPenalty: weight is {weight}; a negative one would reward repetition")
+        self.ngram_tokens = ngram_tokens
+
+    def score(self, rollout: Rollout) -> Score:
+        """-1 to 0."""
+        if len(rollout.response_ids) < self.ngram_tokens:
+            return Score(0.0)
+        sampled = rollout.response_mask.unfold(0, self.ngram_tokens, 1).all(1)
+        ngrams = rollout.response_ids.unfold(0, self.ngram_tokens, 1)[sampled].tolist()
+        distinct = len({tuple(ngram) for ngram in ngrams})
+        return Score(distinct / len(ngrams) - 1.0 if ngrams else 0.0)

@@ -1,0 +1,204 @@
+"""Reading what a policy wrote: tags, answers, numbers.
+
+A response is hostile input: a policy finds every text that makes a parser slow, wrong or fail. So each function here
+takes time linear in the text (scanning with ``str.find``, and no pattern with two open-ended repetitions in a row) and
+raises on no string.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from typing import NamedTuple
+
+MAX_CHARS = 64 * 1024
+"""A longer response has no valid format, and its answer is looked for in its last ``MAX_CHARS`` characters."""
+
+MAX_DIGITS = 40
+"""A longer number is none; arithmetic on it is a way to waste time."""
+
+END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
+"""Ends of a turn in common chat formats, ignored at the end of a response."""
+
+
+class Tag(NamedTuple):
+    """A tag token, ``text[start:stop]``: ``<answer>`` or ``</answer>``, with spaces allowed: ``< / answer >``."""
+
+    name: str
+    closing: bool
+    start: int
+    stop: int
+
+
+class Blocks(NamedTuple):
+    """What stands between the tags of one name, in order."""
+
+    contents: tuple[str, ...]
+    unclosed: bool
+    """A last opening tag has no closing one."""
+
+
+def is_tag_name(name: str) -> bool:
+    """Whether ``name`` can be a tag: lower-case ASCII letters, digits and ``_``, a letter first."""
+    return name.isascii() and name.isidentifier() and name == name.lower() and not name.startswith("_")
+
+
+def tag_tokens(text: str, names: Collection[str]) -> Iterator[Tag]:
+    """Every tag token of these names, from left to right; names are lower case and taken literally.
+
+    A token holds no second ``<``, so each ``>`` can only end the token of the last ``<`` before it.
+    """
+    seen = 0
+    while (end := text.find(">", seen)) >= 0:
+        start = text.rfind("<", seen, end)
+        seen = end + 1
+        if start < 0:
+            continue
+        name = text[start + 1 : end].strip(" ")
+        closing = name.startswith("/")
+        if closing:
+            name = name[1:].lstrip(" ")
+        if name in names:
+            yield Tag(name, closing, start, end + 1)
+
+
+def blocks(text: str, tag: str) -> Blocks:
+    """Contents of all blocks: each from an opening tag to the *next* closing one; tags in between are plain text.
+
+    An opening tag without a closing one ends the scan: ``<a>1</a> <a>2`` has the one block ``1`` and is ``unclosed``.
+    """
+    contents: list[str] = []
+    opened: Tag | None = None
+    for token in tag_tokens(text, (tag,)):
+        if not token.closing:
+            opened = opened or token
+        elif opened is not None:
+            contents.append(text[opened.stop : token.start])
+            opened = None
+    return Blocks(tuple(contents), opened is not None)
+
+
+def last_block(text: str, tag: str) -> str | None:
+    """Content of the last closed block, or None."""
+    contents = blocks(text, tag).contents
+    return contents[-1] if contents else None
+
+
+def strict(text: str, names: Sequence[str]) -> bool:
+    """Whether the text is exactly one block of every name, in order, apart from white space around the blocks.
+
+    Every tag token occurs once, the last block is not blank, and the text has at most ``MAX_CHARS`` characters.
+    End-of-turn strings at the end are ignored.
+    """
+    if len(text) > MAX_CHARS:
+        return False
+    text = text[: _end(text)]
+    tokens = list(tag_tokens(text, names))
+    wanted = [(name, closing) for name in names for closing in (False, True)]
+    if not wanted or [(token.name, token.closing) for token in tokens] != wanted:
+        return False
+    starts = [token.start for token in tokens[::2]] + [len(text)]
+    stops = [0] + [token.stop for token in tokens[1::2]]
+    outside = (text[stop:start] for stop, start in zip(stops, starts, strict=True))
+    return not any(gap.strip() for gap in outside) and text[tokens[-2].stop : tokens[-1].start].strip() != ""
+
+
+def answer_scope(text: str) -> str:
+    """The text after the last ``</think>``, or all of it."""
+    stop = 0
+    for token in tag_tokens(text, ("think",)):
+        if token.closing:
+            stop = token.stop
+    return text[stop:]
+
+
+def _end(text: str) -> int:
+    """Where the text ends without white space and end-of-turn strings; by index, as cutting would be quadratic."""
+    end = len(text)
+    while end:
+        if text[end - 1].isspace():
+            end -= 1
+            continue
+        suffix = next((s for s in END_OF_TURN if text.endswith(s, 0, end)), None)
+        if suffix is None:
+            break
+        end -= len(suffix)
+    return end
+
+
+# Full-width forms become their ASCII twins, and dashes of all kinds the minus that models mean by them.
+_ASCII_TWINS = {0xFEE0 + code: code for code in range(0x21, 0x7F)}
+_ASCII_TWINS |= dict.fromkeys([*range(0x2010, 0x2016), 0x2212], ord("-"))
+
+# Signs that never are punctuation of a sentence (+ < = > ^) are not among these.
+_PUNCTUATION = re.compile(
+    r"[!-*,-/:;?@\[-\]_`{-~"  # ASCII
+    r"\u00a1\u00ab\u00b7\u00bb\u00bf\u2016-\u2027"  # inverted marks, quotes, dots
+    r"\u3001-\u3003\u3008-\u3011\u3014-\u301f\u30fb\uff5f-\uff65]+"  # CJK
+)
+_NUMBER_AHEAD = re.compile(r"\s*[0-9]")
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+
+
+def normalise(text: str) -> str:
+    """Text without what does not matter in a short answer: case, punctuation, English articles, spacing.
+
+    ``"The red  Square."`` becomes ``"red square"``. Punctuation that belongs to a number stays (-4 is not 4, 1/2 is not
+    12), and so does an ``a`` that may be an option letter or a variable: it is an article only before a longer word.
+    Chinese, Japanese and Korean text loses its spaces.
+    """
+    words = _PUNCTUATION.sub(_kept_of_punctuation, text.translate(_ASCII_TWINS).lower()).split()
+    kept = [word for word, following in pairwise([*words, ""]) if not _is_article(word, following)]
+    joined = " ".join(kept)
+    return "".join(kept) if _CJK.search(joined) else joined
+
+
+def _kept_of_punctuation(run: re.Match[str]) -> str:
+    """All of it inside ``1/2`` or ``x-4``, the sign and the decimal point of ``$-.5`` and ``-x``, nothing elsewhere."""
+    text, (start, stop) = run.string, run.span()
+    before, after = text[start - 1 : start], text[stop : stop + 1]
+    if before.isalnum() and after.isalnum() and (before.isdigit() or after.isdigit()):
+        return run[0]
+    negates = _NUMBER_AHEAD.match(text, stop) or (after.isalnum() and not before.isalnum())
+    sign = "-" if "-" in run[0] and negates else ""
+    point = "." if run[0].endswith(".") and after.isdigit() else ""
+    return sign + point
+
+
+def _is_article(word: str, following: str) -> bool:
+    return len(following) > 1 if word == "a" else word in ("an", "the") and following != ""
+
+
+def exact(predicted: str, truth: str) -> bool:
+    """Whether two short answers are the same: as numbers if both are, else as normalised text.
+
+    Answers of nothing but punctuation are compared as they are.
+    """
+    a, b = number(predicted), number(truth)
+    if a is not None and b is not None:
+        return a == b
+    a_text, b_text = normalise(predicted), normalise(truth)
+    return a_text == b_text if a_text or b_text else predicted.strip() == truth.strip()
+
+
+_NUMBER = re.compile(r"([-+]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(\.[0-9]+|/[0-9]+)?%?")
+
+
+def number(text: str) -> Fraction | None:
+    """The text as an exact number, or None if it is anything else.
+
+    An optional sign; digits, with or without commas in groups of three; optionally a decimal part or ``/`` and a
+    denominator; optionally ``%``, which is a unit here: 50% is 50. At most 40 digits.
+    """
+    text = text.strip()
+    if len(text) > 2 * MAX_DIGITS:  # digits, their commas and the signs: anything longer has too many digits
+        return None
+    match = _NUMBER.fullmatch(text.translate(_ASCII_TWINS))
+    if match is None or sum(char.isdigit() for char in match[0]) > MAX_DIGITS:
+        return None
+    sign, whole, rest = match[1], match[2].replace(",", ""), match[3] or ""
+    if rest.startswith("/") and int(rest[1:]) == 0:
+        return None
+    return Fraction(sign + whole + rest)

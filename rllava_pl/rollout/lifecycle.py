@@ -1,0 +1,63 @@
+"""Callbacks that give a module its engine for the time of a run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Protocol, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rllava_pl.rollout.managed import ManagedEngine
+from rllava_pl.strategies.updates import full_weights
+from rllava_pl.types import RolloutEngine
+
+if TYPE_CHECKING:
+    from rllava_pl.models.policy import Policy
+
+
+class Samples(Protocol):
+    """What a callback needs of a module: a policy, how often it was updated, and a place for the engine."""
+
+    policy: Policy
+    weight_version: int
+    engine: ManagedEngine | None
+
+
+class RolloutCallback(Callback, ABC):
+    """Owns an engine: builds it, keeps it in step with the policy, closes it. Subclasses say how to build it."""
+
+    @abstractmethod
+    def build(self, module: Samples) -> RolloutEngine:
+        """The engine for this module's policy."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hand the engine to the module; the process group exists, the policy may not be loaded yet."""
+        module = cast(Samples, pl_module)
+        module.engine = ManagedEngine(
+            build=lambda: self.build(module),
+            weights=lambda: full_weights(trainer.strategy, module.policy.model),
+            version=lambda: module.weight_version,
+        )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the engine."""
+        module = cast(Samples, pl_module)
+        if module.engine is not None:
+            module.engine.close()
+
+
+class TransformersRollout(RolloutCallback):
+    """Rollouts from the trained weights themselves, with nothing to install or synchronise; the default.
+
+    Args:
+        batch_prompts: Prompts sampled at a time; bounds the memory of the cache.
+    """
+
+    def __init__(self, batch_prompts: int = 64) -> None:
+        self.batch_prompts = batch_prompts
+
+    def build(self, module: Samples) -> RolloutEngine:
+        """The embedded engine on the module's policy."""
+        from rllava_pl.rollout.transformers import TransformersEngine
+
+        return TransformersEngine(module.policy, batch_prompts=self.batch_prompts)

@@ -1,0 +1,109 @@
+"""An engine that is always in step with the policy: awake while it samples, synchronised before, checked after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from rllava_pl.types import Request, Rollout, RolloutEngine, Sampling
+
+
+class ManagedEngine:
+    """Wraps an engine for the module: wake, sync if the policy is newer, generate, check, sleep.
+
+    The first sync happens here, at the first request, and not in an early hook: sharded strategies restore a checkpoint
+    late, and whatever was pushed before would be the wrong weights.
+
+    Args:
+        build: Makes the engine; called at the first use.
+        weights: Streams the policy's full weights.
+        version: Number of updates in the policy's weights now.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], RolloutEngine],
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        version: Callable[[], int],
+    ) -> None:
+        self._build = build
+        self._weights = weights
+        self._version = version
+        self._engine: RolloutEngine | None = None
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """The wrapped engine, built at the first access."""
+        if self._engine is None:
+            self._engine = self._build()
+        return self._engine
+
+    @property
+    def exact(self) -> bool:
+        """Whether the engine's log-probs are the trainer's own to rounding."""
+        return self.engine.exact
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """Rollouts of the policy's present weights; see ``RolloutEngine.generate``."""
+        with self._awake():
+            if self.engine.version != self._version():
+                self.engine.sync(self._weights(), self._version())
+            rollouts = self.engine.generate(requests, sampling)
+        check_rollouts(requests, rollouts, self._version())
+        return rollouts
+
+    def close(self) -> None:
+        """Free the engine; idempotent."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        self.engine.wake()
+        try:
+            yield
+        finally:
+            self.engine.sleep()
+
+
+def check_rollouts(requests: Sequence[Request], rollouts: Sequence[Rollout], version: int) -> None:
+    """What an engine returned is what was asked of it.
+
+    Raises:
+        RuntimeError: Naming the prompt: wrong number or order of rollouts, other prompt tokens than the trainer's, stale
+            weights, lengths that differ, log-probs that are positive or not finite.
+    """
+    expected = [request for request in requests for _ in request.seeds]
+    if len(rollouts) != len(expected):
+        raise RuntimeError(f"the engine was asked for {len(expected)} samples and returned {len(rollouts)}")
+    for request, rollout in zip(expected, rollouts, strict=True):
+        if fault := _fault(request, rollout, version):
+            raise RuntimeError(f"rollout of prompt {request.prompt.uid!r}: {fault}")
+    if rollouts and not _sound(torch.cat([rollout.engine_logprobs for rollout in rollouts])):  # one look at all of them
+        uid = next(rollout.prompt.uid for rollout in rollouts if not _sound(rollout.engine_logprobs))
+        raise RuntimeError(f"rollout of prompt {uid!r}: a log-prob is positive or not finite")
+
+
+def _fault(request: Request, rollout: Rollout, version: int) -> str:
+    if rollout.prompt.uid != request.prompt.uid or rollout.group != request.group:
+        return f"the engine answered for prompt {rollout.prompt.uid!r} in its place: samples are out of order"
+    ids = request.inputs.input_ids_S
+    if rollout.prompt_ids is not ids and not torch.equal(rollout.prompt_ids, ids):
+        return (
+            f"the engine read {len(rollout.prompt_ids)} prompt tokens, the trainer {len(ids)}, and they must be equal; look "
+            "for image placeholders that were expanded twice or another chat template"
+        )
+    if rollout.weight_version != version:
+        return f"sampled with weights of update {rollout.weight_version}, the policy is at update {version}"
+    lengths = {len(rollout.response_ids), len(rollout.engine_logprobs), len(rollout.response_mask)}
+    if len(lengths) != 1:
+        return f"ids, log-probs and mask have different lengths: {sorted(lengths)}"
+    return ""
+
+
+def _sound(logp: Tensor) -> bool:
+    return bool(((logp <= 1e-6) & torch.isfinite(logp)).all())

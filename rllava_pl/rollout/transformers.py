@@ -1,0 +1,212 @@
+"""The embedded engine: samples with the trainer's own weights, on any device, with nothing to synchronise.
+
+Each prompt is read once and its cache expanded to the group; then one token at a time is drawn for all rows. The log-probs
+are those of exactly the distribution that is trained (temperature, banned tokens), so in fp32 they serve as the old
+log-probs and no second pass is needed.
+
+Randomness is a function of counters: row n draws its t-th token with the uniform number u(seed_n, t) by inverting the
+cumulative distribution, so a sample depends on its seed alone and not on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from rllava_pl.functional.seeds import uniforms
+from rllava_pl.models.policy import Policy, next_positions
+from rllava_pl.types import Request, Rollout, Sampling, Turn
+
+
+class TransformersEngine:
+    """Rollouts from the policy itself.
+
+    Args:
+        policy: The one that is trained; its weights are read at every call.
+        batch_prompts: Prompts sampled at a time; bounds the memory of the cache.
+    """
+
+    def __init__(self, policy: Policy, *, batch_prompts: int = 64) -> None:
+        if batch_prompts < 1:
+            raise ValueError(f"batch_prompts is {batch_prompts}; at least one prompt must be sampled at a time")
+        self.policy = policy
+        self.batch_prompts = batch_prompts
+        self.version = -1
+
+    @property
+    def exact(self) -> bool:
+        """True in fp32: sampling and training then agree to rounding."""
+        return self.policy.dtype == torch.float32
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """Complete every request once a seed; see ``RolloutEngine``."""
+        rollouts: list[Rollout] = []
+        with _evaluating(self.policy), torch.no_grad():
+            for start in range(0, len(requests), self.batch_prompts):
+                rollouts += self._complete(requests[start : start + self.batch_prompts], sampling)
+        return rollouts
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Nothing to copy: the engine reads the trained weights themselves."""
+        self.version = version
+
+    def sleep(self) -> None:
+        """Holds no memory between calls."""
+
+    def wake(self) -> None:
+        """Always ready."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        row_of_N = [p for p, request in enumerate(requests) for _ in request.seeds]
+        seeds_N = torch.tensor([seed for request in requests for seed in request.seeds], device=self.policy.device)
+        sampler = _Sampler(self.policy, sampling, seeds_N)
+        if _expandable(self.policy):
+            self._decode(requests, torch.tensor(row_of_N, device=self.policy.device), sampler)
+        else:
+            self._generate(requests, row_of_N, sampler)
+        return [
+            self._rollout(requests[p], ids, logp, length, stopped)
+            for p, ids, logp, length, stopped in zip(row_of_N, *sampler.result(), strict=True)
+        ]
+
+    def _rollout(self, request: Request, ids: Tensor, logp: Tensor, length: int, stopped: bool) -> Rollout:
+        return Rollout(
+            prompt=request.prompt,
+            group=request.group,
+            prompt_ids=request.inputs.input_ids_S,
+            inputs=request.inputs,
+            response_ids=ids[:length],
+            engine_logprobs=logp[:length],
+            response_mask=torch.ones(length, dtype=torch.bool),
+            finish_reason="stop" if stopped else "length",
+            weight_version=self.version,
+            text=self.policy.decode(ids[:length]),
+            turns=(Turn(0, length),),
+        )
+
+    def _decode(self, requests: Sequence[Request], row_of_N: Tensor, sampler: _Sampler) -> None:
+        """Prefill every prompt once, expand the cache to its samples, then draw token after token."""
+        model, inputs = self.policy.model, self.policy.collate([request.inputs for request in requests])
+        padded = not bool(inputs["attention_mask"].all())
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        cache.batch_select_indices(row_of_N)
+        attention = inputs["attention_mask"][row_of_N]
+        position = next_positions(inputs["position_ids"])[row_of_N][:, None]
+        axes = inputs["position_ids"].ndim == 3
+        tokens = sampler.draw(out.logits[row_of_N, -1])
+        while not sampler.finished:
+            if (kept := sampler.drop_finished()) is not None:
+                cache.batch_select_indices(kept)
+                attention, position, tokens = attention[kept], position[kept], tokens[kept]
+            attention = torch.nn.functional.pad(attention, (0, 1), value=1)
+            out = model(
+                input_ids=tokens[:, None],
+                attention_mask=attention if padded else None,
+                position_ids=position.expand(3, -1, -1) if axes else position,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            tokens = sampler.draw(out.logits[:, -1])
+            position = position + 1
+
+    def _generate(self, requests: Sequence[Request], row_of_N: Sequence[int], sampler: _Sampler) -> None:
+        """Fallback through the model's own ``generate``, for caches that cannot be expanded: the prompt once a sample."""
+        from transformers import LogitsProcessorList
+
+        inputs = self.policy.collate([requests[p].inputs for p in row_of_N])
+        del inputs["position_ids"]  # generate derives them itself
+        self.policy.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=sampler.sampling.max_tokens,
+            logits_processor=LogitsProcessorList([sampler.force]),
+            eos_token_id=self.policy.stop_ids,
+            pad_token_id=self.policy.pad_id,
+        )
+
+
+class _Sampler:
+    """Draws tokens row by row and remembers ids, log-probs and which rows have ended."""
+
+    def __init__(self, policy: Policy, sampling: Sampling, seeds_N: Tensor) -> None:
+        self.sampling = sampling
+        self.seeds_N = seeds_N
+        self.banned = torch.tensor(policy.banned_ids, dtype=torch.int64, device=policy.device)
+        self.stops = torch.tensor(policy.stop_ids, device=policy.device)
+        self.pad_id = policy.pad_id
+        rows = len(seeds_N)
+        self.ids_NT = torch.zeros(rows, sampling.max_tokens, dtype=torch.int64, device=policy.device)
+        self.logp_NT = torch.zeros(rows, sampling.max_tokens, device=policy.device)
+        self.length_N = torch.zeros(rows, dtype=torch.int64, device=policy.device)
+        self.stopped_N = torch.zeros(rows, dtype=torch.bool, device=policy.device)
+        self.alive = torch.arange(rows, device=policy.device)
+        """Rows that are still in the batch, some of which may have ended."""
+        self.step = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.sampling.max_tokens or bool(self.stopped_N.all())
+
+    def draw(self, logits_NV: Tensor) -> Tensor:
+        """One token for every row of the batch; rows that have ended get the pad id."""
+        temperature = self.sampling.temperature or 1.0
+        scores = (logits_NV.float() / temperature).index_fill(1, self.banned, float("-inf"))
+        logp_NV = scores.log_softmax(-1)
+        token = logp_NV.argmax(-1) if self.sampling.temperature == 0 else self._invert(logp_NV)
+        ended = self.stopped_N[self.alive]
+        token = token.masked_fill(ended, self.pad_id)
+        self._record(token, logp_NV.gather(1, token[:, None])[:, 0].masked_fill(ended, 0.0), ended)
+        return token
+
+    def _invert(self, logp_NV: Tensor) -> Tensor:
+        """The first token whose cumulative probability exceeds u; double precision, so that no token is out of reach."""
+        cumulative = logp_NV.double().exp().cumsum(-1)
+        u = uniforms(self.seeds_N[self.alive], self.step)[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, u, right=True).clamp(max=logp_NV.shape[1] - 1)[:, 0]
+
+    def _record(self, token: Tensor, logp: Tensor, ended: Tensor) -> None:
+        self.ids_NT[self.alive, self.step] = token
+        self.logp_NT[self.alive, self.step] = logp
+        self.length_N[self.alive] += (~ended).long()
+        self.stopped_N[self.alive] = ended | torch.isin(token, self.stops)
+        self.step += 1
+
+    def drop_finished(self) -> Tensor | None:
+        """Positions of the rows to go on with once most have ended; None while shrinking the batch does not pay."""
+        going = (~self.stopped_N[self.alive]).nonzero()[:, 0]
+        if len(going) * 2 > len(self.alive):
+            return None
+        self.alive = self.alive[going]
+        return going
+
+    def force(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """As a logits processor: makes a greedy ``generate`` emit the token drawn here."""
+        token = self.draw(scores)
+        return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
+
+    def result(self) -> tuple[Tensor, Tensor, list[int], list[bool]]:
+        """Ids and log-probs on the host, lengths, and whether each row met an end token."""
+        return self.ids_NT.cpu(), self.logp_NT.cpu(), self.length_N.tolist(), self.stopped_N.tolist()
+
+
+def _expandable(policy: Policy) -> bool:
+    """True where the cache holds plain keys and values and positions are known: the prompt can be read once a group."""
+    return policy.family.causal
+
+
+@contextmanager
+def _evaluating(policy: Policy) -> Iterator[None]:
+    """Evaluation mode for the time of a rollout: gradient checkpointing would switch the cache off."""
+    was_training = policy.training
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(was_training)

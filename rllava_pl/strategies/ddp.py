@@ -1,0 +1,41 @@
+"""Data parallelism for RL."""
+
+from __future__ import annotations
+
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+
+class RLStrategyMixin:
+    """Calls the steps on the module itself instead of inside the wrapper's forward.
+
+    Stock strategies run ``training_step`` as the one forward of DDP, FSDP or DeepSpeed. Here a step holds a whole pass of
+    the RL loop with many forwards of its own, each of which must go through the wrapper (``trainer.strategy.model``).
+    """
+
+    def training_step(self, *args: object, **kwargs: object) -> STEP_OUTPUT:
+        """One pass of the loop."""
+        with self.precision_plugin.train_step_context():  # type: ignore[attr-defined]
+            return self.lightning_module.training_step(*args, **kwargs)  # type: ignore[attr-defined, no-any-return]
+
+    def validation_step(self, *args: object, **kwargs: object) -> STEP_OUTPUT:
+        """Rollouts for evaluation."""
+        with self.precision_plugin.val_step_context():  # type: ignore[attr-defined]
+            return self.lightning_module.validation_step(*args, **kwargs)  # type: ignore[attr-defined, no-any-return]
+
+    def test_step(self, *args: object, **kwargs: object) -> STEP_OUTPUT:
+        """Rollouts for the test."""
+        with self.precision_plugin.test_step_context():  # type: ignore[attr-defined]
+            return self.lightning_module.test_step(*args, **kwargs)  # type: ignore[attr-defined, no-any-return]
+
+    def predict_step(self, *args: object, **kwargs: object) -> STEP_OUTPUT:
+        """Rollouts as output."""
+        with self.precision_plugin.predict_step_context():  # type: ignore[attr-defined]
+            return self.lightning_module.predict_step(*args, **kwargs)  # type: ignore[attr-defined, no-any-return]
+
+
+class RLDDPStrategy(RLStrategyMixin, DDPStrategy):
+    """A full copy of the policy on every rank; ``--trainer.strategy rl_ddp``. Takes the arguments of ``DDPStrategy``."""
+
+
+StrategyRegistry.register("rl_ddp", RLDDPStrategy, description="DDP for RL: many forwards a step, gradients exchanged once")

@@ -1,0 +1,61 @@
+"""What an update needs of a strategy, in four functions that each strategy answers in its own way.
+
+Modules call these and stay blind to how weights are replicated or sharded. They dispatch on the strategy's class:
+``@clip_gradients.register`` adds a strategy without touching a module. The defaults are right for a single device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import singledispatch
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+from torch import Tensor
+
+from rllava_pl.models.trainable import hf_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@singledispatch
+def check(strategy: Strategy) -> None:
+    """Refuse a strategy whose gradients would be wrong.
+
+    Raises:
+        ValueError: Saying why, and which strategy to use instead.
+    """
+
+
+@singledispatch
+def micro_batch(strategy: Strategy, *, last: bool) -> AbstractContextManager[None]:
+    """Context around forward and backward of one micro-batch; gradients are exchanged in the last one only."""
+    return nullcontext()
+
+
+@singledispatch
+def clip_gradients(strategy: Strategy, parameters: list[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradients so that their global L2 norm is at most ``max_norm``; returns the norm before, 0-dim."""
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+@singledispatch
+def full_weights(strategy: Strategy, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Stream the whole model as ``(name in its checkpoint, full tensor)``; all ranks must iterate together."""
+    return hf_weights(model)
+
+
+@micro_batch.register
+def _(strategy: DDPStrategy, *, last: bool) -> AbstractContextManager[None]:
+    return nullcontext() if last or strategy.model is None else strategy.model.no_sync()  # type: ignore[operator]
+
+
+@check.register
+def _(strategy: FSDPStrategy) -> None:
+    raise ValueError(
+        "FSDPStrategy runs training_step inside the wrapper's forward, where a second forward is an error, and cannot clip "
+        "by norm; use one of `auto`, `ddp`, `rl_ddp`"
+    )

@@ -1,0 +1,35 @@
+"""One environment for every test: one thread, no network, no GPU unless asked for, and skips that say why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+# Before torch and transformers are imported, in this process and in every process a test starts.
+os.environ.update(
+    OMP_NUM_THREADS="1",  # equal arithmetic on every machine, and no fight over cores between processes
+    MKL_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",  # a fork after its threads started would deadlock
+    HF_HUB_OFFLINE="1",  # a test that needs the network fails at once, with the name of what it asked for
+    TRANSFORMERS_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+)
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is about the CPU; GPU tests: CUDA_VISIBLE_DEVICES=0 pytest -m gpu
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+torch.set_num_interop_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    missing = {
+        "gpu": None if torch.cuda.is_available() else "no CUDA device is visible; set CUDA_VISIBLE_DEVICES=0 to show one",
+        "vllm": None if importlib.util.find_spec("vllm") else 'vLLM is not installed; pip install "rllava-pl[vllm]"',
+    }
+    for item in items:
+        for marker, reason in missing.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+
+from rllava_pl.rewards import RepetitionPenalty, judge
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ((7, 8, 7, 8, 7), -0.5),  # 78 87 78 87: 2 of 4 are repeats
+        ((7, 7, 7, 7, 7), -0.75),  # 77 four times: 3 of 4
+        ((1, 2, 3, 4), 0.0),
+        ((1, 2), 0.0),  # a single n-gram
+        ((1,), 0.0),  # shorter than one
+        ((), 0.0),
+    ],
+)
+def test_share_of_repeated_pairs(rollout, ids, expected):
+    assert RepetitionPenalty(ngram_tokens=2).score(rollout(ids=ids)).value == expected
+
+
+def test_tokens_the_policy_did_not_sample_cost_nothing(rollout):
+    # pairs 78, 89 (sampled) | 99 99 99 touch the observation | 12 (sampled)
+    ids, sampled = (7, 8, 9, 9, 9, 9, 1, 2), (True, True, True, False, False, False, True, True)
+    assert RepetitionPenalty(ngram_tokens=2).score(rollout(ids=ids, sampled=sampled)).value == 0.0
+    assert RepetitionPenalty(ngram_tokens=2).score(rollout(ids=ids)).value == pytest.approx(5 / 7 - 1)
+
+
+def test_no_window_joins_two_turns(rollout):
+    # were the observation (5) cut out, the pair 78 would occur twice
+    penalty = RepetitionPenalty(ngram_tokens=2).score(
+        rollout(ids=(7, 8, 7, 5, 8), sampled=(True, True, True, False, True))
+    )
+    assert penalty.value == 0.0
+
+
+def test_it_is_logged_under_its_name(rollout):
+    judgement = judge([RepetitionPenalty(ngram_tokens=2, weight=0.5)], [rollout(ids=(7, 8, 7, 8, 7))])
+    assert judgement.rewards == [-0.25]
+    assert judgement.components == {"repetition_penalty": [-0.5]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ngram_tokens": 0}, "ngram_tokens is 0; an n-gram has at least 1 token"),
+        ({"weight": -1.0}, "weight is -1.0; a negative one would reward repetition"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        RepetitionPenalty(**options)
