@@ -14,7 +14,8 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
 )
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is about the CPU; GPU tests: CUDA_VISIBLE_DEVICES=0 pytest -m gpu
+# The suite is about the CPU; for the GPU tests: CUDA_VISIBLE_DEVICES=0 pytest -m gpu
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
@@ -25,11 +26,12 @@ torch.set_num_interop_threads(1)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot run."""
-    missing = {
-        "gpu": None if torch.cuda.is_available() else "no CUDA device is visible; set CUDA_VISIBLE_DEVICES=0 to show one",
-        "vllm": None if importlib.util.find_spec("vllm") else 'vLLM is not installed; pip install "rllava-pl[vllm]"',
-    }
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "no CUDA device is visible; set CUDA_VISIBLE_DEVICES=0 to show one"
+    if importlib.util.find_spec("vllm") is None:
+        missing["vllm"] = 'vLLM is not installed; pip install "rllava-pl[vllm]"'
     for item in items:
         for marker, reason in missing.items():
-            if reason and item.get_closest_marker(marker):
+            if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))

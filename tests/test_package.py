@@ -22,14 +22,30 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Optional, or heavy: an import of these belongs inside the function that needs it.
 LAZY = frozenset(
-    "bitsandbytes datasets deepspeed httpx liger_kernel math_verify peft ray sklearn tenacity torchvision transformers trl vllm".split()
+    {
+        "bitsandbytes",
+        "datasets",
+        "deepspeed",
+        "httpx",
+        "liger_kernel",
+        "math_verify",
+        "peft",
+        "ray",
+        "sklearn",
+        "tenacity",
+        "torchvision",
+        "transformers",
+        "trl",
+        "vllm",
+    }
 )
 UNSAFE_CALLS = frozenset({"eval", "exec", "compile", "__import__"})  # as bare names: `module.eval()` is another thing
-UNSAFE_METHODS = frozenset({("os", "system"), ("os", "popen"), ("torch", "classes")})
+UNSAFE_METHODS = frozenset({("os", "system"), ("os", "popen")})
 UNSAFE_MODULES = frozenset({"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"})
 UNSAFE_OPTIONS = frozenset(
     {("trust_remote_code", True), ("weights_only", False), ("allow_pickle", True), ("shell", True)}
 )
+LINT_IMPORTS = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())"
 
 
 def run(*command: str, cwd: Path = REPOSITORY, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -97,9 +113,7 @@ def undocumented(source: str) -> list[str]:
 
 def is_overload_or_override(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
     """Whether the documentation stands at another definition; setters share that of their property."""
-    return any(
-        ast.unparse(d).rpartition(".")[2] in {"overload", "override", "setter"} for d in node.decorator_list
-    )
+    return any(ast.unparse(d).rpartition(".")[2] in {"overload", "override", "setter"} for d in node.decorator_list)
 
 
 def violations(check) -> dict[str, list[str]]:
@@ -109,12 +123,10 @@ def violations(check) -> dict[str, list[str]]:
 
 
 def test_importing_the_package_loads_nothing_but_itself():
-    code = (
-        "import sys; before = set(sys.modules); import rllava_pl\n"
-        "print(*sorted(name for name in set(sys.modules) - before if name.partition('.')[0] not in sys.stdlib_module_names))"
-    )
+    code = "import sys; before = set(sys.modules); import rllava_pl; print(*sorted(set(sys.modules) - before))"
     process = run(sys.executable, "-c", code)
-    assert process.stdout.split() == ["rllava_pl"], process.stderr
+    foreign = [name for name in process.stdout.split() if name.partition(".")[0] not in sys.stdlib_module_names]
+    assert foreign == ["rllava_pl"], process.stderr
 
 
 def test_version_is_that_of_the_changelog_and_the_citation():
@@ -153,7 +165,7 @@ def test_the_search_for_unsafe_code_finds(source, finding):
 
 @pytest.mark.parametrize(
     "source",
-    ["module.eval()", "torch.compile(module)", "re.compile(pattern)", "torch.load(path, weights_only=True)", "evaluate()"],
+    ["module.eval()", "torch.compile(module)", "re.compile(x)", "torch.load(path, weights_only=True)", "evaluate()"],
 )
 def test_the_search_for_unsafe_code_leaves_alone(source):
     assert unsafe(source) == []
@@ -183,9 +195,6 @@ def test_the_search_for_missing_docstrings_finds():
 def test_no_room_imports_from_above():
     process = run(sys.executable, "-c", LINT_IMPORTS)
     assert process.returncode == 0, process.stdout + process.stderr
-
-
-LINT_IMPORTS = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())"
 
 
 @pytest.mark.parametrize(
@@ -230,13 +239,16 @@ def test_wheel_contains_nothing_else(wheel):
     assert not [name for name in wheel.namelist() if "__pycache__" in name]
 
 
+def requirements() -> list[str]:
+    """What the core and all extras ask for, as written in pyproject.toml."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
+    return [line for part in (project["dependencies"], *project["optional-dependencies"].values()) for line in part]
+
+
 def test_every_dependency_has_a_lower_and_an_upper_bound():
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
-    requirements = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
-    assert [r for r in requirements if not ("==" in r or (">=" in r and "<" in r.partition(">=")[2]))] == []
+    loose = [r for r in requirements() if not ("==" in r or (">=" in r and "<" in r.partition(">=")[2]))]
+    assert loose == []
 
 
-def test_torchvision_is_not_installed_by_any_extra():
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
-    requirements = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
-    assert [r for r in requirements if "torchvision" in r] == []
+def test_no_extra_asks_for_torchvision():
+    assert [r for r in requirements() if r.startswith("torchvision")] == []

@@ -1,5 +1,20 @@
 """What happens around the loop: engines, checkpoints, exports, tables and summaries."""
 
+from rllava_pl.callbacks.checkpoint import RolloutCheckpoint
+from rllava_pl.callbacks.export import ExportHF
+from rllava_pl.callbacks.progress import RolloutProgressBar
+from rllava_pl.callbacks.summary import RunSummary
+from rllava_pl.callbacks.table import RolloutTable
+from rllava_pl.callbacks.writer import RolloutWriter
 from rllava_pl.rollout.lifecycle import RolloutCallback, TransformersRollout
 
-__all__ = ["RolloutCallback", "TransformersRollout"]
+__all__ = [
+    "ExportHF",
+    "RolloutCallback",
+    "RolloutCheckpoint",
+    "RolloutProgressBar",
+    "RolloutTable",
+    "RolloutWriter",
+    "RunSummary",
+    "TransformersRollout",
+]

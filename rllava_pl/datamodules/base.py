@@ -60,9 +60,7 @@ class BaseDataModule(LightningDataModule):
             drop_last=True,
             generator=quiet_generator(self.seed),
         )
-        if (trainer := self.trainer) is not None:
-            progress = trainer.fit_loop.epoch_loop.batch_progress
-            loader.finished = lambda: progress.current.processed  # type: ignore[attr-defined]  # typed as its parent
+        loader.fit_loop = self.trainer.fit_loop if self.trainer is not None else None
         return loader
 
     def val_dataloader(self) -> DataLoader[Prompt | None] | list[DataLoader[Prompt | None]]:

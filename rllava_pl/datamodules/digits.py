@@ -68,7 +68,7 @@ def load_digit_prompts() -> Sequence[Prompt]:
 
 
 def _digits_file() -> Path:
-    """The file inside scikit-learn, found without importing it, which would take seconds."""
+    """The file inside scikit-learn, found without importing the package."""
     spec = find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(

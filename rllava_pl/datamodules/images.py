@@ -22,6 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rllava_pl.datamodules.rejections import RowError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+SIGNATURE = re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP", re.DOTALL)
 MIB = 1024 * 1024
 URL = re.compile(r"(?:[a-z][a-z0-9+.-]+://|data:)", re.IGNORECASE)
 SHORTEST_SIDE_PIXELS, LARGEST_ASPECT = 2, 200
@@ -74,7 +75,7 @@ class ImageReader:
             return
         with _open_header(self._find(ref, field), field) as image:
             self._check_header(image, field)
-            if getattr(image, "is_animated", False):
+            if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo with its own preview
                 raise RowError("E08", field, "is an animation; give single frames")
             yield image
 
@@ -132,11 +133,20 @@ def _open_header(source: io.BytesIO | Path, field: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(source, formats=FORMATS)
     except UnidentifiedImageError as error:
+        if SIGNATURE.match(_first_bytes(source)):
+            raise RowError("E10", field, "begins like an image, but its header is cut or broken") from error
         raise RowError("E08", field, f"is no {', '.join(FORMATS)} image") from error
     except Image.DecompressionBombError as error:
         raise RowError("E09", field, str(error)) from error
     except DECODE_ERRORS as error:
         raise RowError("E10", field, f"has a broken header: {error}") from error
+
+
+def _first_bytes(source: io.BytesIO | Path) -> bytes:
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()[:12]
+    with source.open("rb") as file:
+        return file.read(12)
 
 
 def _decode(image: Image.Image, field: str) -> None:

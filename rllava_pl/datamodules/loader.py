@@ -7,13 +7,18 @@ therefore the whole state, the same on every rank, and one rank's checkpoint res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from rllava_pl.functional.seeds import permutation, seed_from
 from rllava_pl.types import Prompt, PromptBatch
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loops.fit_loop import _FitLoop
+    from lightning.pytorch.loops.progress import _Progress
 
 PADDING = -1
 """Index of no prompt: it fills up short ranks in evaluation and is dropped again by ``PromptBatch``."""
@@ -88,8 +93,8 @@ class PromptLoader(DataLoader["Prompt | None"]):
     puts in for ``overfit_batches``, works, but starts its epoch anew after an interruption).
     """
 
-    finished: Callable[[], int] | None = None
-    """Batches of this epoch whose step has ended; None: all that were handed out."""
+    fit_loop: _FitLoop | None = None
+    """The trainer's loop, which knows the steps that have ended; without it every batch handed out counts as done."""
     _epoch = 0
     _handed_out = 0
     _resume: tuple[int, int] | None = None
@@ -101,7 +106,7 @@ class PromptLoader(DataLoader["Prompt | None"]):
         ``set_epoch`` at the start of a run, and worker processes would by then be fetching the wrong epoch.
         """
         self._epoch = getattr(self.sampler, "epoch", 0)
-        self._handed_out = self._take_resume_position()
+        self._handed_out = 0; self._take_resume_position()
         for batch in super().__iter__():
             self._handed_out += 1
             yield batch
@@ -132,8 +137,8 @@ class PromptLoader(DataLoader["Prompt | None"]):
             epoch, position = self._resume
         else:
             epoch, position = self._epoch, self._handed_out
-            if self.finished is not None:
-                position = min(position, self.finished())
+            if self.fit_loop is not None:
+                position = min(position, _processed(self.fit_loop.epoch_loop.batch_progress))
         return {"epoch": epoch, "position": position, **self._shape()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -151,8 +156,16 @@ class PromptLoader(DataLoader["Prompt | None"]):
                 "values, or start a new run from the checkpoint's weights."
             )
         self._resume = (state["epoch"], state["position"])
+        if self.fit_loop is not None and _processed(self.fit_loop.epoch_progress) > state["epoch"]:
+            # Taken between two epochs. Lightning 2.6 would go on counting in the old one and cut the new one short.
+            self.fit_loop.epoch_loop.batch_progress.reset_on_run()
         if isinstance(self.sampler, PromptSampler):
             self.sampler.set_epoch(state["epoch"])
+
+
+def _processed(progress: _Progress) -> int:
+    """Batches of the epoch, or epochs, that were run through to their end."""
+    return int(progress.current.state_dict()["processed"])
 
 
 def quiet_generator(seed: int) -> torch.Generator:

@@ -60,15 +60,17 @@ def family_of(model: PreTrainedModel) -> Family:
 def banned_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that must never be sampled: a placeholder without an image makes the sequence impossible to score again.
 
-    They are the family's visual tokens and every image, video or vision token id that the model's config names, as far as
-    the vocabulary has them. Sorted, without repeats.
+    They are the family's visual tokens, every image, video or vision token id that the model's config names, and every
+    added token of the tokenizer that speaks of pictures, as far as the vocabulary has them. Sorted, without repeats.
     """
-    named = tokenizer.convert_tokens_to_ids(list(family_of(model).visual_tokens))
-    tiles = tokenizer.convert_tokens_to_ids([token for token in tokenizer.all_special_tokens if token.startswith("<row_")])
-    unknown = {None, tokenizer.unk_token_id}
+    spoken = [token for token in tokenizer.get_added_vocab() if any(word in token for word in _PICTURE_WORDS)]
+    named = tokenizer.convert_tokens_to_ids([*family_of(model).visual_tokens, *spoken])
     vocabulary = model.config.get_text_config().vocab_size
-    ids = {*named, *tiles, *_visual_ids(model)} - unknown
+    ids = {*named, *_visual_ids(model)} - {None, tokenizer.unk_token_id}
     return sorted(i for i in ids if 0 <= i < vocabulary)
+
+
+_PICTURE_WORDS = ("image", "img", "video", "vision", "<row_")
 
 
 def _visual_ids(model: PreTrainedModel) -> Iterator[int]:

@@ -135,7 +135,7 @@ class Policy(nn.Module):
         """The same states with each prompt computed once: P rows of [prompt | response 1 | ... | response G]."""
         group, inputs = batch.group_size, self.collate(batch.inputs)
         steps, prompt_tokens = batch.response_ids_NT.shape[1] - 1, inputs["input_ids"].shape[1]
-        ids = batch.response_ids_NT[:, :-1].to(self.device).reshape(-1, group * steps)
+        ids = batch.response_ids_NT[:, :-1].to(self.device).reshape(len(batch.inputs), group * steps)
         offsets = torch.arange(steps, device=self.device).repeat(group)  # every response restarts behind the prompt
         packed = self._append(inputs, ids, offsets)
         packed["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # 4-D: passed on, unread

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ def load_processor(path: str | Path, *, revision: str | None = None) -> Processo
 
     Some processors (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, ...) carry a video processor, which transformers builds only with
     torchvision. Where that is missing, or where the directory was saved without a video processor, the processor is
-    loaded for images alone and one line in the log says that video is off. Code from the model's repository is never run.
+    loaded for images alone and one line in the log says that video is off. Code of the model's repository never runs.
 
     Args:
         path: Directory or hub name of the model.
@@ -32,19 +31,19 @@ def load_processor(path: str | Path, *, revision: str | None = None) -> Processo
 
     base = _processor_class(path, revision)
     if base is not None and "video_processor" in base.get_attributes():
-        if not is_torchvision_available():
-            logger.info("%s: video input is off, torchvision is not installed; images work", path)
-            return image_only(base).from_pretrained(path, revision=revision)
-        if _saved_without_video(path, revision):
-            logger.info("%s: video input is off, it was saved without a video processor; images work", path)
+        missing = "" if is_torchvision_available() else "torchvision is not installed"
+        if not missing and _saved_without_video(path, revision):
+            missing = "it was saved without a video processor"
+        if missing:
+            logger.info("%s: video input is off, %s; images work", path, missing)
             return image_only(base).from_pretrained(path, revision=revision)
     processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
     if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):
-        raise ValueError(f"{path} holds a {type(processor).__name__} but no tokenizer; save the model's processor beside it")
+        found = type(processor).__name__
+        raise ValueError(f"{path} holds a {found} but no tokenizer; save the model's processor or tokenizer there")
     return processor
 
 
-@functools.cache
 def image_only(base: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """``base`` without its video processor; everything about text and images is inherited.
 
@@ -57,7 +56,7 @@ def image_only(base: type[ProcessorMixin]) -> type[ProcessorMixin]:
         base: A processor class whose constructor takes ``video_processor`` after its other parts.
     """
 
-    class ImageOnlyProcessor(base):  # type: ignore[misc, valid-type]
+    class ImageOnlyProcessor(base):  # type: ignore[misc]
         @classmethod
         def get_attributes(cls) -> list[str]:
             """Names of the parts to load, check and save."""

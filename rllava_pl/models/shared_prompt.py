@@ -63,7 +63,7 @@ class Layout:
     def cut(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(P, heads, S + G·R, d) -> prompts (P, heads, S, d) and responses (N, heads, R, d)."""
         prompt, responses = x.split([self.prompt_tokens, self.group_size * self.response_tokens], dim=2)
-        return prompt, responses.unflatten(2, (self.group_size, -1)).transpose(1, 2).flatten(0, 1)
+        return prompt, responses.unflatten(2, (self.group_size, self.response_tokens)).transpose(1, 2).flatten(0, 1)
 
     def join(self, prompt: Tensor, responses: Tensor) -> Tensor:
         """Inverse of ``cut``."""

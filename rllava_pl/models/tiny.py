@@ -1,8 +1,8 @@
 """Small random vision-language models that learn by RL on one CPU core: for the quickstart, tests and benchmarks.
 
-``build`` writes an ordinary Hugging Face directory, so that everything downstream treats it like a downloaded model. The
-weights are random; a short supervised warm-up on noise pictures with *random* answers teaches the answer format and
-nothing else, hence all a policy ever knows about a picture comes from its rewards.
+``build`` writes an ordinary Hugging Face directory, so that everything downstream treats it like a downloaded model.
+The weights are random; a short supervised warm-up on noise pictures with *random* answers teaches the answer format
+and nothing else, hence all a policy ever knows about a picture comes from its rewards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
+import torch.nn.functional as F
 from torch import Tensor
 
 from rllava_pl.models.families import FAMILIES
@@ -67,6 +67,7 @@ class Recipe:
     warmup_steps: int
 
     def __post_init__(self) -> None:
+        """Refuse what no tiny model can be built from."""
         if self.family not in _BLUEPRINTS:
             raise ValueError(f"family {self.family!r} is unknown; tiny models exist for {', '.join(_BLUEPRINTS)}")
         if self.warmup_steps < 0:
@@ -106,8 +107,8 @@ def build(
 ) -> Path:
     """Write a tiny model of one family: config, weights, tokenizer, processor and chat template.
 
-    The model is a function of the arguments alone, and the caller's random state is left as it was. The directory appears
-    under its name only when it is complete; if another process was faster, its directory is kept.
+    The model is a function of the arguments alone, and the caller's random state is left as it was. The directory
+    appears under its name only when it is complete; if another process was faster, its directory is kept.
 
     Args:
         directory: Where to; a directory that this recipe has already filled is returned as it is.
@@ -144,7 +145,10 @@ def _is_filled(directory: Path, recipe: Recipe) -> bool:
     note = directory / RECIPE_FILE
     found = json.loads(note.read_text())["key"] if note.is_file() else None
     if found != recipe.key:
-        raise FileExistsError(f"{directory} exists and holds {f'recipe {found}' if found else 'something else'}, not recipe {recipe.key}")
+        content = f"recipe {found}" if found else "something else"
+        raise FileExistsError(
+            f"{directory} exists and holds {content}, not recipe {recipe.key}; choose another directory"
+        )
     return True
 
 
@@ -156,11 +160,12 @@ def _write(draft: Path, recipe: Recipe) -> None:
     with _own_world(recipe.seed):
         tokenizer = _tokenizer(recipe, blueprint)
         processor = blueprint.processor(tokenizer)
-        model = AutoModelForImageTextToText.from_config(blueprint.config(tokenizer), dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_config(blueprint.config(tokenizer))
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         _warm_up(model, processor, recipe)
-        draft.mkdir(parents=True)
+    draft.mkdir(parents=True)
+    with _no_progress_bar():
         model.save_pretrained(draft)
     processor.save_pretrained(draft)
     (draft / RECIPE_FILE).write_text(json.dumps({"key": recipe.key, **asdict(recipe)}, indent=2) + "\n")
@@ -177,18 +182,34 @@ def _publish(draft: Path, directory: Path, recipe: Recipe) -> None:
 
 @contextmanager
 def _own_world(seed: int) -> Iterator[None]:
-    """Random state, device, gradient mode and thread count of the build, whatever the caller's are.
+    """Random state, device, dtype, gradient mode and thread count of the build, whatever the caller's are.
 
     One thread, because the order of floating-point sums, and with it the last bits of the weights, depends on it.
     """
-    threads = torch.get_num_threads()
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the caller's GPUs as well
         torch.set_num_threads(1)
+        torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
             torch.set_num_threads(threads)
+            torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """A bar for one file of a megabyte is noise."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 # Tokenizer -----------------------------------------------------------------------------------------------------------
@@ -245,7 +266,7 @@ def _warm_up(model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe) 
             prompts[question] = _prompts(processor, question, pictures)
         loss = _completion_loss(model, prompts[question], ids_AT[drawn_N], mask_AT[drawn_N])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
@@ -261,15 +282,15 @@ def _drawn_answers(answers: int, steps: int) -> Tensor:
 
 
 def _noise_picture() -> Image:
-    """Coloured blobs of random number and size.
+    """Grey noise around a brightness that is the picture's own.
 
-    They cover more of what pictures look like than pixel noise does, after which the format can break on bright pictures.
+    Both ends of richness measured worse: after dark noise alone the format can break on bright pictures; after coloured
+    blobs it holds, but learning from rewards starts late (accuracy about .55 instead of .85 after 40 steps of GRPO).
     """
     from PIL import Image
 
-    blobs = int(torch.randint(1, 8, ()))
-    noise = F.interpolate(torch.rand(1, 3, blobs, blobs), (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")[0]
-    return Image.fromarray((255 * noise).to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+    noise = 255 * torch.rand(()) + 8 * torch.randn(IMAGE_SIZE, IMAGE_SIZE, 1)
+    return Image.fromarray(noise.expand(-1, -1, 3).clamp(0, 255).to(torch.uint8).numpy())
 
 
 def _completions(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -335,8 +356,8 @@ def _vision(**special: object) -> dict[str, object]:
 
 
 def _siglip(**special: object) -> dict[str, object]:
-    shape = {"intermediate_size": 2 * HIDDEN, "num_hidden_layers": 2, "num_attention_heads": HEADS, "image_size": IMAGE_SIZE}
-    return _vision(**shape, **special)
+    depth = {"num_hidden_layers": 2, "num_attention_heads": HEADS}
+    return _vision(intermediate_size=2 * HIDDEN, image_size=IMAGE_SIZE, **depth, **special)
 
 
 def _idefics3_config(tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:

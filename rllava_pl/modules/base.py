@@ -22,7 +22,7 @@ from rllava_pl.modules.experience import assemble, join_rows, microbatches, mini
 from rllava_pl.modules.lifecycle import Lifecycle
 from rllava_pl.modules.optimization import Optimization
 from rllava_pl.modules.tally import Tally
-from rllava_pl.rewards.base import judge
+from rllava_pl.rewards.base import BaseReward, judge
 from rllava_pl.rollout.managed import ManagedEngine
 from rllava_pl.strategies.collectives import rank
 from rllava_pl.types import Experience, PolicyBatch, PolicyOutput, Prompt, PromptBatch, Request, Reward, Rollout, Sampling
@@ -68,7 +68,7 @@ class RLModule(Lifecycle, Optimization, Evaluation):
     def __init__(
         self,
         policy: VLM,
-        rewards: list[Reward],
+        rewards: list[BaseReward | Reward],
         *,
         group_size: int = 8,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen

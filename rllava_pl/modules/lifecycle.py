@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Callback, LightningModule
 
+from rllava_pl.functional.seeds import seed_from
 from rllava_pl.rollout.lifecycle import RolloutCallback, TransformersRollout
 from rllava_pl.strategies import updates
 from rllava_pl.types import PromptBatch
@@ -38,7 +39,9 @@ class Lifecycle(LightningModule):
         if self.policy is not None:
             return
         self.source.prepare(self.seed)
-        self.policy = self.source.load(temperature=self.sampling.temperature)
+        with torch.random.fork_rng(devices=[]):  # fresh adapters are a function of the seed, and disturb nothing else
+            torch.manual_seed(seed_from(self.seed, "adapters"))
+            self.policy = self.source.load(temperature=self.sampling.temperature)
         if self.needs_reference and self.source.lora is None:
             self.reference = self.source.load(temperature=self.sampling.temperature, trainable=False)
 

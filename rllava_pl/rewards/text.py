@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 MAX_CHARS = 64 * 1024
@@ -95,8 +95,8 @@ def strict(text: str, names: Sequence[str]) -> bool:
     if len(text) > MAX_CHARS:
         return False
     text = text[: _end(text)]
-    tokens = list(tag_tokens(text, names))
     wanted = [(name, closing) for name in names for closing in (False, True)]
+    tokens = list(islice(tag_tokens(text, names), len(wanted) + 1))  # one more is one too many
     if not wanted or [(token.name, token.closing) for token in tokens] != wanted:
         return False
     starts = [token.start for token in tokens[::2]] + [len(text)]

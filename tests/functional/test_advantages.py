@@ -63,8 +63,10 @@ def test_estimators_equal_a_slow_loop(name, dtype):
 def test_equal_rewards_and_groups_of_one_get_exactly_zero(name):
     rewards, group = torch.tensor([0.7, 0.7, 0.7, 1.0]), torch.tensor([3, 3, 3, 9])
     assert (ESTIMATORS[name](rewards, group) == 0).all()
-    # fp32 statistics would give 0.19 here
-    assert (ESTIMATORS[name](torch.full((15,), 0.98), torch.zeros(15, dtype=torch.int64)) == 0).all()
+    # fp32 statistics would give 0.19 for 15 rewards, fp64 ones something of 1e-10
+    for size in range(2, 20):
+        for equal in (torch.full((size,), 0.98), torch.full((size,), 0.98, dtype=torch.float64)):
+            assert (ESTIMATORS[name](equal, torch.zeros(size, dtype=torch.int64)) == 0).all()
     assert (ESTIMATORS[name](torch.tensor([5.0]), torch.tensor([0])) == 0).all()
 
 

@@ -180,6 +180,16 @@ def test_no_tensor_of_all_logits_exists_forward_or_backward():
     assert largest_storage(tokens) == tokens * vocabulary  # the measure sees what it is meant to exclude
 
 
+def test_every_slice_is_computed_again_in_the_backward():
+    hidden, weight, ids = head_inputs(16)
+    with Recorder() as forward:
+        logp, _ = chunked_token_log_probs(hidden, weight, ids, chunk_tokens=4)
+    with Recorder() as backward:
+        torch.autograd.grad(logp.sum(), (hidden, weight))
+    slices = -(-N * T // 4)
+    assert forward.names.count("_log_softmax") == backward.names.count("_log_softmax") == slices
+
+
 def test_slices_gradients_are_those_of_finite_differences():
     hidden, weight, ids = head_inputs(12)
     assert torch.autograd.gradcheck(

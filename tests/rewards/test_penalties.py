@@ -27,12 +27,12 @@ def test_tokens_the_policy_did_not_sample_cost_nothing(rollout):
     assert RepetitionPenalty(ngram_tokens=2).score(rollout(ids=ids)).value == pytest.approx(5 / 7 - 1)
 
 
-def test_no_window_joins_two_turns(rollout):
+def test_no_window_reaches_over_an_observation(rollout):
+    reward = RepetitionPenalty(ngram_tokens=2)
     # were the observation (5) cut out, the pair 78 would occur twice
-    penalty = RepetitionPenalty(ngram_tokens=2).score(
-        rollout(ids=(7, 8, 7, 5, 8), sampled=(True, True, True, False, True))
-    )
-    assert penalty.value == 0.0
+    assert reward.score(rollout(ids=(7, 8, 7, 5, 8), sampled=(True, True, True, False, True))).value == 0.0
+    # were windows counted that begin or end in one (5), the pair 75 would occur twice
+    assert reward.score(rollout(ids=(7, 5, 7, 5), sampled=(True, False, True, False))).value == 0.0
 
 
 def test_it_is_logged_under_its_name(rollout):

@@ -1,0 +1,176 @@
+"""GRPO by hand: one file of torch and transformers, doing the same work with the same sharing, and nothing else.
+
+Nothing is general here: one model family, prompts of equal length, one reward, one device. It is the yardstick for what
+a framework costs, so it must be as fast as careful handwork. From the package it takes the prompts and the attention
+function over packed rows (``shared_prompt``).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rllava_pl.models import shared_prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from _common import Pace, Work
+    from transformers import PreTrainedModel, ProcessorMixin
+
+    from rllava_pl.types import Prompt
+
+Inputs = dict[str, Tensor]
+BANNED_TOKENS = ["<image>", "<fake_token_around_image>", "<global-img>"]
+FORMAT = re.compile(r"\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+
+
+class Completions(NamedTuple):
+    """N sampled responses, padded to the longest."""
+
+    ids_NT: Tensor
+    logp_NT: Tensor
+    mask_NT: Tensor
+
+    def of(self, rows: Tensor) -> Completions:
+        return Completions(*(x[rows] for x in self))
+
+
+def run(work: Work, pace: Pace) -> None:
+    """Train until the driver has seen all steps."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(work.checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(work.checkpoint, dtype=torch.float32)
+    shared_prompt.enable(model)
+    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    banned = torch.tensor(processor.tokenizer.convert_tokens_to_ids(BANNED_TOKENS))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=work.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(update, work))
+    generator = torch.Generator().manual_seed(work.seed)
+    pace.begin()
+    for prompts in batches(work):
+        inputs = encode(processor, prompts)
+        done = sample(model, inputs, banned, generator, work)
+        texts = processor.tokenizer.batch_decode(done.ids_NT, skip_special_tokens=True)
+        rewards_PG = torch.tensor([reward(text, prompts[n // work.group_size].answer) for n, text in enumerate(texts)])
+        rewards_PG = rewards_PG.view(-1, work.group_size)
+        advantages = (rewards_PG - rewards_PG.mean(1, keepdim=True)) / (rewards_PG.std(1, keepdim=True) + 1e-6)
+        with torch.no_grad():
+            ref_NT, _ = log_probs(reference, inputs, done.ids_NT, banned)
+        metrics = []
+        rows_PG = torch.arange(rewards_PG.numel()).view_as(rewards_PG)
+        for part in torch.randperm(len(prompts), generator=generator).chunk(work.minibatches):
+            rows = rows_PG[part].flatten()
+            some = {name: x[part] for name, x in inputs.items()}
+            loss, facts = grpo_loss(model, some, done.of(rows), ref_NT[rows], advantages[part].flatten(), banned, work)
+            torch.autograd.backward(loss)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            metrics.append(torch.stack([*facts, norm]))
+        length = done.mask_NT.sum(1, dtype=torch.float32).mean()
+        report = torch.stack([rewards_PG.mean(), length, *torch.stack(metrics).mean(0)]).tolist()  # one transfer
+        pace.tick({"reward": report[0]})
+
+
+def batches(work: Work) -> Iterator[list[Prompt]]:
+    """The prompts of every step."""
+    rows = work.dataset()
+    for step in range(work.steps):
+        yield rows[step * work.prompts : (step + 1) * work.prompts]
+
+
+def lr_factor(update: int, work: Work) -> float:
+    """Linear warm-up, then linear decay to 10 %."""
+    if update < work.warmup_updates:
+        return (update + 1) / work.warmup_updates
+    return 1 - 0.9 * (update - work.warmup_updates) / max(1, work.updates - work.warmup_updates)
+
+
+def encode(processor: ProcessorMixin, prompts: list[Prompt]) -> Inputs:
+    """Chat template and processor; every prompt is one picture above one question."""
+    chats = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt.messages[0].parts[1]}]}]
+        for prompt in prompts
+    ]
+    texts = processor.apply_chat_template(chats, add_generation_prompt=True)
+    return dict(processor(text=texts, images=[list(prompt.images) for prompt in prompts], return_tensors="pt"))
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, inputs: Inputs, banned: Tensor, generator: torch.Generator, work: Work) -> Completions:
+    """Read every prompt once, expand the cache to the group, then draw token after token."""
+    model.eval()
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    cache, logits_NV = out.past_key_values, out.logits[:, -1].repeat_interleave(work.group_size, 0)
+    cache.batch_repeat_interleave(work.group_size)
+    pad, stop = model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    ended = torch.zeros(len(logits_NV), dtype=torch.bool)
+    ids, logps, masks = [], [], []
+    for step in range(work.max_tokens):
+        if step:
+            logits_NV = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+        logp_NV = logits_NV.index_fill(1, banned, float("-inf")).log_softmax(-1)
+        token = torch.multinomial(logp_NV.exp(), 1, generator=generator).masked_fill(ended[:, None], pad)
+        ids.append(token)
+        logps.append(logp_NV.gather(1, token))
+        masks.append(~ended)
+        ended = ended | (token[:, 0] == stop)
+        if ended.all():
+            break
+    model.train()
+    return Completions(torch.cat(ids, 1), torch.cat(logps, 1), torch.stack(masks, 1))
+
+
+def reward(text: str, answer: str) -> float:
+    """0.1 for the form, 0.9 more for the right answer."""
+    form = FORMAT.fullmatch(text)
+    return 0.0 if form is None else 0.1 + 0.9 * (form[1].strip().lower() == answer)
+
+
+def log_probs(model: PreTrainedModel, inputs: Inputs, ids_NT: Tensor, banned: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs of the responses and their entropies, every prompt computed once: rows [prompt | response 1 | ... | G]."""
+    prompt_ids = inputs["input_ids"]
+    (prompts, width), group, tokens = prompt_ids.shape, len(ids_NT) // len(prompt_ids), ids_NT.shape[1] - 1
+    positions = torch.cat([torch.arange(width), (width + torch.arange(tokens)).repeat(group)])
+    hidden = model.model(
+        input_ids=torch.cat([prompt_ids, ids_NT[:, :-1].reshape(prompts, group * tokens)], 1),
+        pixel_values=inputs["pixel_values"],
+        pixel_attention_mask=inputs["pixel_attention_mask"],
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),  # 4-D: passed on unread
+        position_ids=positions.expand(prompts, -1),
+        shared_prompt=shared_prompt.Layout.of(inputs["attention_mask"], group, tokens),
+        use_cache=False,
+    ).last_hidden_state
+    first = hidden[:, width - 1 : width].repeat_interleave(group, 0)
+    hidden_NTH = torch.cat([first, hidden[:, width:].reshape(prompts * group, tokens, -1)], 1)
+    logp_NTV = model.lm_head(hidden_NTH).index_fill(-1, banned, -1e30).log_softmax(-1)
+    with torch.no_grad():
+        entropy_NT = -(logp_NTV.exp() * logp_NTV).sum(-1)
+    return logp_NTV.gather(-1, ids_NT[:, :, None])[:, :, 0], entropy_NT
+
+
+def grpo_loss(
+    model: PreTrainedModel, inputs: Inputs, done: Completions, ref_NT: Tensor, advantages_N: Tensor, banned: Tensor, work: Work
+) -> tuple[Tensor, list[Tensor]]:
+    """Clipped surrogate + KL (k3), mean over tokens and then over completions; and what to report of it."""
+    logp_NT, entropy_NT = log_probs(model, inputs, done.ids_NT, banned)
+    ratio_NT = (logp_NT - done.logp_NT).exp()
+    bounded_NT = ratio_NT.clamp(1 - work.clip_low, 1 + work.clip_high)
+    gain_NT = torch.minimum(ratio_NT * advantages_N[:, None], bounded_NT * advantages_N[:, None])
+    d_NT = ref_NT - logp_NT
+    kl_NT = d_NT.exp() - d_NT - 1
+    mask_NT = done.mask_NT.float()
+    loss = ((work.kl_coef * kl_NT - gain_NT) * mask_NT).sum(1).div(mask_NT.sum(1)).mean()
+    with torch.no_grad():
+        seen = [entropy_NT, kl_NT, (ratio_NT != bounded_NT).float()]
+        means = [(x_NT * mask_NT).sum() / mask_NT.sum() for x_NT in seen]
+    return loss, [loss.detach(), *means]

@@ -1,0 +1,172 @@
+"""The trained policy as a directory that ``from_pretrained`` loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+import rllava_pl
+from rllava_pl.callbacks.files import draft_beside, replace_directory, run_directory
+from rllava_pl.strategies.updates import full_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rllava_pl.models.policy import Policy
+    from rllava_pl.modules.base import RLModule
+
+log = logging.getLogger(__name__)
+
+NOTE = "rllava_pl_export.json"
+"""Says what an export was made of, and marks a directory as one that a later export may replace."""
+
+
+class ExportHF(Callback):
+    """Writes the policy in Hugging Face format: weights, config, generation config, tokenizer and image processor.
+
+    LoRA adapters are merged and tied weights written once, under the names of the original checkpoint, so that
+    transformers and inference servers load the directory like any other model. A new export replaces the older one as a
+    whole; a directory that is no export is never touched.
+
+    Args:
+        dirpath: Where to; by default ``hf`` in the run's folder.
+        every_n_rollouts: Rollouts between two exports; 0 exports at the end of the run only.
+    """
+
+    def __init__(self, dirpath: str = "", every_n_rollouts: int = 0) -> None:
+        if every_n_rollouts < 0:
+            raise ValueError(f"every_n_rollouts is {every_n_rollouts}; it must be positive, or 0 for the end only")
+        self.dirpath = dirpath
+        self.every_n_rollouts = every_n_rollouts
+        self.directory: Path | None = None
+        """Where the export of the present run goes; known from ``setup`` on."""
+        self._exported = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a directory with other content now, not after hours of training."""
+        if stage == "fit":
+            self.directory = Path(self.dirpath).expanduser() if self.dirpath else run_directory(trainer) / "hf"
+            check_replaceable(self.directory)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing of this run is exported yet."""
+        self._exported = -1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Export if it is time."""
+        module = cast("RLModule", pl_module)
+        if self.every_n_rollouts and module.rollout_index % self.every_n_rollouts == 0:
+            self._export(trainer, module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export the end of the run."""
+        self._export(trainer, cast("RLModule", pl_module))
+
+    def _export(self, trainer: Trainer, module: RLModule) -> None:
+        if self.directory is None or self._exported == module.rollout_index:
+            return
+        weights = full_weights(trainer.strategy, module.policy.model)
+        if trainer.is_global_zero:
+            note = {"rollouts": module.rollout_index, "updates": module.weight_version, "policy": module.source.path}
+            export(module.policy, weights, self.directory, note)
+        else:
+            for _ in weights:  # every rank takes part in gathering what is sharded
+                pass
+        self._exported = module.rollout_index
+
+
+def export(
+    policy: Policy, weights: Iterable[tuple[str, Tensor]], directory: Path, note: Mapping[str, object] | None = None
+) -> None:
+    """Write a policy as a model directory, in one step.
+
+    Args:
+        policy: Gives architecture, configs and processor; its own weights are not read.
+        weights: ``(name, full tensor)`` of the whole model without adapters, as ``full_weights`` streams them.
+        directory: Absent, empty, or an earlier export, which is replaced.
+        note: Kept in the directory as ``rllava_pl_export.json``.
+
+    Raises:
+        FileExistsError: The directory holds something else.
+    """
+    check_replaceable(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    draft = draft_beside(directory)
+    try:
+        with _no_progress_bar():
+            _save_model(policy.model, dict(weights), draft)
+        policy.processor.save_pretrained(draft)
+        record = {"rllava_pl": rllava_pl.__version__, **(note or {})}
+        (draft / NOTE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        replace_directory(draft, directory)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    log.info("exported the policy to %s", directory)
+
+
+def check_replaceable(directory: Path) -> None:
+    """Refuse a directory that is neither absent, nor empty, nor an earlier export.
+
+    Raises:
+        FileExistsError: Replacing it would delete files of someone else.
+    """
+    if directory.is_dir() and (not any(directory.iterdir()) or (directory / NOTE).is_file()):
+        return
+    if directory.exists():
+        raise FileExistsError(
+            f"ExportHF: {directory} exists and is no earlier export (it has no {NOTE}), so it will not be replaced; "
+            "choose another dirpath or remove it"
+        )
+
+
+def _save_model(model: PreTrainedModel, weights: dict[str, Tensor], directory: Path) -> None:
+    """Weights and configs through a weightless twin: the model itself may be sharded, or have adapters.
+
+    ``save_pretrained`` of a model with adapters would write the adapters alone.
+    """
+    weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+    config = copy.deepcopy(model.config)
+    if not _drop_tied(model, weights):
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    with torch.device("meta"):
+        twin = type(model)._from_config(config, dtype=model.dtype)
+    twin.generation_config = model.generation_config
+    twin.save_pretrained(directory, state_dict=weights)
+
+
+def _drop_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> bool:
+    """Remove the second name of tied weights; False if an adapter on one of the two has made them differ."""
+    tied = True
+    for name, source in model.all_tied_weights_keys.items():
+        if name in weights and source in weights:
+            if torch.equal(weights[name], weights[source]):
+                del weights[name]
+            else:
+                tied = False
+    return tied
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Another bar would break the one of the run."""
+    from transformers.utils import logging as transformers_logging
+
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,191 @@
+"""Progress of the whole run in rollouts, in a terminal and in a log file."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from datetime import timedelta
+from time import monotonic
+from typing import TYPE_CHECKING, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import CustomBarColumn
+from rich.console import Console
+from rich.progress import ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rllava_pl.modules.base import RLModule
+
+RECENT = 20
+"""Rollouts over which ``s/rollout`` is averaged."""
+SHOWN = {"reward": ("train/reward", ".3f"), "accuracy": ("train/reward/accuracy", ".3f"), "kl": ("train/kl", ".2g")}
+"""What is shown of the last rollout, if it was logged: label to metric and format."""
+
+
+class Pace:
+    """Seconds a rollout and time to go, from the moments at which rollouts ended.
+
+    Example: rollouts 10, 11, 12 of 20 end 4 s, 6 s and 8 s after the run went on at 9: over these three a rollout took
+    8/3 s, so 8 x 8/3 = 21.3 s are left.
+
+    Args:
+        total: Rollouts of the whole run; ``math.inf`` if not known.
+        done: Rollouts of the run that ended before this process.
+        now: Time in seconds at which this process went on.
+    """
+
+    def __init__(self, total: float, done: int, now: float) -> None:
+        self.total = total
+        self.done = done
+        self._first = (done, now)
+        self._recent = deque([now], maxlen=RECENT + 1)
+
+    def tick(self, done: int, now: float) -> None:
+        """``done`` rollouts have ended by ``now``."""
+        self.done = done
+        self._recent.append(now)
+
+    @property
+    def seconds(self) -> float:
+        """Mean of the last ``RECENT`` rollouts, everything between them included; nan before the first."""
+        steps = len(self._recent) - 1
+        return (self._recent[-1] - self._recent[0]) / steps if steps else math.nan
+
+    @property
+    def eta_seconds(self) -> float:
+        """Rollouts to go times the mean of this process, pauses for validation and the like included; nan if not known."""
+        done, start = self._first
+        if self.done == done or math.isinf(self.total):
+            return math.nan
+        return (self.total - self.done) * (self._recent[-1] - start) / (self.done - done)
+
+    def __str__(self) -> str:
+        """``0.21 s/rollout  ETA 0:00:38``; empty before the first rollout."""
+        if math.isnan(self.seconds):
+            return ""
+        eta = self.eta_seconds
+        return f"{self.seconds:.2f} s/rollout" + ("" if math.isnan(eta) else f"  ETA {timedelta(seconds=round(eta))}")
+
+    @property
+    def fraction(self) -> str:
+        """``120/300``."""
+        return f"{self.done}" if math.isinf(self.total) else f"{self.done}/{int(self.total)}"
+
+
+class RolloutProgressBar(RichProgressBar):
+    """Rollouts done of the whole run, reward, accuracy and KL of the last one, seconds a rollout and time to go.
+
+    Lightning's own bar counts the batches of an epoch, which mean nothing here. In a terminal this is one bar; where
+    output goes to a file it is a plain line every ``every_n_rollouts`` rollouts, without control characters::
+
+        rollout 120/300  reward 0.734  accuracy 0.812  kl 0.0021  0.21 s/rollout  ETA 0:00:38
+
+    Args:
+        every_n_rollouts: Rollouts between two plain lines; 0 for none. A terminal's bar moves at every rollout.
+    """
+
+    def __init__(self, every_n_rollouts: int = 10) -> None:
+        if every_n_rollouts < 0:
+            raise ValueError(f"every_n_rollouts is {every_n_rollouts}; use 0 for no plain lines or a positive number")
+        super().__init__(refresh_rate=4)
+        self.every_n_rollouts = every_n_rollouts
+        self.pace = Pace(math.inf, 0, 0.0)
+        self._live = False
+        self._printed = -1
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether a moving bar is drawn: on rank zero, and only where the output can be redrawn."""
+        return super().is_enabled and self._live
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look at where the output goes."""
+        super().setup(trainer, pl_module, stage)
+        console = Console()
+        self._live = console.is_jupyter or console.is_interactive
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show where the run stands; after a resume that is not at zero."""
+        module = cast("RLModule", pl_module)
+        self.pace = Pace(module.max_rollouts or math.inf, module.rollout_index, monotonic())
+        super().on_train_start(trainer, pl_module)
+        if self.is_enabled:
+            self.train_progress_bar_id = self._add_task(self.pace.total, "Rollouts")
+            self._update(self.train_progress_bar_id, self.pace.done, hard=True)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The bar runs on through all epochs."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Start the clock at the first rollout, after what other callbacks do before the training."""
+        if math.isnan(self.pace.seconds):
+            self.pace = Pace(self.pace.total, self.pace.done, monotonic())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Move on by one rollout."""
+        self.pace.tick(cast("RLModule", pl_module).rollout_index, monotonic())
+        self._update(self.train_progress_bar_id, self.pace.done)
+        self._update_metrics(trainer, pl_module)
+        if self.every_n_rollouts and self.pace.done % self.every_n_rollouts == 0:
+            self._print_line(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the bar as it is, so that what is printed next stands below it."""
+        if self.is_enabled:
+            self._update_metrics(trainer, pl_module)
+            self._stop_progress()
+        elif self.every_n_rollouts:
+            self._print_line(trainer, pl_module)
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """What was logged of the last rollout, formatted."""
+        logged = trainer.callback_metrics
+        return {label: f"{float(logged[name]):{form}}" for label, (name, form) in SHOWN.items() if name in logged}
+
+    def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
+        """Name, bar, count and pace; the metrics follow."""
+        theme = self.theme
+        bar = CustomBarColumn(
+            bar_width=20,
+            complete_style=theme.progress_bar,
+            finished_style=theme.progress_bar_finished,
+            pulse_style=theme.progress_bar_pulse,
+        )
+        return [TextColumn("{task.description}"), bar, _Count(self), _Pace(self)]
+
+    def _print_line(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._live or not trainer.is_global_zero or self._printed == self.pace.done:
+            return
+        self._printed = self.pace.done
+        metrics = [f"{label} {value}" for label, value in self.get_metrics(trainer, pl_module).items()]
+        print("  ".join([f"rollout {self.pace.fraction}", *metrics, str(self.pace)]), flush=True)
+
+
+class _Count(ProgressColumn):
+    """Rollouts of the run, or batches of a validation, test or prediction."""
+
+    def __init__(self, bar: RolloutProgressBar) -> None:
+        super().__init__()
+        self.bar = bar
+
+    def render(self, task: Task) -> Text:
+        if task.id == self.bar.train_progress_bar_id:
+            return Text(self.bar.pace.fraction)
+        return Text(f"{int(task.completed)}/{task.total:.0f}")
+
+
+class _Pace(ProgressColumn):
+    """Seconds a rollout and time to go."""
+
+    def __init__(self, bar: RolloutProgressBar) -> None:
+        super().__init__()
+        self.bar = bar
+
+    def render(self, task: Task) -> Text:
+        return Text(str(self.bar.pace) if task.id == self.bar.train_progress_bar_id else "", style="dim")

@@ -1,0 +1,239 @@
+"""What a run came to, in one panel and one file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rllava_pl.callbacks.export import ExportHF
+from rllava_pl.callbacks.files import run_directory, shown, write_text
+from rllava_pl.callbacks.splits import batches, split_loaders
+from rllava_pl.callbacks.table import RolloutTable
+from rllava_pl.modules.evaluation import Scores
+
+if TYPE_CHECKING:
+    from rllava_pl.modules.base import RLModule
+
+_IMPORTED = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of ``summary.json``."""
+
+    accuracy_before: float | None
+    """Greedy, over the test split; None without a test split, or if no reward has the component ``accuracy``."""
+    accuracy_after: float | None
+    reward_before: float | None
+    reward_after: float | None
+    seconds: float
+    """From the start of the process to this summary; after a resume that of the last process."""
+    peak_rss_gb: float | None
+    """Largest resident memory of the process in 10^9 bytes; None where the system does not say."""
+    rollouts: int
+    updates: int
+    test_before: Mapping[str, float]
+    """Every mean over the test split, by name."""
+    test_after: Mapping[str, float]
+    versions: Mapping[str, str]
+    paths: Mapping[str, str]
+    """What the run left behind, by kind; only what exists."""
+    config: Mapping[str, object]
+
+
+class RunSummary(Callback):
+    """Scores the test split before the first rollout and after the last, and says what came of the run.
+
+    The panel and ``summary.json`` in the run's folder have accuracy and reward before and after, time, memory, and where
+    table, checkpoint and export lie. ``Trainer(limit_test_batches=...)`` says how much of the test split is scored; 0
+    leaves it out.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, object]:
+        """The scores from before the first rollout, which a resumed run can no longer measure."""
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Take them over."""
+        self.before = dict(cast("dict[str, float]", state_dict["before"]))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the untrained policy."""
+        module = cast("RLModule", pl_module)
+        if module.rollout_index == 0:
+            self.before = score_test_split(trainer, module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the trained policy."""
+        self.after = score_test_split(trainer, cast("RLModule", pl_module))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write and print, once every other callback has put its files in place."""
+        directory = run_directory(trainer)
+        if trainer.is_global_zero:
+            record = self._record(trainer, cast("RLModule", pl_module), directory)
+            write_text(directory / "summary.json", json.dumps(asdict(record), indent=2, default=str) + "\n")
+            print_summary(record)
+
+    def _record(self, trainer: Trainer, module: RLModule, directory: Path) -> Record:
+        return Record(
+            accuracy_before=self.before.get("accuracy"),
+            accuracy_after=self.after.get("accuracy"),
+            reward_before=self.before.get("reward"),
+            reward_after=self.after.get("reward"),
+            seconds=round(process_seconds(), 3),
+            peak_rss_gb=peak_rss_gb(),
+            rollouts=module.rollout_index,
+            updates=module.weight_version,
+            test_before=self.before,
+            test_after=self.after,
+            versions=versions(),
+            paths=paths(trainer, directory),
+            config=config(trainer, module),
+        )
+
+
+def score_test_split(trainer: Trainer, module: RLModule) -> dict[str, float]:
+    """Means over the test split, greedy, as ``trainer.test`` would log them; empty without a test split. Collective."""
+    if not trainer.limit_test_batches:
+        return {}
+    scores = Scores(module.device)
+    for prompts in batches(split_loaders(trainer.datamodule, "test"), trainer.limit_test_batches):  # type: ignore[attr-defined]
+        scores.update(module.examine(list(prompts), stream="test")[1])
+    return scores.compute()
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started; where the system does not say, since this file was imported."""
+    since_import = time.monotonic() - _IMPORTED
+    stat = Path("/proc/self/stat")
+    if not stat.is_file():
+        return since_import
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])  # field 22, starttime; field 2 may contain blanks
+    return max(since_import, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def peak_rss_gb() -> float | None:
+    """Largest resident memory of this process so far in 10^9 bytes; None on systems without ``getrusage``."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / 1e9, 3)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that numbers depend on."""
+    from importlib.metadata import version
+    from platform import python_version
+
+    import rllava_pl
+
+    packages = ("torch", "transformers", "lightning")
+    return {
+        "python": python_version(),
+        **{name: version(name) for name in packages},
+        "rllava_pl": rllava_pl.__version__,
+    }
+
+
+def paths(trainer: Trainer, directory: Path) -> dict[str, str]:
+    """Where things lie, by kind; only what exists."""
+    found: dict[str, Path | str | None] = {"folder": directory, "config": directory / "config.yaml"}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RolloutTable):
+            found["table"] = callback.path
+        if isinstance(callback, ExportHF):
+            found["export"] = callback.directory
+        names = ("last_path", "last_model_path", "best_model_path")
+        if checkpoint := next((path for name in names if (path := getattr(callback, name, ""))), ""):
+            found["checkpoint"] = checkpoint
+    return {kind: str(Path(path).absolute()) for kind, path in found.items() if path and Path(path).exists()}
+
+
+def config(trainer: Trainer, module: RLModule) -> dict[str, object]:
+    """What the run was made of, as far as it is known here; ``config.yaml`` of the command line has everything."""
+    return {
+        "algorithm": type(module).__name__,
+        "policy": {"class": type(module.source).__name__, "path": str(module.source.path)},
+        "rewards": [type(reward).__name__ for reward in module.rewards],
+        "sampling": asdict(module.sampling),
+        "model": dict(module.hparams),
+        "data": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
+        "trainer": {
+            "strategy": type(trainer.strategy).__name__,
+            "accelerator": type(trainer.accelerator).__name__,
+            "ranks": trainer.world_size,
+            "precision": str(trainer.precision),
+        },
+    }
+
+
+def print_summary(record: Record) -> None:
+    """The panel, and below it, unwrapped so that they can be copied, the next commands."""
+    from rich import get_console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    for label, value in _facts(record).items():
+        grid.add_row(Text(label, style="dim"), Text(value, overflow="fold"))
+    console = get_console()
+    console.print(Panel(grid, title=f"{record.config['algorithm']} is done", title_align="left", expand=False))
+    for label, command in next_commands(record.paths).items():
+        console.print(Text.assemble((f"{label}: ", "dim"), command), soft_wrap=True)
+
+
+def _facts(record: Record) -> dict[str, str]:
+    """Lines of the panel."""
+    facts = {
+        "test accuracy": _change(record.accuracy_before, record.accuracy_after),
+        "test reward": _change(record.reward_before, record.reward_after),
+        "rollouts": f"{record.rollouts}, {record.updates} updates",
+        "time": f"{record.seconds:.0f} s from command to summary",
+        "peak memory": "" if record.peak_rss_gb is None else f"{record.peak_rss_gb:.2f} GB",
+    }
+    facts |= {kind: _inside(record.paths["folder"], path) for kind, path in record.paths.items()}
+    return {label: value for label, value in facts.items() if value}
+
+
+def _inside(folder: str, path: str) -> str:
+    """A path relative to the run's folder if it lies below it."""
+    lies_below = path != folder and Path(path).is_relative_to(folder)
+    return str(Path(path).relative_to(folder)) if lies_below else shown(path)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    """``0.167 -> 0.953 (+0.786)``; without a before just the after."""
+    if after is None:
+        return ""
+    return f"{after:.3f}" if before is None else f"{before:.3f} → {after:.3f} ({after - before:+.3f})"
+
+
+def next_commands(paths: Mapping[str, str]) -> dict[str, str]:
+    """What to try now, as far as the run has left what it takes."""
+    quoted = {kind: shlex.quote(shown(path)) for kind, path in paths.items()}
+    commands = {}
+    if {"config", "checkpoint"} <= paths.keys():
+        resume = f"--config {quoted['config']} --ckpt_path {quoted['checkpoint']}"
+        commands["test again"] = f"python -m rllava_pl test {resume}"
+    if any(Path(paths["folder"]).glob("events.out.tfevents.*")):
+        commands["curves"] = f"tensorboard --logdir {quoted['folder']}"
+    if "export" in paths:
+        commands["load it"] = f"AutoModelForImageTextToText.from_pretrained({shown(paths['export'])!r})"
+    return commands

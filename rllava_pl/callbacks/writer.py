@@ -1,0 +1,75 @@
+"""What ``predict`` answered, as a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rllava_pl.callbacks.files import run_directory, shown, write_text
+from rllava_pl.strategies.collectives import world_size
+from rllava_pl.types import Rollout
+
+Row = dict[str, str | int]
+
+
+class RolloutWriter(Callback):
+    """Writes the answers of ``predict`` as JSON lines, in the order of the rows, whatever the number of ranks.
+
+    One line: ``{"uid": "digits:17", "text": "<answer>4</answer>", "answer": "4", "finish_reason": "stop",
+    "response_tokens": 4}``; ``answer`` is the expected one. The file appears when all is done.
+
+    Args:
+        path: File to write; by default ``predictions.jsonl`` in the run's folder.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        self.path = path
+        self._rows: list[Row] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        self._rows = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Sequence[Rollout],
+        batch: object,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep what the file needs; the rollouts themselves may go."""
+        self._rows += [_row(rollout) for rollout in outputs]
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the rows of all ranks and write them."""
+        path = Path(self.path) if self.path else run_directory(trainer) / "predictions.jsonl"
+        rows = _of_all_ranks(self._rows)
+        if trainer.is_global_zero:
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            print(f"{len(rows)} predictions: {shown(path)}")
+
+
+def _row(rollout: Rollout) -> Row:
+    return {
+        "uid": rollout.prompt.uid,
+        "text": rollout.text,
+        "answer": rollout.prompt.answer,
+        "finish_reason": rollout.finish_reason,
+        "response_tokens": len(rollout.response_ids),
+    }
+
+
+def _of_all_ranks(rows: list[Row]) -> list[Row]:
+    """Rank r of W has rows r, r + W, r + 2W, ... of the split."""
+    if world_size() == 1:
+        return rows
+    parts: list[list[Row]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, rows)
+    return [row for row in chain.from_iterable(zip_longest(*parts)) if row is not None]

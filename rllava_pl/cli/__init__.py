@@ -1,0 +1,94 @@
+"""The command line: ``python -m rllava_pl fit|validate|test|predict|configs``.
+
+What needs no training loop is answered without importing torch, so ``--version``, ``--help`` and a mistyped command cost
+a fraction of a second. Everything else is a ``LightningCLI``: the options are the constructors of the classes named.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from rllava_pl import __version__
+from rllava_pl.cli import configs
+from rllava_pl.cli.errors import UsageError, debugging, nearest
+
+if TYPE_CHECKING:
+    from rllava_pl.cli.app import RLCLI
+
+TRAINER_COMMANDS = {
+    "fit": "train a policy by reinforcement learning",
+    "validate": "score a policy on the validation split",
+    "test": "score a policy on the test split",
+    "predict": "write a policy's answers to the test split",
+}
+OTHER_COMMANDS = {"configs": "list the configs that --config finds by name"}
+COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
+
+USAGE = f"""\
+usage: python -m rllava_pl COMMAND [options]
+
+RL post-training of vision-language models, native to PyTorch Lightning.
+
+commands:
+{"".join(f"  {name:10}{what}{chr(10)}" for name, what in COMMANDS.items())}
+examples:
+  python -m rllava_pl fit --config quickstart
+  python -m rllava_pl fit --config quickstart --config algorithms/rloo --model.group_size 16
+  python -m rllava_pl test --config runs/quickstart/version_0/config.yaml --ckpt_path last.ckpt
+
+help:
+  python -m rllava_pl fit --help               every option of the trainer
+  python -m rllava_pl fit --model.help GRPO    every option of a class; also --model.policy.help, --data.help, ...
+  python -m rllava_pl fit --config quickstart --print_config
+  python -m rllava_pl --version
+"""
+
+
+def main(args: list[str] | None = None) -> RLCLI | None:
+    """Run one command.
+
+    Args:
+        args: The words behind ``python -m rllava_pl``; those of this process by default.
+
+    Returns:
+        The finished command with its ``trainer``, ``model`` and ``datamodule``; None for commands without a training loop.
+
+    Raises:
+        SystemExit: With code 2 after a mistake in the arguments, a config or the data, which is told in one line on stderr;
+            with ``RLLAVA_PL_DEBUG=1`` the error itself is raised.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        return _run(words)
+    except UsageError as error:
+        if debugging():
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _run(words: list[str]) -> RLCLI | None:
+    command = words[0] if words else "--help"
+    if command in TRAINER_COMMANDS:
+        return _run_trainer(words)
+    if command in ("-h", "--help"):
+        print(USAGE)
+    elif command == "--version":
+        print(f"rllava-pl {__version__}")
+    elif command == "configs":
+        print(configs.listing())
+    else:
+        hint = nearest(command, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        raise UsageError(f"{command!r} is no command{hint}")
+    return None
+
+
+def _run_trainer(words: list[str]) -> RLCLI:
+    args = configs.resolve(words)  # before the imports: a wrong name is answered at once
+    from rllava_pl.cli.startup import import_torchmetrics
+
+    import_torchmetrics()
+    from rllava_pl.cli.app import run
+
+    return run(args)

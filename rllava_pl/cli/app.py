@@ -1,0 +1,201 @@
+"""The subcommands that need a Trainer, as a ``LightningCLI``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+# Classes of these rooms can be named without their module because they are imported here.
+import rllava_pl.callbacks
+import rllava_pl.datamodules
+import rllava_pl.models
+import rllava_pl.rewards
+import rllava_pl.strategies  # noqa: F401
+from rllava_pl.cli import given
+from rllava_pl.cli.errors import UsageError, debugging, raised_by_us, with_hint
+from rllava_pl.cli.explain import Place, explain, unknown_option
+from rllava_pl.cli.quiet import hide_weight_loading_bars, quiet
+from rllava_pl.modules import RLModule
+
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,  # a run ends with max_rollouts, not with a number of passes over the prompts
+    "num_sanity_val_steps": 0,  # sampling answers only to throw them away takes as long as a rollout
+    "log_every_n_steps": 1,  # a step is a rollout, seconds to minutes long
+    "use_distributed_sampler": False,  # the data modules shard by themselves, and exactly
+    "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": ""}},
+}
+LINKS = {
+    "model.seed": "seed_everything",
+    "data.seed": "seed_everything",
+    "data.processor_path": "model.policy.path",
+}
+"""Options that follow another one, where the class has them: target and source."""
+ROOTS = {"model": RLModule, "data": LightningDataModule}
+
+
+class RLCLI(LightningCLI):
+    """One command from arguments to the end of the run.
+
+    Args:
+        args: Subcommand and options, config names already resolved.
+
+    Raises:
+        UsageError: The arguments or a config are wrong, a constructor refuses its options, or a run cannot start.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        raising = {"exit_on_error": False}  # so that the message can be made readable
+        super().__init__(
+            RLModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,  # the same command gives the same run
+            parser_kwargs={"prog": "python -m rllava_pl", **raising, **{name: dict(raising) for name in self.subcommands()}},
+            args=list(args),
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Links: one seed for everything, and the policy's processor for data that measure prompts."""
+        for target, source in LINKS.items():
+            compute = _seed_of if source == "seed_everything" else None
+            parser.link_arguments(_full(source), _full(target), compute_fn=compute)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        """Parse, refuse what was not understood, and say so in one line."""
+        tree = given.collect(args[1:])
+        if "trainer" in tree and not isinstance(tree["trainer"], dict):
+            raise UsageError(f"trainer: expected options such as max_time, got {tree['trainer']!r}")
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            if debugging():
+                raise
+            raise UsageError(explain(str(error), Place(tree, ROOTS, self._option_names(args[0])))) from error
+        parsed = self.config[self.config.subcommand]
+        for path, known in given.unknown(tree, parsed):
+            raise UsageError(unknown_option(path, known))
+        _check_links(tree, parsed)
+
+    def before_instantiate_classes(self) -> None:
+        """Hand on a seed that was drawn just now (``seed_everything: true``); the others came with their link."""
+        config = self.config[self.subcommand]
+        if isinstance(config.seed_everything, bool):
+            return
+        for section in (config.model, config.data):
+            if section is not None and "seed" in section.get("init_args", {}):
+                section.init_args.seed = config.seed_everything
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; what a constructor refuses is told with its place in the config."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, OSError, ImportError, MisconfigurationException) as error:
+            origin = _origin(error)
+            where = _where(origin, self.config[self.subcommand])
+            raise UsageError(with_hint(f"{where}{origin}")) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """The config decides, not the checkpoint: resuming with other options, e.g. more rollouts, is meant."""
+
+    def _option_names(self, subcommand: str) -> list[str]:
+        return [str(key) for key in self._parser(subcommand).get_defaults().keys()]
+
+    # -- the subcommands ---------------------------------------------------------------------------------------------
+
+    def fit(self, **kwargs: object) -> None:
+        """``Trainer.fit``."""
+        self._run("fit", kwargs)
+
+    def validate(self, **kwargs: object) -> None:
+        """``Trainer.validate``."""
+        self._run("validate", kwargs)
+
+    def test(self, **kwargs: object) -> None:
+        """``Trainer.test``."""
+        self._run("test", kwargs)
+
+    def predict(self, **kwargs: object) -> None:
+        """``Trainer.predict``."""
+        self._run("predict", kwargs)
+
+    def _run(self, subcommand: str, kwargs: dict[str, object]) -> None:
+        """Run; our own refusals before anything was measured are told in one line, every other error with its traceback."""
+        hide_weight_loading_bars()
+        try:
+            getattr(self.trainer, subcommand)(**kwargs)
+        except (ValueError, OSError, ImportError) as error:
+            if raised_by_us(error) and not self.trainer.callback_metrics:
+                raise UsageError(with_hint(str(error))) from error
+            raise
+
+
+def run(args: Sequence[str]) -> RLCLI:
+    """Parse, build and run.
+
+    Raises:
+        UsageError: As ``RLCLI``.
+    """
+    with quiet():
+        return RLCLI(args)
+
+
+def _full(option: str) -> str:
+    """``model.policy.path`` -> ``model.init_args.policy.init_args.path``."""
+    return option.replace(".", ".init_args.")
+
+
+def _seed_of(seed_everything: bool | int) -> int:
+    """0, the default of modules and data, if no seed was named; a random one is handed on when it has been drawn."""
+    return 0 if isinstance(seed_everything, bool) else seed_everything
+
+
+def _check_links(tree: given.Tree, parsed: Namespace) -> None:
+    """An option that follows another one must not be given another value, which would be ignored.
+
+    Raises:
+        UsageError: It was.
+    """
+    for target, source in LINKS.items():
+        asked = given.lookup(tree, target.split("."))
+        if asked is not None and str(asked) != str(got := parsed.get(_full(target), asked)):
+            raise UsageError(f"{target} is {asked!r}, but it follows {source}, which gives {got!r}; set {source} instead")
+
+
+def _origin(error: BaseException) -> BaseException:
+    """The error behind what the parser made of it."""
+    while isinstance(error, ValueError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _where(error: BaseException, config: Namespace) -> str:
+    """``"model.rewards[0]: "``: the object of the config whose constructor raised, or nothing."""
+    places = dict(_constructed(config))
+    traceback, found = error.__traceback__, ""
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        name = f"{type(owner).__module__}.{type(owner).__qualname__}"
+        found, traceback = places.get(name, found), traceback.tb_next
+    return f"{found}: " if found else ""
+
+
+def _constructed(section: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Full class name and key of every object in the config."""
+    if isinstance(section, list):
+        for k, item in enumerate(section):
+            yield from _constructed(item, f"{path}[{k}]")
+    elif isinstance(section, Namespace):
+        if isinstance(class_path := section.get("class_path"), str):
+            cls = cast(type, rllava_pl.cli.explain._import(class_path))
+            yield f"{cls.__module__}.{cls.__qualname__}", path
+        for key, value in given.children(section).items():
+            yield from _constructed(value, f"{path}.{key}".lstrip("."))

@@ -1,0 +1,51 @@
+"""Known noise of the libraries, silenced by name: each message with the reason why it does no harm here."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+WARNINGS = {
+    r"The '\w+_dataloader' does not have many workers": "prompts are drawn or read in a fraction of a rollout's time",
+    r"Found \d+ module\(s\) in eval mode at the start of training": "the reference policy is in eval mode on purpose",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated": "Lightning's own use of torch, nothing a user can change",
+    r"The number of training batches \(\d+\) is smaller than the logging interval": "a short run logs every rollout",
+}
+"""Start of a warning (a regular expression) and why it is not shown."""
+
+LOGS = {
+    "litlogger": "an advertisement",
+}
+"""Part of a line of Lightning's log and why it is not shown."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out the messages named above for the time of a run; everything else is shown."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch")]
+    with warnings.catch_warnings():
+        for start in WARNINGS:
+            warnings.filterwarnings("ignore", message=start)
+        for logger in loggers:
+            logger.addFilter(_wanted)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeFilter(_wanted)
+
+
+def hide_weight_loading_bars() -> None:
+    """No bar for every load of a checkpoint: policy and reference would show two, after the progress bar's first line.
+
+    Bars of downloads stay, since they can take minutes. Imports transformers, so it is for commands that load a model.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def _wanted(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in LOGS)

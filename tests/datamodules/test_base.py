@@ -1,0 +1,76 @@
+"""Loaders of the base class: arithmetic of the batch size, shares of the ranks, missing splits."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from rllava_pl.datamodules import BaseDataModule
+from rllava_pl.types import Prompt
+
+
+class Rows(BaseDataModule):
+    def setup(self, stage: str) -> None:
+        self.train_prompts = self.val_prompts = self.test_prompts = [Prompt(f"r:{k}", ()) for k in range(5)]
+
+
+def on_rank(rank: int, ranks: int, **options: int) -> Rows:
+    """A data module as it stands on one of several data-parallel ranks."""
+    data = Rows(**options)
+    strategy = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": ranks, "rank": rank})
+    data.trainer = SimpleNamespace(strategy=strategy, fit_loop=None)
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_evaluation_over_ranks_counts_every_row_once_in_equally_many_batches(ranks):
+    loaders = [on_rank(rank, ranks, val_batch_size=2).val_dataloader() for rank in range(ranks)]
+    batches = [list(loader) for loader in loaders]
+    assert len({len(part) for part in batches}) == 1
+    seen = [prompt.uid for part in batches for batch in part for prompt in batch]
+    assert sorted(seen) == [f"r:{k}" for k in range(5)]
+
+
+def test_training_over_ranks_is_disjoint_with_full_batches():
+    parts = [list(on_rank(rank, 2, batch_size=2).train_dataloader()) for rank in range(2)]
+    assert [[len(batch) for batch in part] for part in parts] == [[2], [2]]
+    seen = [prompt.uid for part in parts for batch in part for prompt in batch]
+    assert len(set(seen)) == 4
+
+
+def test_without_a_trainer_there_is_one_rank():
+    data = Rows(batch_size=5)
+    data.setup("fit")
+    assert [len(batch) for batch in data.train_dataloader()] == [5]
+
+
+def test_too_few_training_rows_show_the_arithmetic():
+    message = (
+        r"batch_size 3 x 2 ranks = 6 prompts a rollout, but the training set has 5; set batch_size to 2 or less, or add"
+    )
+    with pytest.raises(ValueError, match=message):
+        on_rank(0, 2, batch_size=3).train_dataloader()
+
+
+def test_no_validation_rows_means_no_validation():
+    assert BaseDataModule().val_dataloader() == []
+
+
+def test_no_test_rows_is_an_error():
+    with pytest.raises(ValueError, match="Rows has no test prompts"):
+        Rows().predict_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; a batch needs at least 1 prompt"),
+        ({"val_batch_size": -1}, "val_batch_size is -1"),
+        ({"num_workers": -1}, "num_workers is -1"),
+    ],
+)
+def test_wrong_options_are_refused_at_construction(option, message):
+    with pytest.raises(ValueError, match=message):
+        BaseDataModule(**option)

@@ -1,0 +1,173 @@
+"""Images: what is read, what is refused by which code, and how pixels are converted."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from rllava_pl.datamodules.images import ImageReader
+from rllava_pl.datamodules.rejections import RowError
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int = 20, height: int = 12) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixel: 8-byte signature, IHDR chunk, beginning of an IDAT chunk."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\0IDAT"
+
+
+def code_of(reader: ImageReader, ref: object) -> set[str]:
+    """The code that both ``check`` and ``load`` give."""
+    codes = set()
+    for read in (reader.check, reader.load):
+        with pytest.raises(RowError) as caught:
+            read(ref, "images[0]")
+        codes.add(caught.value.code)
+    return codes
+
+
+@pytest.fixture
+def reader(tmp_path) -> ImageReader:
+    (tmp_path / "root").mkdir()
+    return ImageReader(tmp_path / "root")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_every_kind_of_reference_gives_the_same_picture(reader, kind):
+    data = encoded(noise(), kind)
+    (reader.root / "a b.img").write_bytes(data)  # the content decides, not the suffix
+    refs = [data, "a b.img", {"path": "a b.img"}, {"bytes": data, "path": None}, {"bytes": None, "path": "a b.img"}]
+    for ref in refs:
+        reader.check(ref, "images[0]")
+    pictures = [reader.load(ref, "images[0]") for ref in refs]
+    assert {(p.size, p.mode) for p in pictures} == {((20, 12), "RGB")}
+    assert len({p.tobytes() for p in pictures}) == 1
+
+
+def test_a_pillow_image_stays_open_and_unchanged(reader):
+    image = noise().convert("L")
+    reader.check(image, "images[0]")
+    assert reader.load(image, "images[0]").mode == "RGB"
+    assert image.mode == "L"
+    image.load()
+
+
+def test_exif_orientation_is_applied(reader):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side, to be turned by 90 degrees
+    data = encoded(noise(20, 12), "JPEG", exif=exif)
+    assert reader.load(data, "images[0]").size == (12, 20)
+
+
+def test_transparency_becomes_white(reader):
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert reader.load(encoded(clear), "images[0]").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_palette_and_cmyk_become_rgb(reader):
+    for data in (encoded(noise().convert("P")), encoded(noise().convert("CMYK"), "JPEG")):
+        assert reader.load(data, "images[0]").mode == "RGB"
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(reader):
+    deep = Image.fromarray(np.full((4, 4), 0x8040, dtype=np.uint16))
+    assert reader.load(encoded(deep), "images[0]").getpixel((0, 0)) == (0x80,) * 3
+
+
+def test_photo_with_an_embedded_preview_is_read(reader):
+    data = encoded(noise(), "MPO", save_all=True, append_images=[noise(10, 6)])
+    assert reader.load(data, "images[0]").size == (20, 12)
+
+
+@pytest.mark.parametrize("ref", [7, None, ["a.png"], {"path": 3}, {}])
+def test_e02_no_image_reference(reader, ref):
+    assert code_of(reader, ref) == {"E02"}
+
+
+@pytest.mark.parametrize("ref", ["none.png", "a" * 5000, "a\0b"])
+def test_e06_missing(reader, ref):
+    assert code_of(reader, ref) == {"E06"}
+
+
+def test_e07_paths_that_leave_the_folder(reader):
+    outside = reader.root.parent / "outside.png"
+    outside.write_bytes(encoded(noise()))
+    (reader.root / "link.png").symlink_to(outside)
+    (reader.root / "folder").mkdir()
+    for ref in ("../outside.png", str(outside), "link.png", "folder"):
+        assert code_of(reader, ref) == {"E07"}, ref
+    (reader.root / "inside.png").write_bytes(encoded(noise()))
+    (reader.root / "inner.png").symlink_to("inside.png")
+    reader.check("inner.png", "images[0]")
+
+
+def test_e07_no_folder_to_start_from():
+    assert code_of(ImageReader(None), "a.png") == {"E07"}
+
+
+def test_e08_other_formats_and_animations(reader):
+    moving = encoded(noise(), "WEBP", save_all=True, append_images=[noise().rotate(90)])
+    for data in (encoded(noise(), "BMP"), encoded(noise(), "GIF"), b"no image", b"", moving):
+        assert code_of(reader, data) == {"E08"}
+
+
+@pytest.mark.parametrize("side", [7000, 12_000, 40_000])
+def test_e09_too_many_pixels_by_header_alone(reader, side):
+    assert code_of(reader, png_header(side, side)) == {"E09"}
+
+
+def test_e09_too_many_bytes(tmp_path):
+    data = encoded(noise())
+    (tmp_path / "a.png").write_bytes(data)
+    small = ImageReader(tmp_path, max_bytes=len(data) - 1)
+    assert code_of(small, data) == code_of(small, "a.png") == {"E09"}
+    ImageReader(tmp_path, max_bytes=len(data)).check(data, "images[0]")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_e10_truncated(reader, kind):
+    data = encoded(noise(60, 60), kind)
+    assert code_of(reader, data[: len(data) // 2]) == {"E10"}
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (401, 2)])
+def test_e11_degenerate(reader, size):
+    assert code_of(reader, encoded(Image.new("RGB", size))) == {"E11"}
+    reader.check(encoded(Image.new("RGB", (400, 2))), "images[0]")
+
+
+@pytest.mark.parametrize("ref", ["https://a.org/b.png", "file:///b.png", "data:image/png;base64,AAAA", "HTTP://a/b"])
+def test_e12_url(reader, ref):
+    assert code_of(reader, ref) == code_of(reader, {"path": ref}) == {"E12"}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_damaged_files_give_a_code_or_a_picture_and_never_another_error(reader, kind):
+    rng, data = np.random.default_rng(1), encoded(noise(), kind)
+    for _ in range(100):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data), 3):
+            damaged[place] = rng.integers(256)
+        verdicts = []
+        for read in (reader.check, reader.load):
+            try:
+                read(bytes(damaged), "images[0]")
+                verdicts.append("fine")
+            except RowError as error:
+                verdicts.append(error.code)
+        assert verdicts[0] == verdicts[1], "what the audit accepts can be loaded"

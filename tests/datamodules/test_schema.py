@@ -1,0 +1,152 @@
+"""From columns to prompts: every code of the text fields has a row that triggers it and a clean one that does not."""
+
+from __future__ import annotations
+
+import datetime
+
+import pytest
+
+from rllava_pl.datamodules.rejections import RowError
+from rllava_pl.datamodules.schema import RowSchema
+from rllava_pl.types import IMAGE, Message
+
+ROW = {"prompt": "Which digit?", "answer": "4"}
+
+
+def code_of(row: dict[object, object], **options: object) -> str:
+    with pytest.raises(RowError) as caught:
+        RowSchema(**options).parse(row, "t:0")
+    return f"{caught.value.code} {caught.value.field}"
+
+
+def messages_of(value: object) -> tuple[Message, ...]:
+    return RowSchema().parse({"messages": value, "answer": "4", "images": []}, "t:0").messages
+
+
+def test_clean_row():
+    parsed = RowSchema().parse(ROW, "t:0")
+    assert parsed.messages == (Message("user", ("Which digit?",)),)
+    assert (parsed.uid, parsed.answer, parsed.images, parsed.metadata) == ("t:0", "4", (), {})
+
+
+def test_columns_are_mapped_and_the_rest_is_metadata():
+    columns = {"prompt": "problem", "images": "image", "answer": "solution", "id": "key"}
+    row = {"problem": "<image>Which?", "image": "a.png", "solution": 4, "key": 17, "level": "hard", "tags": ["é", 1]}
+    row |= {"when": datetime.date(2025, 1, 2), "raw": b"\x00", "none": None, "scan": {"bytes": b"", "path": None}}
+    parsed = RowSchema(columns).parse(row, "t:0")
+    assert parsed.messages == (Message("user", (IMAGE, "Which?")),)
+    assert (parsed.uid, parsed.answer, parsed.images) == ("17", "4", ("a.png",))
+    assert parsed.metadata == {"level": "hard", "tags": '["é", 1]', "when": '"2025-01-02"'}
+
+
+def test_system_prompt_and_template_surround_the_prompt_column_only():
+    schema = RowSchema(system_prompt="Be brief.", template="Q: {prompt} {A}")
+    assert schema.parse(ROW, "t:0").messages == (
+        Message("system", ("Be brief.",)),
+        Message("user", ("Q: Which digit? {A}",)),
+    )
+    chat = {"messages": [{"role": "user", "content": "Which?"}], "answer": "4"}
+    assert schema.parse(chat, "t:0").messages == (Message("user", ("Which?",)),)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("4", "4"), (4, "4"), (0.5, "0.5"), ([1, "a"], '[1, "a"]'), ({"x": 1}, '{"x": 1}'), (" 4 ", " 4 ")],
+)
+def test_answers_become_text(value, text):
+    assert RowSchema().parse(ROW | {"answer": value}, "t:0").answer == text
+
+
+def test_answer_may_be_absent_when_no_reward_reads_it():
+    for row in ({"prompt": "Which?"}, ROW | {"answer": None}, ROW | {"answer": ""}):
+        assert RowSchema(require_answer=False).parse(row, "t:0").answer == ""
+
+
+def test_both_forms_of_content_give_the_same_messages():
+    typed = [{"type": "text", "text": "Look: "}, {"type": "image", "text": None}, {"type": "text", "text": "Which?"}]
+    parsed = [
+        RowSchema().parse({"messages": [{"role": "user", "content": c}], "images": ["a"], "answer": "4"}, "t:0")
+        for c in (typed, "Look: <image>Which?")
+    ]
+    assert parsed[0].messages == parsed[1].messages == (Message("user", ("Look: ", IMAGE, "Which?")),)
+
+
+def test_w01_slots_are_put_in_front_of_the_first_user_message():
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Compare."}]
+    parsed = RowSchema().parse({"messages": chat, "images": ["a", "b"], "answer": "4"}, "t:0")
+    assert parsed.messages[1] == Message("user", (IMAGE, IMAGE, "Compare."))
+    assert parsed.slots_added
+    assert not RowSchema().parse(ROW | {"prompt": "<image>a", "images": ["a"]}, "t:0").slots_added
+
+
+@pytest.mark.parametrize("images", [None, "", [], ()])
+def test_no_images(images):
+    assert RowSchema().parse(ROW | {"images": images}, "t:0").images == ()
+
+
+def test_tool_turns_are_kept():
+    chat = [
+        {"role": "user", "content": "Find."},
+        {"role": "assistant", "content": "search"},
+        {"role": "tool", "content": "one"},
+        {"role": "tool", "content": "two"},
+    ]
+    assert [message.role for message in messages_of(chat)] == ["user", "assistant", "tool", "tool"]
+
+
+USER = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"answer": "4"}, "E01 prompt"),
+        ({"prompt": None, "messages": None, "answer": "4"}, "E01 prompt"),
+        ({"prompt": "Which?"}, "E01 answer"),
+        (ROW | {"prompt": b"Which?"}, "E02 prompt"),
+        (ROW | {"prompt": 4}, "E02 prompt"),
+        (ROW | {"prompt": ["Which?"]}, "E02 prompt"),
+        (ROW | {"answer": b"4"}, "E02 answer"),
+        (ROW | {"answer": True}, "E02 answer"),
+        (ROW | {"answer": float("nan")}, "E02 answer"),
+        (ROW | {"answer": [float("inf")]}, "E02 answer"),
+        (ROW | {"id": 1.5}, "E02 id"),
+        (ROW | {"prompt": " \n"}, "E03 prompt"),
+        (ROW | {"answer": " "}, "E03 answer"),
+        (ROW | {"id": ""}, "E03 id"),
+        (ROW | {"prompt": "a\ud800"}, "E04 prompt"),
+        (ROW | {"answer": "a\0"}, "E04 answer"),
+        (ROW | {"prompt": "<image>a"}, "E05 images"),
+        (ROW | {"prompt": "<image>a", "images": ["a", "b"]}, "E05 images"),
+        (ROW | {"prompt": "<image><image>a", "images": "a"}, "E05 images"),
+        ({"messages": "hello", "answer": "4"}, "E02 messages"),
+        ({"messages": ["hello"], "answer": "4"}, "E02 messages[0]"),
+        ({"messages": [{"role": "user", "content": None}], "answer": "4"}, "E02 messages[0].content"),
+        ({"messages": [{"role": "user", "content": []}], "answer": "4"}, "E03 messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}], "answer": "4"}, "E02 messages[0].content[0]"),
+        ({"messages": [], "answer": "4"}, "E17 messages"),
+        ({"messages": [{"role": "human", "content": "a"}], "answer": "4"}, "E17 messages[0]"),
+        ({"messages": [USER, {"role": "tool", "content": "a"}], "answer": "4"}, "E17 messages[1]"),
+        ({"messages": [USER, {"role": "assistant", "content": "a"}], "answer": "4"}, "E17 messages"),
+    ],
+)
+def test_bad_rows(row, expected):
+    assert code_of(row) == expected
+
+
+def test_e01_a_mapped_column_that_is_not_there_lists_those_that_are():
+    with pytest.raises(RowError, match="is not a column; the row has prompt, answer"):
+        RowSchema({"answer": "solution"}).parse(ROW, "t:0")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": {"question": "q"}}, "unknown field 'question'; fields are id, prompt, messages, images, answer"),
+        ({"columns": {"prompt": "p", "messages": "m"}}, "both prompt and messages"),
+        ({"template": "no place"}, r"template 'no place' must contain \{prompt\} exactly once"),
+    ],
+)
+def test_wrong_schemas_are_refused_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        RowSchema(**options)

@@ -1,0 +1,186 @@
+"""The policy's forward: one prompt a group equals everything repeated, whatever a batch mixes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from rllava_pl.models import LoRA
+from rllava_pl.models.policy import Policy, next_positions
+from rllava_pl.types import PolicyBatch
+from tests.models.conftest import FAMILIES, prompts, random_batch
+
+IMAGES = {"one": [1, 1], "two": [2, 2], "none": [0, 0], "mixed": [0, 1, 3, 2], "single prompt": [1]}
+
+
+def log_probs_and_gradients(policy: Policy, batch: PolicyBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    policy.zero_grad()
+    logp, entropy = policy(batch)
+    upstream = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1))
+    ((logp + 0.1 * entropy) * upstream).sum().backward()
+    return logp.detach(), entropy.detach(), {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+
+def assert_same(policy: Policy, batch: PolicyBatch) -> None:
+    assert policy.shares_prompt
+    shared = log_probs_and_gradients(policy, batch)
+    policy.shares_prompt = False
+    plain = log_probs_and_gradients(policy, batch)
+    policy.shares_prompt = True
+    torch.testing.assert_close(shared[0], plain[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(shared[1], plain[1], atol=1e-5, rtol=0)
+    assert shared[2].keys() == plain[2].keys()
+    difference = torch.cat([(shared[2][n] - plain[2][n]).flatten() for n in plain[2]]).norm()
+    assert difference <= 1e-5 * torch.cat([g.flatten() for g in plain[2].values()]).norm()
+
+
+@pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES.keys())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_prompt_equals_plain(load: Callable[..., Policy], family: str, images: Sequence[int]) -> None:
+    policy = load(family)
+    assert_same(policy, random_batch(policy, images))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_prompt_equals_plain_with_gradient_checkpointing(load: Callable[..., Policy], family: str) -> None:
+    policy = load(family, gradient_checkpointing=True)
+    assert policy.training
+    assert_same(policy, random_batch(policy, IMAGES["mixed"]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_prompt_equals_plain_with_lora(load: Callable[..., Policy], family: str) -> None:
+    policy = load(family, lora=LoRA(r=4))
+    torch.manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert_same(policy, random_batch(policy, IMAGES["mixed"]))
+
+
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_vl"])
+def test_a_response_of_one_token_needs_the_prompt_only(load: Callable[..., Policy], family: str) -> None:
+    policy = load(family)
+    assert_same(policy, random_batch(policy, [1, 2], tokens=1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_do_not_depend_on_what_else_is_in_the_batch(load: Callable[..., Policy], family: str) -> None:
+    policy = load(family)
+    batch = random_batch(policy, [0, 1, 3, 2])
+    with torch.no_grad():
+        together = policy(batch).logp_NT
+        for p in range(4):
+            rows = slice(3 * p, 3 * p + 3)
+            alone = policy(PolicyBatch(batch.inputs[p : p + 1], 3, batch.response_ids_NT[rows], batch.mask_NT[rows])).logp_NT
+            torch.testing.assert_close(together[rows], alone, atol=1e-5, rtol=0)
+
+
+def test_what_stands_behind_a_response_does_not_matter(load: Callable[..., Policy]) -> None:
+    policy = load("idefics3")
+    batch = random_batch(policy, [1, 1])
+    garbage = torch.where(batch.mask_NT, batch.response_ids_NT, 77)
+    wider = torch.nn.functional.pad(garbage, (0, 3), value=5)
+    with torch.no_grad():
+        first = policy(batch)
+        second = policy(PolicyBatch(batch.inputs, 3, wider, torch.nn.functional.pad(batch.mask_NT, (0, 3))))
+    torch.testing.assert_close(second.logp_NT[:, :5], first.logp_NT, atol=1e-6, rtol=0)
+    assert not second.logp_NT[~torch.nn.functional.pad(batch.mask_NT, (0, 3))].any()
+
+
+def test_large_vocabularies_go_through_slices_with_the_same_result(
+    load: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load("idefics3")
+    batch = random_batch(policy, [1, 2])
+    whole = log_probs_and_gradients(policy, batch)
+    monkeypatch.setattr("rllava_pl.models.policy.LOGITS_LIMIT", 0)
+    sliced = log_probs_and_gradients(policy, batch)
+    torch.testing.assert_close(sliced[0], whole[0], atol=1e-5, rtol=0)
+    for name, gradient in whole[2].items():
+        torch.testing.assert_close(sliced[2][name], gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_temperature_and_bans_define_the_distribution(load: Callable[..., Policy]) -> None:
+    """At temperature 2 with bans, log π of all allowed tokens at one position sums to one."""
+    policy = load("idefics3")
+    policy.temperature = 2.0
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    allowed = torch.tensor([i for i in range(vocabulary) if i not in policy.banned_ids])
+    batch = PolicyBatch(tuple(policy.encode(prompts([1]))), len(allowed), allowed[:, None], torch.ones(len(allowed), 1, dtype=torch.bool))
+    with torch.no_grad():
+        logp = policy(batch).logp_NT
+    torch.testing.assert_close(logp.exp().sum(), torch.tensor(1.0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_visual_token_can_be_sampled(load: Callable[..., Policy], family: str) -> None:
+    policy = load(family)
+    config = policy.model.config
+    image_token = getattr(config, "image_token_id", None) or config.image_token_index
+    assert image_token in policy.banned_ids
+    visual = [t for t in policy.tokenizer.all_special_tokens if "image" in t or "vision" in t or "video" in t or "img" in t]
+    assert set(policy.tokenizer.convert_tokens_to_ids(visual)) <= set(policy.banned_ids)
+    assert not set(policy.stop_ids) & set(policy.banned_ids)
+
+
+def test_the_layout_without_the_attention_is_never_used(load: Callable[..., Policy]) -> None:
+    """With another attention the packed row would let every token see every other: the plain form must take over."""
+    policy = load("idefics3", attn_implementation="eager")
+    assert not policy.shares_prompt
+    reference = load("idefics3")
+    batch = random_batch(policy, [1, 0])
+    with torch.no_grad():
+        torch.testing.assert_close(policy(batch).logp_NT, reference(batch).logp_NT, atol=1e-5, rtol=0)
+
+
+def test_an_unknown_family_trains_in_the_plain_form(load: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = load("idefics3")
+    batch = random_batch(reference, [1, 1])
+    expected = log_probs_and_gradients(reference, batch)
+    row = reference.family
+    monkeypatch.setattr("rllava_pl.models.families.FAMILIES", {"idefics3": type(row)(image_axis="prompt")})
+    policy = load("idefics3")
+    assert not policy.shares_prompt and not policy.family.causal
+    got = log_probs_and_gradients(policy, batch)
+    torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
+def test_sampling_is_untouched_by_the_shared_attention(load: Callable[..., Policy], family: str) -> None:
+    shared, plain = load(family), load(family, share_prompt=False)
+    inputs = shared.collate(shared.encode(prompts([1, 1])))
+    del inputs["position_ids"]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(shared.model.generate(**inputs, **options), plain.model.generate(**inputs, **options))
+
+
+def test_next_position_ignores_left_padding() -> None:
+    positions = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])  # two pads, none
+    assert next_positions(positions).tolist() == [3, 5]
+    axes = torch.stack([positions, positions + 1, positions])  # a picture that is taller than it is long
+    assert next_positions(axes).tolist() == [4, 6]
+
+
+def test_dropout_is_off_so_that_ratios_start_at_one(load: Callable[..., Policy]) -> None:
+    policy = load("idefics3").train()
+    assert all(m.p == 0.0 for m in policy.modules() if isinstance(m, torch.nn.Dropout))
+    assert all(getattr(m, "attention_dropout", 0.0) == 0.0 for m in policy.modules())
+
+
+def test_adapters_off_is_the_base_model_bit_for_bit(load: Callable[..., Policy]) -> None:
+    base, policy = load("idefics3"), load("idefics3", lora=LoRA(r=4))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = random_batch(policy, [1, 2])
+    trainable = [n for n, p in policy.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        expected = base(batch).logp_NT
+        with policy.adapters_off():
+            assert torch.equal(policy(batch).logp_NT, expected)
+        assert not torch.allclose(policy(batch).logp_NT, expected)
+    assert [n for n, p in policy.named_parameters() if p.requires_grad] == trainable
+    assert trainable and all("lora_" in name for name in trainable)

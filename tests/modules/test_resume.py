@@ -1,0 +1,93 @@
+"""A run that was interrupted at a rollout boundary ends with the very weights of one that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rllava_pl.callbacks import RolloutCheckpoint
+from rllava_pl.models import LoRA
+from rllava_pl.modules import GRPO, RLOO, RLModule
+from tests import runs
+
+
+def fit(root: Path, *, rollouts: int, checkpoint: str | None = None, **options: object) -> tuple[RLModule, RolloutCheckpoint]:
+    callback = RolloutCheckpoint(str(root), every_n_rollouts=1, keep=0)
+    module = runs.module(max_rollouts=5, **options)
+    if rollouts < 5:
+        module.on_train_batch_end = lambda *_: setattr(module.trainer, "should_stop", module.rollout_index >= rollouts)
+    trainer = runs.trainer(root, callbacks=[callback])
+    trainer.fit(module, runs.data(batch_size=4, train_size=13), ckpt_path=checkpoint)  # 3 rollouts an epoch
+    return module, callback
+
+
+def state(module: RLModule) -> dict[str, torch.Tensor]:
+    moments = module.optimizers().optimizer.state.values()
+    flat = {f"moment{k}.{name}": x for k, s in enumerate(moments) for name, x in s.items()}
+    return {name: x.detach().clone() for name, x in module.state_dict().items()} | flat
+
+
+CASES = {
+    "KL in the loss": (GRPO, {"lr_schedule": "cosine"}),
+    "KL in the reward, two epochs": (RLOO, {"kl_reward_coef": 0.01, "epochs": 2}),
+    "LoRA": (GRPO, {"policy": lambda: runs.tiny(lora=LoRA(r=4), freeze=["vision_tower"])}),
+}
+
+
+@pytest.mark.parametrize(("algorithm", "options"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("at", [1, 3, 4])  # inside an epoch, at its end, in the next
+def test_resume_is_bit_identical(tmp_path: Path, algorithm: type[RLModule], options: dict[str, object], at: int) -> None:
+    def chosen() -> dict[str, object]:
+        return {name: value() if callable(value) else value for name, value in options.items()}
+
+    whole, _ = fit(tmp_path / "whole", rollouts=5, algorithm=algorithm, **chosen())
+    fit(tmp_path / "part", rollouts=at, algorithm=algorithm, **chosen())
+    path = tmp_path / "part" / f"rollout-{at:06d}.ckpt"
+    resumed, _ = fit(tmp_path / "rest", rollouts=5, algorithm=algorithm, checkpoint=str(path), **chosen())
+    expected, got = state(whole), state(resumed)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+    assert whole.rollout_index == resumed.rollout_index == 5
+    assert whole.weight_version == resumed.weight_version == 5 * whole.updates_per_rollout
+
+
+def test_a_finished_run_does_not_run_on(tmp_path: Path) -> None:
+    done, callback = fit(tmp_path / "a", rollouts=5)
+    again, _ = fit(tmp_path / "b", rollouts=5, checkpoint=callback.last_path)
+    assert again.rollout_index == 5
+    for name, tensor in done.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_a_checkpoint_holds_only_tensors_and_what_training_changed(tmp_path: Path) -> None:
+    options = {"policy": runs.tiny(lora=LoRA(r=4))}
+    _, callback = fit(tmp_path, rollouts=1, **options)
+    checkpoint = torch.load(callback.last_path, weights_only=True)
+    names = set(checkpoint["state_dict"])
+    assert {"rollouts_done", "updates_done"} <= names
+    assert all("lora_" in name for name in names - {"rollouts_done", "updates_done"})
+
+
+def test_the_reference_is_not_in_the_checkpoint_and_comes_back(tmp_path: Path) -> None:
+    module, callback = fit(tmp_path / "a", rollouts=2)
+    assert not any(n.startswith("reference") for n in torch.load(callback.last_path, weights_only=True)["state_dict"])
+    resumed, _ = fit(tmp_path / "b", rollouts=3, checkpoint=callback.last_path)
+    for name, tensor in module.reference.state_dict().items():
+        assert torch.equal(resumed.reference.state_dict()[name], tensor), name
+
+
+def test_another_seed_is_refused_at_resume(tmp_path: Path) -> None:
+    _, callback = fit(tmp_path / "a", rollouts=1)
+    with pytest.raises(ValueError, match="the checkpoint was made with seed 1, this run has seed 2"):
+        fit(tmp_path / "b", rollouts=2, checkpoint=callback.last_path, seed=2)
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    callback = RolloutCheckpoint(str(tmp_path), every_n_rollouts=2, keep=2)
+    (tmp_path / "notes.txt").write_text("mine")
+    runs.trainer(tmp_path, callbacks=[callback]).fit(runs.module(max_rollouts=5), runs.data())
+    names = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert names == ["notes.txt", "rollout-000004.ckpt", "rollout-000005.ckpt"]
