@@ -56,7 +56,7 @@ class Message:
 
     @classmethod
     def parse(cls, role: Role, text: str, slot: str = "<image>") -> Message:
-        """Split ``text`` at every ``slot``: ``parse("user", "<image>Which digit?")`` has the parts ``(IMAGE, "Which digit?")``."""
+        """Split ``text`` at every ``slot``: ``parse("user", "<image>Which?")`` has the parts ``(IMAGE, "Which?")``."""
         pieces = text.split(slot)
         parts: list[str | ImageSlot] = [pieces[0]]
         for piece in pieces[1:]:
@@ -73,11 +73,11 @@ class Message:
 class Prompt:
     """An initial state of the decision process: a conversation that waits for the policy's answer.
 
-    Example: ``Prompt(uid="digits:17", messages=(Message("user", (IMAGE, "Which digit is it?")),), images=(scan,), answer="4")``.
+    Example: ``Prompt("digits:17", (Message("user", (IMAGE, "Which digit is it?")),), images=(scan,), answer="4")``.
     """
 
     uid: str
-    """Identifies the row (same text and same images), unique in its dataset; seeds and groups derive from it, never from content."""
+    """Identifies the row (same text, same images), unique in its dataset; seeds derive from it, not from content."""
     messages: tuple[Message, ...]
     """The conversation so far; the last message is not the assistant's."""
     images: tuple[Image, ...] = ()
@@ -94,8 +94,8 @@ class PromptBatch:
     """The prompts of one rollout, as a data loader hands them to ``training_step``.
 
     It is deliberately no list and no dataclass: Lightning walks through collections to move and cast tensors, and
-    refuses frozen dataclasses on the way. Use it as ``collate_fn``: ``DataLoader(prompts, 32, collate_fn=PromptBatch)``.
-    ``None`` entries (the padding that keeps ranks in step) are dropped.
+    refuses frozen dataclasses on the way. Use it as ``collate_fn``: ``DataLoader(prompts, 32,
+    collate_fn=PromptBatch)``. ``None`` entries (the padding that keeps ranks in step) are dropped.
     """
 
     def __init__(self, prompts: Iterable[Prompt | None]) -> None:
@@ -145,7 +145,7 @@ class Sampling:
         if self.max_tokens < 1:
             raise ValueError(f"sampling.max_tokens is {self.max_tokens}; a response needs a budget of at least 1 token")
         if self.temperature < 0:
-            raise ValueError(f"sampling.temperature is {self.temperature}; use 0 for greedy decoding or a positive number")
+            raise ValueError(f"sampling.temperature is {self.temperature}; use 0 (greedy) or a positive number")
         if self.top_p != 1.0 or self.top_k != 0:
             raise ValueError(
                 f"sampling.top_p={self.top_p}, top_k={self.top_k}: truncated sampling draws from another distribution "
@@ -296,8 +296,12 @@ class Experience:
         return self.replace(**changes)
 
     def select(self, prompts: Sequence[int], members: Sequence[int] | None = None) -> Experience:
-        """The part with these prompts (positions in 0..P-1) and, of each group, these members (all by default), cut to its
-        longest response."""
+        """The part with these prompts and these members of each group, cut to its longest response.
+
+        Args:
+            prompts: Positions in 0..P-1, in the order wanted.
+            members: Which samples of each group; all by default.
+        """
         kept = list(range(self.group_size)) if members is None else list(members)
         rows = [p * self.group_size + g for p in prompts for g in kept]
         index = torch.tensor(rows, dtype=torch.int64, device=self.mask_NT.device)
@@ -310,17 +314,21 @@ class Experience:
 class TensorMap(Protocol):
     """A function from a per-sample tensor to a per-sample tensor."""
 
-    def __call__(self, x: Tensor, /) -> Tensor: ...
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """The changed tensor."""
 
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Draws responses from the policy. One engine may live inside the trainer, in a process of its own or on a server."""
+    """Draws responses from the policy; it may live inside the trainer, in a process of its own or on a server."""
 
-    exact: bool
-    """True when its log-probs are the trainer's own to rounding (same weights, same arithmetic): no second pass is needed."""
-    version: int
-    """Number of policy updates in its weights; -1 before the first sync."""
+    @property
+    def exact(self) -> bool:
+        """True when its log-probs are the trainer's own to rounding (same weights, same arithmetic)."""
+
+    @property
+    def version(self) -> int:
+        """Number of policy updates in its weights; -1 before the first sync."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """Complete every request ``len(request.seeds)`` times; rollouts come in the order of requests and seeds."""
@@ -340,7 +348,7 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """Judges rollouts. Any importable class with these members serves; ``rllava_pl.rewards.BaseReward`` spares the loop."""
+    """Judges rollouts; any importable class with these members serves, ``BaseReward`` spares the loop."""
 
     weight: float
     """Factor in the sum of rewards."""

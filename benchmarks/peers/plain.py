@@ -45,9 +45,9 @@ def run(work: Work, pace: Pace) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(work.checkpoint)
-    model = AutoModelForImageTextToText.from_pretrained(work.checkpoint, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(work.checkpoint, dtype=torch.float32)  # stays in evaluation mode
     shared_prompt.enable(model)
-    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    reference = copy.deepcopy(model).requires_grad_(False)
     banned = torch.tensor(processor.tokenizer.convert_tokens_to_ids(BANNED_TOKENS))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=work.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -108,26 +108,26 @@ def encode(processor: ProcessorMixin, prompts: list[Prompt]) -> Inputs:
 @torch.no_grad()
 def sample(model: PreTrainedModel, inputs: Inputs, banned: Tensor, generator: torch.Generator, work: Work) -> Completions:
     """Read every prompt once, expand the cache to the group, then draw token after token."""
-    model.eval()
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     cache, logits_NV = out.past_key_values, out.logits[:, -1].repeat_interleave(work.group_size, 0)
     cache.batch_repeat_interleave(work.group_size)
-    pad, stop = model.generation_config.pad_token_id, model.generation_config.eos_token_id
-    ended = torch.zeros(len(logits_NV), dtype=torch.bool)
-    ids, logps, masks = [], [], []
+    stop, rows = model.generation_config.eos_token_id, torch.arange(len(logits_NV))
+    ids_NT = torch.zeros(len(rows), work.max_tokens, dtype=torch.int64)
+    logp_NT, mask_NT = torch.zeros(ids_NT.shape), torch.zeros(ids_NT.shape, dtype=torch.bool)
     for step in range(work.max_tokens):
-        if step:
-            logits_NV = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
         logp_NV = logits_NV.index_fill(1, banned, float("-inf")).log_softmax(-1)
-        token = torch.multinomial(logp_NV.exp(), 1, generator=generator).masked_fill(ended[:, None], pad)
-        ids.append(token)
-        logps.append(logp_NV.gather(1, token))
-        masks.append(~ended)
-        ended = ended | (token[:, 0] == stop)
-        if ended.all():
+        token = torch.multinomial(logp_NV.exp(), 1, generator=generator)
+        ids_NT[rows, step] = token[:, 0]
+        logp_NT[rows, step] = logp_NV.gather(1, token)[:, 0]
+        mask_NT[rows, step] = True
+        going = (token[:, 0] != stop).nonzero()[:, 0]
+        if not len(going) or step + 1 == work.max_tokens:
             break
-    model.train()
-    return Completions(torch.cat(ids, 1), torch.cat(logps, 1), torch.stack(masks, 1))
+        if len(going) < len(rows):  # rows that have ended leave the batch
+            rows, token = rows[going], token[going]
+            cache.batch_select_indices(going)
+        logits_NV = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+    return Completions(ids_NT[:, : step + 1], logp_NT[:, : step + 1], mask_NT[:, : step + 1])
 
 
 def reward(text: str, answer: str) -> float:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
+from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rllava_pl.modules.base import RLModule
 from rllava_pl.strategies.checkpoint_io import AtomicCheckpointIO
-
-log = logging.getLogger(__name__)
 
 
 class RolloutCheckpoint(Callback):
@@ -44,12 +43,13 @@ class RolloutCheckpoint(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Save if it is time."""
-        if int(pl_module.rollouts_done) % self.every_n_rollouts == 0:
-            self._save(trainer, int(pl_module.rollouts_done))
+        done = cast(RLModule, pl_module).rollout_index
+        if done % self.every_n_rollouts == 0:
+            self._save(trainer, done)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the run."""
-        self._save(trainer, int(pl_module.rollouts_done))
+        self._save(trainer, cast(RLModule, pl_module).rollout_index)
 
     def _save(self, trainer: Trainer, rollouts: int) -> None:
         directory = self.directory(trainer)

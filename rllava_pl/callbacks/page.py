@@ -47,7 +47,7 @@ class Moment:
 
 
 def printable(text: str) -> str:
-    """Control, direction-changing and unassigned characters as U+FFFD: they can rewrite a terminal or reorder a line."""
+    """Control, direction-changing and unassigned characters as U+FFFD: they rewrite terminals and reorder lines."""
     return "".join(c if c in _KEPT_CONTROLS or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
 
 
@@ -128,17 +128,17 @@ def _safe(text: str) -> str:
 
 def _heading(moment: Moment, scale: _Scale) -> str:
     name = "Before training" if moment.rollout == 0 else f"Rollout {moment.rollout}"
-    mean = f"{scale.badge(mean_reward(moment.greedy))} <small>mean reward</small>"
     drawn = [answer for group in moment.sampled for answer in group]
-    sampled = f" <small>· sampled {mean_reward(drawn):.2f}</small>" if drawn else ""
-    return f"{name}<br>{mean}{sampled}"
+    sampled = f" · sampled {mean_reward(drawn):.2f}" if drawn else ""
+    return f"{name}<br>{scale.badge(mean_reward(moment.greedy))} <small>mean{sampled}</small>"
 
 
 def _prompt(prompt: Prompt, uris: Sequence[str]) -> str:
     pictures = "".join(f'<img src="{uri}" alt="image {k + 1}">' for k, uri in enumerate(uris))
     expected = f'<p class="expected">expected <b>{_safe(prompt.answer)}</b></p>' if prompt.answer else ""
     uid = f'<p class="uid">{_safe(prompt.uid)}</p>'
-    return f'{pictures}<p class="text">{_safe(prompt_text(prompt))}</p>{expected}{uid}'
+    text = f'<p class="text">{_safe(prompt_text(prompt))}</p>'
+    return f'<div class="prompt"><div>{pictures}</div><div>{text}{expected}{uid}</div></div>'
 
 
 def _cell(greedy: Answer, sampled: Sequence[Answer], scale: _Scale) -> str:
@@ -193,16 +193,19 @@ body { margin: 1.5rem; font: 15px/1.45 system-ui, sans-serif; color: var(--ink);
 h1 { font-size: 1.35rem; margin: 0 0 .25rem; }
 p { margin: 0 0 .5rem; }
 small, .uid, .expected, summary, .none { color: var(--dim); font-size: .8rem; font-weight: normal; }
-.scroll { max-height: 88vh; overflow: auto; margin-top: 1rem; border: 1px solid var(--line); border-radius: 6px; }
+.scroll { max-height: calc(100vh - 8rem); overflow: auto; margin-top: 1rem;
+  border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: separate; border-spacing: 0; }
 th, td { text-align: left; vertical-align: top; padding: .6rem .8rem; border-bottom: 1px solid var(--line); }
 td, thead th { min-width: 15rem; max-width: 28rem; }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { position: sticky; top: 0; z-index: 1; background: var(--head); }
-tbody th, .corner { position: sticky; left: 0; min-width: 11rem; max-width: 20rem; background: var(--head); }
+tbody th, .corner { position: sticky; left: 0; min-width: 15rem; max-width: 24rem; background: var(--head); }
 thead .corner { z-index: 2; }
 tbody th { border-right: 1px solid var(--line); font-weight: normal; }
-img { display: block; max-width: 100%; min-width: 6rem; margin-bottom: .4rem; border-radius: 4px; }
+.prompt { display: flex; flex-wrap: wrap; gap: .7rem; }
+.prompt > :last-child { flex: 1 1 7rem; }
+img { display: block; min-width: 5.5rem; max-width: 10rem; margin-bottom: .4rem; border-radius: 4px; }
 p.text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 12rem; overflow: auto; }
 .expected b { color: var(--ink); }
 .uid { overflow-wrap: anywhere; margin: 0; font-size: .7rem; }

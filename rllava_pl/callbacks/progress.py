@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from datetime import timedelta
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import TYPE_CHECKING, cast
 
@@ -12,8 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import CustomBarColumn
 from rich.console import Console
-from rich.progress import ProgressColumn, Task, TextColumn
+from rich.progress import ProgressColumn, Task
+from rich.table import Column
 from rich.text import Text
+from torch import Tensor
 
 if TYPE_CHECKING:
     from rllava_pl.modules.base import RLModule
@@ -55,23 +57,35 @@ class Pace:
 
     @property
     def eta_seconds(self) -> float:
-        """Rollouts to go times the mean of this process, pauses for validation and the like included; nan if not known."""
+        """Rollouts to go times the mean of this process, pauses for validation included; nan if not known."""
         done, start = self._first
         if self.done == done or math.isinf(self.total):
             return math.nan
         return (self.total - self.done) * (self._recent[-1] - start) / (self.done - done)
 
     def __str__(self) -> str:
-        """``0.21 s/rollout  ETA 0:00:38``; empty before the first rollout."""
+        """``0.21 s/rollout  ETA 0:38``; empty before the first rollout."""
         if math.isnan(self.seconds):
             return ""
         eta = self.eta_seconds
-        return f"{self.seconds:.2f} s/rollout" + ("" if math.isnan(eta) else f"  ETA {timedelta(seconds=round(eta))}")
+        return f"{self.seconds:.2f} s/rollout" + ("" if math.isnan(eta) else f"  ETA {clock(round(eta))}")
 
     @property
     def fraction(self) -> str:
         """``120/300``."""
         return f"{self.done}" if math.isinf(self.total) else f"{self.done}/{int(self.total)}"
+
+
+def clock(seconds: int) -> str:
+    """``0:38``, ``12:05`` or ``3:00:17``."""
+    hours, rest = divmod(seconds, 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def describe(logged: Mapping[str, Tensor]) -> str:
+    """``reward 0.734  accuracy 0.812  kl 0.0021``, as far as they were logged."""
+    return "  ".join(f"{label} {float(logged[name]):{form}}" for label, (name, form) in SHOWN.items() if name in logged)
 
 
 class RolloutProgressBar(RichProgressBar):
@@ -80,7 +94,7 @@ class RolloutProgressBar(RichProgressBar):
     Lightning's own bar counts the batches of an epoch, which mean nothing here. In a terminal this is one bar; where
     output goes to a file it is a plain line every ``every_n_rollouts`` rollouts, without control characters::
 
-        rollout 120/300  reward 0.734  accuracy 0.812  kl 0.0021  0.21 s/rollout  ETA 0:00:38
+        rollout 120/300  reward 0.734  accuracy 0.812  kl 0.0021  0.21 s/rollout  ETA 0:38
 
     Args:
         every_n_rollouts: Rollouts between two plain lines; 0 for none. A terminal's bar moves at every rollout.
@@ -92,6 +106,7 @@ class RolloutProgressBar(RichProgressBar):
         super().__init__(refresh_rate=4)
         self.every_n_rollouts = every_n_rollouts
         self.pace = Pace(math.inf, 0, 0.0)
+        self.metrics = ""
         self._live = False
         self._printed = -1
 
@@ -128,64 +143,60 @@ class RolloutProgressBar(RichProgressBar):
     ) -> None:
         """Move on by one rollout."""
         self.pace.tick(cast("RLModule", pl_module).rollout_index, monotonic())
+        self.metrics = describe(trainer.callback_metrics)
         self._update(self.train_progress_bar_id, self.pace.done)
-        self._update_metrics(trainer, pl_module)
         if self.every_n_rollouts and self.pace.done % self.every_n_rollouts == 0:
-            self._print_line(trainer, pl_module)
+            self._print_line(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing ends with an epoch."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the bar as it is, so that what is printed next stands below it."""
         if self.is_enabled:
-            self._update_metrics(trainer, pl_module)
             self._stop_progress()
         elif self.every_n_rollouts:
-            self._print_line(trainer, pl_module)
+            self._print_line(trainer)
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """What was logged of the last rollout, formatted."""
-        logged = trainer.callback_metrics
-        return {label: f"{float(logged[name]):{form}}" for label, (name, form) in SHOWN.items() if name in logged}
+        """Nothing: Lightning's column of metrics would wrap; ``metrics`` stands in one of its own."""
+        return {}
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
-        """Name, bar, count and pace; the metrics follow."""
+        """Count, bar, pace and metrics, in 80 characters."""
         theme = self.theme
         bar = CustomBarColumn(
-            bar_width=20,
+            bar_width=10,
             complete_style=theme.progress_bar,
             finished_style=theme.progress_bar_finished,
             pulse_style=theme.progress_bar_pulse,
         )
-        return [TextColumn("{task.description}"), bar, _Count(self), _Pace(self)]
+        return [_Text(self._count), bar, _Text(self._pace)]
 
-    def _print_line(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _count(self, task: Task) -> str:
+        """Rollouts of the run, or batches of a validation, test or prediction."""
+        if task.id == self.train_progress_bar_id:
+            return self.pace.fraction
+        return f"{task.description} {int(task.completed)}/{task.total:.0f}"
+
+    def _pace(self, task: Task) -> str:
+        return f"{self.pace}  {self.metrics}" if task.id == self.train_progress_bar_id else ""
+
+    def _print_line(self, trainer: Trainer) -> None:
         if self._live or not trainer.is_global_zero or self._printed == self.pace.done:
             return
         self._printed = self.pace.done
-        metrics = [f"{label} {value}" for label, value in self.get_metrics(trainer, pl_module).items()]
-        print("  ".join([f"rollout {self.pace.fraction}", *metrics, str(self.pace)]), flush=True)
+        print(f"rollout {self.pace.fraction}  {self.metrics}  {self.pace}", flush=True)
 
 
-class _Count(ProgressColumn):
-    """Rollouts of the run, or batches of a validation, test or prediction."""
+class _Text(ProgressColumn):
+    """A column that is never wrapped; too narrow a terminal cuts it."""
 
-    def __init__(self, bar: RolloutProgressBar) -> None:
-        super().__init__()
-        self.bar = bar
-
-    def render(self, task: Task) -> Text:
-        if task.id == self.bar.train_progress_bar_id:
-            return Text(self.bar.pace.fraction)
-        return Text(f"{int(task.completed)}/{task.total:.0f}")
-
-
-class _Pace(ProgressColumn):
-    """Seconds a rollout and time to go."""
-
-    def __init__(self, bar: RolloutProgressBar) -> None:
-        super().__init__()
-        self.bar = bar
+    def __init__(self, text: Callable[[Task], str]) -> None:
+        super().__init__(Column(no_wrap=True))
+        self.text = text
 
     def render(self, task: Task) -> Text:
-        return Text(str(self.bar.pace) if task.id == self.bar.train_progress_bar_id else "", style="dim")
+        return Text(self.text(task))

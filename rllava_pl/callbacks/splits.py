@@ -32,7 +32,7 @@ def split_loaders(datamodule: LightningDataModule | None, split: Split) -> list[
 
 
 def batches(loaders: Iterable[Loader], limit: float = 1.0) -> Iterator[PromptBatch]:
-    """Batches of the loaders, of each as many as Lightning takes ``limit`` to mean: an int a number, a float a share."""
+    """Batches of the loaders, each cut as Lightning reads ``limit``: an int is a number of batches, a float a share."""
     return chain.from_iterable(islice(loader, _limited(limit, len(loader))) for loader in loaders)
 
 

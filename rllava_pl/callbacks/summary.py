@@ -53,9 +53,9 @@ class Record:
 class RunSummary(Callback):
     """Scores the test split before the first rollout and after the last, and says what came of the run.
 
-    The panel and ``summary.json`` in the run's folder have accuracy and reward before and after, time, memory, and where
-    table, checkpoint and export lie. ``Trainer(limit_test_batches=...)`` says how much of the test split is scored; 0
-    leaves it out.
+    The panel and ``summary.json`` in the run's folder have accuracy and reward before and after, time, memory, and
+    where table, checkpoint and export lie. ``Trainer(limit_test_batches=...)`` says how much of the test split is
+    scored; 0 leaves it out.
     """
 
     def __init__(self) -> None:

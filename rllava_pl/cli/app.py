@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -18,7 +17,7 @@ import rllava_pl.rewards
 import rllava_pl.strategies  # noqa: F401
 from rllava_pl.cli import given
 from rllava_pl.cli.errors import UsageError, debugging, raised_by_us, with_hint
-from rllava_pl.cli.explain import Place, explain, unknown_option
+from rllava_pl.cli.explain import Place, explain, import_class, unknown_option
 from rllava_pl.cli.quiet import hide_weight_loading_bars, quiet
 from rllava_pl.modules import RLModule
 
@@ -72,14 +71,14 @@ class RLCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         """Parse, refuse what was not understood, and say so in one line."""
         tree = given.collect(args[1:])
-        if "trainer" in tree and not isinstance(tree["trainer"], dict):
-            raise UsageError(f"trainer: expected options such as max_time, got {tree['trainer']!r}")
+        options = [str(key) for key in self._parser(args[0]).get_defaults().keys()]
+        _check_sections(tree, sorted({option.split(".")[0] for option in options}))
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             if debugging():
                 raise
-            raise UsageError(explain(str(error), Place(tree, ROOTS, self._option_names(args[0])))) from error
+            raise UsageError(explain(str(error), Place(tree, ROOTS, options))) from error
         parsed = self.config[self.config.subcommand]
         for path, known in given.unknown(tree, parsed):
             raise UsageError(unknown_option(path, known))
@@ -105,9 +104,6 @@ class RLCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """The config decides, not the checkpoint: resuming with other options, e.g. more rollouts, is meant."""
-
-    def _option_names(self, subcommand: str) -> list[str]:
-        return [str(key) for key in self._parser(subcommand).get_defaults().keys()]
 
     # -- the subcommands ---------------------------------------------------------------------------------------------
 
@@ -158,6 +154,19 @@ def _seed_of(seed_everything: bool | int) -> int:
     return 0 if isinstance(seed_everything, bool) else seed_everything
 
 
+def _check_sections(tree: given.Tree, known: Sequence[str]) -> None:
+    """The top level, where the parser would ignore an unknown section if it is empty.
+
+    Raises:
+        UsageError: There is an unknown section, or one with nothing in it.
+    """
+    for name, section in tree.items():
+        if name not in known:
+            raise UsageError(unknown_option((name,), list(known)))
+        if name == "trainer" and not isinstance(section, dict):
+            raise UsageError(f"trainer: expected options such as max_time, got {section!r}")
+
+
 def _check_links(tree: given.Tree, parsed: Namespace) -> None:
     """An option that follows another one must not be given another value, which would be ignored.
 
@@ -178,24 +187,29 @@ def _origin(error: BaseException) -> BaseException:
 
 
 def _where(error: BaseException, config: Namespace) -> str:
-    """``"model.rewards[0]: "``: the object of the config whose constructor raised, or nothing."""
-    places = dict(_constructed(config))
+    """Key of what a constructor refused: ``"model.policy."`` before ``"lora.r is 0"``, else ``"model.rewards[0]: "``."""
+    objects = dict(_walk(config))
+    option = str(error).split(" ")[0]
+    homes = [key.removesuffix(option) for key in objects if key.endswith(f".{option}")]
+    if len(homes) == 1:
+        return homes[0]
+    places = {name: f"{key}: " for key, name in objects.items() if name} | {f"{Trainer.__module__}.Trainer": "trainer: "}
     traceback, found = error.__traceback__, ""
-    while traceback is not None:
-        owner = traceback.tb_frame.f_locals.get("self")
-        name = f"{type(owner).__module__}.{type(owner).__qualname__}"
-        found, traceback = places.get(name, found), traceback.tb_next
-    return f"{found}: " if found else ""
+    while traceback is not None:  # towards the place where it was raised
+        owner = type(traceback.tb_frame.f_locals.get("self"))
+        found, traceback = places.get(f"{owner.__module__}.{owner.__qualname__}", found), traceback.tb_next
+    return found
 
 
-def _constructed(section: object, path: str = "") -> Iterator[tuple[str, str]]:
-    """Full class name and key of every object in the config."""
+def _walk(section: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every key of the config, with the full name of the class if it holds an object."""
     if isinstance(section, list):
         for k, item in enumerate(section):
-            yield from _constructed(item, f"{path}[{k}]")
-    elif isinstance(section, Namespace):
-        if isinstance(class_path := section.get("class_path"), str):
-            cls = cast(type, rllava_pl.cli.explain._import(class_path))
-            yield f"{cls.__module__}.{cls.__qualname__}", path
+            yield from _walk(item, f"{path}[{k}]")
+        return
+    class_path = section.get(given.CLASS) if isinstance(section, Namespace) else None
+    cls = import_class(class_path) if class_path else None
+    yield path, f"{cls.__module__}.{cls.__qualname__}" if cls else ""
+    if isinstance(section, Namespace):
         for key, value in given.children(section).items():
-            yield from _constructed(value, f"{path}.{key}".lstrip("."))
+            yield from _walk(value, f"{path}.{key}".lstrip("."))

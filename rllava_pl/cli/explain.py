@@ -11,14 +11,15 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from itertools import product
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
 from rllava_pl.cli.errors import nearest
-from rllava_pl.cli.given import CLASS, EXTRA, OPTIONS, Tree, lookup
+from rllava_pl.cli.given import CLASS, OPTIONS, Tree, lookup
 
 SHOWN = 14
 """So many names are listed where none is near."""
@@ -30,6 +31,7 @@ _NOISE = re.compile(
     r"Does not validate|Subtypes:|Errors:|Given value|Expected a path but|Subclass types expect|"
     r"a class path \(str\)|a dict with|a dict without|Expected a <class 'NoneType'>|$"
 )
+_TYPE = re.compile(r"Expected an? (?!dot import)(?P<type>.+?)(\. Got value: (?P<value>.*))?$")
 _PLAIN = {"int": "an integer", "float": "a number", "str": "a text", "bool": "true or false", "list": "a list", "dict": "a mapping"}
 
 
@@ -42,6 +44,8 @@ class Leaf:
     """Way to it, without the ``init_args`` levels."""
     class_path: str
     """The class that refused, if any."""
+    depth: int
+    """Keys and classes on the way."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,20 @@ class Place:
     """Base classes of the top-level sections that hold a class: ``{"model": RLModule}``."""
     options: list[str] = field(default_factory=list)
     """Options of the command, e.g. ``trainer.max_epochs``."""
+    found: tuple[Leaf, ...] = ()
+    """All leaves of this message."""
 
 
 def explain(message: str, place: Place) -> str:
     """One line that names the key, what is wrong with it and the nearest right names."""
-    found = list(leaves(message))
-    for pattern, tell in _RULES:  # ordered by how much they say
-        for leaf in found:
+    found = tuple(leaves(message))
+    place = replace(place, found=found)
+    for depth in sorted({leaf.depth for leaf in found}, reverse=True):  # the deepest came closest to what was meant
+        level = [leaf for leaf in found if leaf.depth == depth]
+        for (pattern, tell), leaf in product(_RULES, level):
             if match := pattern.search(leaf.text):
                 return tell(leaf, match, place)
-    texts = dict.fromkeys(leaf.text for leaf in found)
-    where = found[0].keys if found else ()
-    return _line(where, "; ".join(texts) or " ".join(message.split()))
+    return _line(found[0].keys, found[0].text) if found else " ".join(message.split())
 
 
 def leaves(message: str) -> Iterator[Leaf]:
@@ -87,23 +93,26 @@ def leaves(message: str) -> Iterator[Leaf]:
             named = re.search(r"class_path='([^']+)'", text)  # callables put their class at the end of the line
             keys = ".".join(name for _, kind, name in way if kind == "key").split(".")
             class_path = named[1] if named else classes[-1] if classes else ""
-            yield Leaf(text, tuple(key for key in keys if key), class_path)
+            yield Leaf(text, tuple(key for key in keys if key), class_path, len(way))
 
 
 # One function a kind of mistake --------------------------------------------------------------------------------------
 
 
 def _unknown_option(leaf: Leaf, match: re.Match[str], place: Place) -> str:
-    name = match["name"]
-    group = tuple(part for part in (match["group"] or "").split(".") if part)
-    *deeper, last = name.split(".")
-    keys = (*leaf.keys, *group, *deeper)
-    return unknown_option((*keys, last), option_names(leaf, keys, place), _short(leaf.class_path))
+    """``name`` is dotted when options were given below the unknown one; ``group`` is a section without a class."""
+    group = match["group"]
+    keys = (*leaf.keys, group) if group else leaf.keys
+    known = option_names(leaf, group, place)
+    section = lookup(place.given, keys)
+    named = section.get(CLASS) if isinstance(section, dict) else None
+    owner = "" if group else _short(named if isinstance(named, str) else leaf.class_path)
+    return unknown_option((*keys, match["name"].split(".")[0]), known, owner)
 
 
 def unknown_option(path: tuple[str, ...], known: list[str], owner: str = "") -> str:
     """``"model.epss: GRPO has no such option; did you mean 'epochs'?"``."""
-    hint = nearest(path[-1], known)
+    hint = nearest(path[-1], [*known, *((OPTIONS, CLASS) if owner else ())])
     if not hint and len(known) <= SHOWN:
         hint = f"; there are {', '.join(known)}" if known else ""
     if not hint and owner:
@@ -111,15 +120,11 @@ def unknown_option(path: tuple[str, ...], known: list[str], owner: str = "") -> 
     return _line(path, f"{owner or 'there'} {'has' if owner else 'is'} no such option{hint}")
 
 
-def _unrecognized(leaf: Leaf, match: re.Match[str], place: Place) -> str:
-    word = match["words"].split()[0]
-    if not word.startswith("-"):
-        return f"{word!r} belongs to no option; options start with --"
-    name = word.lstrip("-").partition("=")[0]
-    path = tuple(name.split("."))
-    section = name.rpartition(".")[0]
-    known = [option.rpartition(".")[2] for option in place.options if option.rpartition(".")[0] == section]
-    return unknown_option(path, known if section else sorted({option.split(".")[0] for option in place.options}))
+def _unknown_trainer_option(leaf: Leaf, match: re.Match[str], place: Place) -> str:
+    path = tuple(match["name"].split("."))
+    section = "".join(f"{part}." for part in path[:-1])
+    known = {option.removeprefix(section).split(".")[0] for option in place.options if option.startswith(section)}
+    return unknown_option(path, sorted(known))
 
 
 def _unknown_class(leaf: Leaf, match: re.Match[str], place: Place) -> str:
@@ -160,53 +165,61 @@ def _wrong_type(leaf: Leaf, match: re.Match[str], place: Place) -> str:
     choices = re.findall(r"'([^']*)'", match["type"]) if "Literal" in match["type"] else []
     if choices:
         return _line(leaf.keys, f"{value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}")
-    plain = re.search(r"(\w+)'?>?$", match["type"])
-    expected = _PLAIN.get(plain[1], match["type"]) if plain else match["type"]
-    return _line(leaf.keys, f"expected {expected}, got {value!r}")
+    rivals = [_TYPE.search(rival.text) for rival in place.found if rival.keys == leaf.keys]
+    expected = dict.fromkeys(_plain(rival["type"]) for rival in rivals if rival)
+    return _line(leaf.keys, f"expected {' or '.join(expected)}, got {value!r}")
+
+
+def _plain(type_name: str) -> str:
+    """``<class 'int'>`` -> ``an integer``."""
+    word = re.search(r"(\w+)'?>?$", type_name)
+    return _PLAIN.get(word[1], type_name) if word else type_name
 
 
 Rule = Callable[[Leaf, re.Match[str], Place], str]
 _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = (
     (re.compile(r"Option '(?P<name>[^']+)' is not accepted(?P<group>)"), _unknown_option),
-    (re.compile(r"(Group|Subcommand) '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"), _unknown_option),
-    (re.compile(r"unrecognized arguments: (?P<words>.+)"), _unrecognized),
-    (re.compile(r"Expected a dot import path string: (?P<name>.+)"), _unknown_class),
+    (re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"), _unknown_option),
+    (re.compile(r"Subcommand '\w+' does not accept option '(?P<name>[^']+)'"), _unknown_trainer_option),
+    (re.compile(r"unrecognized arguments: -*(?P<name>[^\s=]+)"), _unknown_trainer_option),
+    (re.compile(r"Expected a dot import path string: (?P<name>[A-Z].*)"), _unknown_class),
     (re.compile(r"module '(?P<module>[^']+)' has no attribute '(?P<name>[^']+)'"), _unknown_attribute),
     (re.compile(r"No module named '(?P<name>[^']+)'"), _unknown_module),
     (re.compile(r"Import path (?P<name>\S+) does not (correspond to a subclass of|implement protocol) (?P<base>\w+)"), _wrong_class),
+    (re.compile(r"Not a valid subclass of (?P<base>\w+)\. Got value: (?P<name>.*)"), _wrong_class),
     (re.compile(r"following arguments are required: (?P<names>.+)"), _required),
-    (re.compile(r"Expected an? (?P<type>.+?)(\. Got value: (?P<value>.*))?$"), _wrong_type),
+    (_TYPE, _wrong_type),
+    (re.compile(r"Expected a dot import path string: (?P<name>.+)"), _unknown_class),
 )
 
 
 # Names that would have been right ------------------------------------------------------------------------------------
 
 
-def option_names(leaf: Leaf, keys: tuple[str, ...], place: Place) -> list[str]:
-    """Options in the section ``keys``: of the class that refused, or of the command."""
-    if not leaf.class_path:
-        prefix = ".".join(keys)
-        inside = [option.removeprefix(f"{prefix}.") for option in place.options if option.startswith(f"{prefix}.") or not prefix]
-        return sorted({option.split(".")[0] for option in inside})
-    parser = ArgumentParser(exit_on_error=False)
-    options = parser.add_class_arguments(_import(leaf.class_path), fail_untyped=False)
-    if leaf.keys[-1:] and {CLASS, OPTIONS, EXTRA} & set(keys):
-        return [CLASS, OPTIONS]
-    group = ".".join(keys[len(leaf.keys) :])
-    inside = [option.removeprefix(f"{group}.") for option in options if option.startswith(f"{group}.") or not group]
-    return list(dict.fromkeys(option.split(".")[0] for option in inside))
+def option_names(leaf: Leaf, group: str, place: Place) -> list[str]:
+    """Options of the class that refused, or of a section of it; of the command if there is no class."""
+    if leaf.class_path:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(import_class(leaf.class_path), fail_untyped=False)
+        options = [str(key) for key in parser.get_defaults().keys()]
+    else:
+        options = place.options
+    prefix = f"{group}." if group else ""
+    names = dict.fromkeys(option.removeprefix(prefix).split(".")[0] for option in options if option.startswith(prefix))
+    return list(names)
 
 
 def class_names(leaf: Leaf, place: Place) -> list[str]:
     """Short names of the classes that fit where this leaf stands."""
     section, _, option = ".".join(leaf.keys).rpartition(".")
     if leaf.class_path and leaf.keys and not _is_root(leaf, place):
-        hint = _annotation(_import(leaf.class_path), leaf.keys[-1])
+        hint = _annotation(import_class(leaf.class_path), leaf.keys[-1])
     elif section == "trainer":
         hint = _annotation(Trainer, option)
     else:
         hint = place.roots.get(leaf.keys[0]) if leaf.keys else None
-    return sorted({name for base in _classes(hint) for name in _subclasses(base)})
+    names = {name for base in _classes(hint) for name in _subclasses(base)}
+    return sorted(names - {root.__name__ for root in place.roots.values()})
 
 
 def _is_root(leaf: Leaf, place: Place) -> bool:
@@ -241,7 +254,8 @@ def _subclasses(base: type) -> Iterator[str]:
         yield from _subclasses(subclass)
 
 
-def _import(class_path: str) -> type:
+def import_class(class_path: str) -> type:
+    """The class at a dotted path."""
     module, _, name = class_path.rpartition(".")
     return getattr(import_module(module), name)
 

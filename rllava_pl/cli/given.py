@@ -11,12 +11,16 @@ from pathlib import Path
 
 import yaml
 
+from rllava_pl.cli.errors import UsageError
+
 Tree = dict[str, "Value"]
 Value = str | int | float | bool | None | list["Value"] | Tree
 
 CLASS = "class_path"
 OPTIONS = "init_args"
 EXTRA = "dict_kwargs"
+FLAGS = ("-h", "help", "print_config", "print_shtab")
+"""Ends of options that may stand without a value."""
 
 
 def collect(args: Sequence[str]) -> Tree:
@@ -29,7 +33,7 @@ def collect(args: Sequence[str]) -> Tree:
     for key, text in _options(args):
         if key in ("--config", "-c"):
             tree = merge(tree, flatten(_load(text)))
-        elif key.startswith("--"):
+        elif key.startswith("--") and not key.endswith(FLAGS):
             place(tree, key[2:], _value(text))
     return tree
 
@@ -95,7 +99,7 @@ def unknown(given: Value, parsed: object, path: tuple[str, ...] = ()) -> Iterato
         if key in options:
             yield from unknown(value, options[key], (*path, key))
         elif key not in (CLASS, EXTRA):
-            yield (*path, key), list(options)
+            yield (*path, key), [*options, OPTIONS]
 
 
 def children(parsed: object) -> dict[str, object]:
@@ -118,23 +122,38 @@ def lookup(tree: Value, path: Sequence[str]) -> Value:
 
 
 def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of option and value, from ``--key value`` and ``--key=value``."""
+    """Pairs of option and value, from ``--key value`` and ``--key=value``.
+
+    Raises:
+        UsageError: A word belongs to no option, or an option has no value.
+    """
     words = list(args)
     while words:
-        key, equals, value = words.pop(0).partition("=")
+        word = words.pop(0)
+        key, equals, value = word.partition("=")
         if not key.startswith("-"):
-            continue
+            raise UsageError(f"{word!r} belongs to no option; options start with --")
         if not equals and words and not words[0].startswith("--"):
             value = words.pop(0)
+        elif not equals and not key.endswith(FLAGS):
+            raise UsageError(f"{key} needs a value, e.g. {key}=...")
         yield key, value
 
 
-def _load(name: str) -> Value:
-    """A config file; what cannot be read is left to the parser, whose message is better."""
+def _load(name: str) -> Tree:
+    """A config file, or YAML text in its place."""
+    path = Path(name)
     try:
-        return yaml.safe_load(Path(name).read_text("utf-8") if Path(name).is_file() else name) or {}
-    except (OSError, UnicodeError, yaml.YAMLError):
-        return {}
+        content = yaml.safe_load(path.read_text("utf-8") if path.is_file() else name)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UsageError(f"{name}: {where}{error.problem or error}") from error
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{name}: {error}") from error
+    if not isinstance(content, dict | None):
+        raise UsageError(f"{name}: a config has sections such as model, data and trainer; this is a {type(content).__name__}")
+    return content or {}
 
 
 def _value(text: str) -> Value:

@@ -17,14 +17,18 @@ WARNINGS = {
 
 LOGS = {
     "litlogger": "an advertisement",
+    "Seed set to": "the config says so, and the one saved with the logs",
 }
 """Part of a line of Lightning's log and why it is not shown."""
+
+LOGGERS = tuple(f"lightning.{name}" for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed"))
+"""Where Lightning logs them; a filter acts on the very logger only, not on those below it."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leave out the messages named above for the time of a run; everything else is shown."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch")]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     with warnings.catch_warnings():
         for start in WARNINGS:
             warnings.filterwarnings("ignore", message=start)

@@ -106,7 +106,7 @@ class PromptLoader(DataLoader["Prompt | None"]):
         ``set_epoch`` at the start of a run, and worker processes would by then be fetching the wrong epoch.
         """
         self._epoch = getattr(self.sampler, "epoch", 0)
-        self._handed_out = 0; self._take_resume_position()
+        self._handed_out = self._take_resume_position()
         for batch in super().__iter__():
             self._handed_out += 1
             yield batch

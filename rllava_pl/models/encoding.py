@@ -7,11 +7,11 @@ prompts can be regrouped freely into mini- and micro-batches; ``collate`` pads a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rllava_pl.models.families import FAMILIES, Family, ImageAxis
 from rllava_pl.types import ImageSlot, Message, Prompt, PromptInputs
@@ -19,7 +19,7 @@ from rllava_pl.types import ImageSlot, Message, Prompt, PromptInputs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-    Processor = ProcessorMixin | PreTrainedTokenizerBase
+    Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 
 Chat = list[dict[str, str | list[dict[str, str]]]]
 
@@ -86,7 +86,7 @@ def encode(processor: Processor, prompts: Sequence[Prompt], family: Family | Non
         text=texts,
         **({"images": images} if images else {}),
         padding=True,
-        add_special_tokens=not (bos and texts[0].startswith(bos)),  # a template that writes BOS must not get a second one
+        add_special_tokens=not (bos and texts[0].startswith(bos)),  # some templates write BOS themselves
         return_tensors="pt",
     )
     return _take_apart(dict(outputs), [len(prompt.images) for prompt in prompts], family or _family_by_class(processor))
@@ -131,9 +131,11 @@ def split_images(features: Mapping[str, Tensor], counts: Sequence[int], axis: Im
 
 
 def collate(inputs: Sequence[PromptInputs], *, pad_id: int, axis: ImageAxis, device: torch.device) -> dict[str, Tensor]:
-    """One padded forward input of several prompts: left-padded tokens (P, S), vision inputs joined in the family's layout."""
-    batch = {"input_ids": _pad_left([x.input_ids_S for x in inputs], pad_id)}
-    batch["attention_mask"] = _pad_left([torch.ones_like(x.input_ids_S) for x in inputs], 0)
+    """One forward input of several prompts: left-padded tokens (P, S), vision inputs joined in the family's layout."""
+    ids_PS = _pad_left([x.input_ids_S for x in inputs], pad_id)
+    lengths_P = torch.tensor([x.input_ids_S.shape[0] for x in inputs])
+    padding_P = ids_PS.shape[1] - lengths_P
+    batch = {"input_ids": ids_PS, "attention_mask": (torch.arange(ids_PS.shape[1]) >= padding_P[:, None]).long()}
     for name in inputs[0].tokens:
         batch[name] = _pad_left([x.tokens[name] for x in inputs], 0)
     for name in dict.fromkeys(name for x in inputs for name in x.images):
@@ -144,16 +146,15 @@ def collate(inputs: Sequence[PromptInputs], *, pad_id: int, axis: ImageAxis, dev
 
 
 def _pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
-    width = max(len(row) for row in rows)
-    if all(len(row) == width for row in rows):
-        return torch.stack(list(rows))
-    return torch.stack([F.pad(row, (width - len(row), 0), value=value) for row in rows])
+    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
 
 
 def _stack_padded(pieces: Sequence[Tensor | None]) -> Tensor:
     """Stack tensors of different sizes with zeros behind; None is all zeros (a prompt without images)."""
     present = [piece for piece in pieces if piece is not None]
     shape = [max(sizes) for sizes in zip(*(piece.shape for piece in present), strict=True)]
+    if all(piece.shape == torch.Size(shape) for piece in present) and len(present) == len(pieces):
+        return torch.stack(present)
     stacked = present[0].new_zeros(len(pieces), *shape)
     for row, piece in zip(stacked, pieces, strict=True):
         if piece is not None:

@@ -1,7 +1,7 @@
 """What differs between families of vision-language models, as data.
 
-A family that follows the transformers conventions needs no entry: it loads, samples and trains in the plain form. An entry
-names its vision modules and special tokens and says whether the shared-prompt form is exact for it.
+A family that follows the transformers conventions needs no entry: it loads, samples and trains in the plain form. An
+entry names its vision modules and special tokens and says whether the shared-prompt form is exact for it.
 """
 
 from __future__ import annotations

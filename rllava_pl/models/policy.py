@@ -1,9 +1,9 @@
 """The policy π(a | s): a vision-language model behind one forward that returns log-probs.
 
-``forward`` takes P prompts with their N = P·G responses and returns log-probs and entropies of the response tokens under
-exactly the distribution the engines sample from: softmax of logits / temperature over the tokens that are not banned. A
-prompt, its images included, is computed once for its whole group where the family allows it (``shared_prompt``), else once
-a response (the plain form); both give the same numbers.
+``forward`` takes P prompts with their N = P·G responses and returns log-probs and entropies of the response tokens
+under exactly the distribution the engines sample from: softmax of logits / temperature over the tokens that are not
+banned. A prompt, its images included, is computed once for its whole group where the family allows it
+(``shared_prompt``), else once a response (the plain form); both give the same numbers.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Policy(nn.Module):
         return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in batch.items()}
 
     def _positions(self, batch: dict[str, Tensor]) -> Tensor:
-        """Position ids (P, S), or (3, P, S) for rotary embeddings over time, height and width; padding does not count."""
+        """Position ids (P, S), or (3, P, S) for rotary embeddings over time, height and width; pads do not count."""
         rope_index = getattr(self.model.base_model, "get_rope_index", None)
         if rope_index is None:
             return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -138,7 +138,7 @@ class Policy(nn.Module):
         ids = batch.response_ids_NT[:, :-1].to(self.device).reshape(len(batch.inputs), group * steps)
         offsets = torch.arange(steps, device=self.device).repeat(group)  # every response restarts behind the prompt
         packed = self._append(inputs, ids, offsets)
-        packed["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # 4-D: passed on, unread
+        packed["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # 4-D: never read
         layout = shared_prompt.Layout.of(inputs["attention_mask"], group, steps)
         hidden: Tensor = self.model.base_model(**packed, shared_prompt=layout, use_cache=False).last_hidden_state
         first = hidden[:, prompt_tokens - 1 : prompt_tokens].repeat_interleave(group, 0)
@@ -161,7 +161,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
-        """The base model without its LoRA adapters: the reference policy of a LoRA run, bit-equal to the loaded weights."""
+        """Without its LoRA adapters the policy is bit-equal to the loaded weights: the reference of a LoRA run."""
         layers = [m for m in self.model.modules() if hasattr(m, "enable_adapters") and hasattr(m, "lora_A")]
         states = [[p.requires_grad for p in layer.parameters()] for layer in layers]
         for layer in layers:
@@ -186,7 +186,7 @@ def _stop_ids(model: PreTrainedModel, tokenizer: object) -> list[int]:
     named = getattr(model.generation_config, "eos_token_id", None)
     named = getattr(tokenizer, "eos_token_id", None) if named is None else named
     if named is None:
-        raise ValueError("neither generation_config.json nor the tokenizer names an eos_token_id: no response could ever end")
+        raise ValueError("no eos_token_id in generation_config.json or the tokenizer: no response could ever end")
     return list(named) if isinstance(named, list) else [named]
 
 

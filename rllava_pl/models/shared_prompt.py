@@ -5,9 +5,9 @@ The G completions of a prompt share its images and its text. Here they share the
     [ prompt | response 1 | ... | response G ]
 
 and attention treats the parts apart: prompt tokens attend to the prompt, the tokens of a response to the prompt and to
-their own response. Every position is computed once, whatever G is. For a causal model that is exact: the prompt never sees
-a response, so its keys and values are the same for all of them, and their gradients add up. Cost: P + G·R tokens and
-P² + G·R·(P + R) attention pairs a row, against G·(P + R) tokens and G·(P + R)² pairs when the prompt is repeated.
+their own response. Every position is computed once, whatever G is. For a causal model that is exact: the prompt never
+sees a response, so its keys and values are the same for all of them, and their gradients add up. Cost: P + G·R tokens
+and P² + G·R·(P + R) attention pairs a row, against G·(P + R) tokens and G·(P + R)² pairs when the prompt is repeated.
 
 The attention function is registered with transformers under ``shared_prompt`` and falls through to SDPA when a call
 carries no layout, so that sampling and ordinary forwards are untouched.
@@ -56,7 +56,7 @@ class Layout:
         if bool(valid.all()):
             return cls(width, group_size, response_tokens, None, response[:1])
         lower = torch.ones(width, width, dtype=torch.bool, device=valid.device).tril()
-        itself = torch.eye(width, dtype=torch.bool, device=valid.device)  # padding attends to itself: no empty softmax row
+        itself = torch.eye(width, dtype=torch.bool, device=valid.device)  # pads see themselves: no empty softmax row
         prompt = ((valid[:, None] & lower) | itself)[:, None]
         return cls(width, group_size, response_tokens, prompt, response.repeat_interleave(group_size, 0))
 

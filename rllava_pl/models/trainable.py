@@ -58,7 +58,8 @@ def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
 
     Args:
         model: Changed in place.
-        patterns: Globs of parameter names, or the names ``vision_tower``, ``connector``, ``language_model``, ``embeddings``.
+        patterns: Globs of parameter names, or the names ``vision_tower``, ``connector``, ``language_model``,
+            ``embeddings``.
 
     Raises:
         ValueError: A pattern matches no parameter: it would silently do nothing.
@@ -94,11 +95,14 @@ def _glob(glob: str, names: set[str]) -> set[str]:
 
 def _expect(found: set[str], pattern: str, names: set[str], key: str = "freeze") -> set[str]:
     if not found:
-        raise ValueError(f"{key}: {pattern!r} matches nothing; names of this model look like {', '.join(sorted(names)[:3])}, ...")
+        examples = ", ".join(sorted(names)[:3])
+        raise ValueError(f"{key}: {pattern!r} matches nothing; names of this model look like {examples}, ...")
     return found
 
 
-def hf_weights(model: PreTrainedModel, full: Callable[[Tensor], Tensor] = Tensor.detach) -> Iterator[tuple[str, Tensor]]:
+def hf_weights(
+    model: PreTrainedModel, full: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Iterator[tuple[str, Tensor]]:
     """Stream ``(name, tensor)`` of the whole model as its checkpoint names it, one tensor at a time.
 
     Adapters are merged on the fly (W + scaling·B·A) without touching the trained weights; tied heads appear under both

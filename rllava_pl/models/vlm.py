@@ -23,8 +23,8 @@ class VLM:
     """A pretrained vision-language model, as a directory or a hub id.
 
     Args:
-        path: Directory in Hugging Face format, or a hub id. Any model that ``AutoModelForImageTextToText`` loads; text-only
-            language models work too.
+        path: Directory in Hugging Face format, or a hub id. Any model that ``AutoModelForImageTextToText`` loads;
+            text-only language models work too.
         revision: Branch, tag or commit of a hub id.
         dtype: Of the weights.
         attn_implementation: ``sdpa``, ``eager`` or ``flash_attention_2``. The shared-prompt form needs ``sdpa``.
@@ -72,7 +72,7 @@ class VLM:
             self._load_model(), self.load_processor(), temperature=temperature, share_prompt=self.share_prompt
         )
         if self.share_prompt and not policy.shares_prompt:
-            log.warning("%s: prompts are computed once a completion; the shared form is not known to be exact here", self.path)
+            log.warning("%s: each prompt is computed once a completion; sharing is not known to be exact", self.path)
         if not trainable:
             return policy.requires_grad_(False).eval()
         self._make_trainable(policy.model)
@@ -154,12 +154,18 @@ class TinyVLM(VLM):
         """Build the model of this recipe and seed unless it is in the cache, and point ``path`` at it."""
         from rllava_pl.models import tiny
 
-        recipe = {"family": self.family, "questions": self.questions, "answers": self.answers}
-        key = tiny.recipe_key(**recipe, seed=seed, warmup_steps=self.warmup_steps)
+        key = tiny.recipe_key(self.family, self.questions, self.answers, seed, self.warmup_steps)
         directory = self.cache_dir / f"{self.family}-{key}"
         if not directory.is_dir():
             log.info("building a tiny %s in %s", self.family, directory)
-            tiny.build(directory, **recipe, seed=seed, warmup_steps=self.warmup_steps)
+            tiny.build(
+                directory,
+                family=self.family,
+                questions=self.questions,
+                answers=self.answers,
+                seed=seed,
+                warmup_steps=self.warmup_steps,
+            )
         self.path = str(directory)
 
 

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import ClassVar, Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from rllava_pl.functional.kl import kl_estimate
 from rllava_pl.functional.losses import clipped
+from rllava_pl.functional.reduce import reduce_loss
 from rllava_pl.functional.rewards import informative_groups
 from rllava_pl.functional.seeds import permutation, seed_from
-from rllava_pl.models.policy import Policy
-from rllava_pl.models.vlm import VLM
 from rllava_pl.modules.evaluation import Evaluation
 from rllava_pl.modules.experience import assemble, join_rows, microbatches, minibatches, over_ranks
-from rllava_pl.modules.lifecycle import Lifecycle
 from rllava_pl.modules.optimization import Optimization
 from rllava_pl.modules.tally import Tally
-from rllava_pl.rewards.base import BaseReward, judge
-from rllava_pl.rollout.managed import ManagedEngine
-from rllava_pl.strategies.collectives import rank
-from rllava_pl.types import Experience, PolicyBatch, PolicyOutput, Prompt, PromptBatch, Request, Reward, Rollout, Sampling
-
-Aggregation = Literal["token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum", "constant"]
-KLEstimator = Literal["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+"]
+from rllava_pl.rewards.base import judge
+from rllava_pl.strategies import updates
+from rllava_pl.strategies.collectives import world_size
+from rllava_pl.types import Experience, PolicyBatch, PolicyOutput, PromptBatch, Rollout
 
 
-class RLModule(Lifecycle, Optimization, Evaluation):
+class RLModule(Optimization, Evaluation):
     """One RL algorithm on a vision-language model; one ``training_step`` is one pass of the loop.
 
     Subclasses say how credit is assigned (``advantages``) and, where it is not PPO's clipped surrogate, how the policy
@@ -42,7 +35,8 @@ class RLModule(Lifecycle, Optimization, Evaluation):
         rewards: Judges of the completions; the reward is the sum of weight x value.
         group_size: Completions sampled of each prompt.
         sampling: Response budget and temperature.
-        max_rollouts: Passes of the loop in the whole run; the learning-rate schedule ends with it. 0: until the Trainer stops.
+        max_rollouts: Passes of the loop in the run; the learning-rate schedule ends with it. 0: until the Trainer
+            stops.
         minibatches: Optimizer steps a rollout batch is split into.
         epochs: Times each rollout batch is gone through.
         micro_batch_size: Completions in one forward and backward; 0: all of a mini-batch. Never changes the gradient.
@@ -61,68 +55,6 @@ class RLModule(Lifecycle, Optimization, Evaluation):
         val_samples: Samples drawn of each prompt in validation and test beside the greedy one; 0: greedy only.
         seed: Of sampling and of the order of mini-batches; the CLI links it to ``seed_everything``.
     """
-
-    needs_groups: ClassVar[bool] = False
-    """True for algorithms that compare the completions of a prompt with each other."""
-
-    def __init__(
-        self,
-        policy: VLM,
-        rewards: list[BaseReward | Reward],
-        *,
-        group_size: int = 8,
-        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-        max_rollouts: int = 0,
-        minibatches: int = 1,
-        epochs: int = 1,
-        micro_batch_size: int = 0,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
-        lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
-        warmup_steps: int = 0,
-        final_lr_ratio: float = 0.0,
-        max_grad_norm: float = 1.0,
-        aggregation: Aggregation = "token-mean",
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
-        kl_loss_coef: float = 0.0,
-        kl_reward_coef: float = 0.0,
-        kl_estimator: KLEstimator = "k3",
-        entropy_coef: float = 0.0,
-        val_samples: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.save_hyperparameters(ignore=["policy", "rewards", "optimizer", "sampling"])
-        self.source = policy
-        self.rewards = rewards
-        self.group_size = group_size
-        self.sampling = sampling
-        self.max_rollouts = max_rollouts
-        self.num_minibatches = minibatches
-        self.epochs = epochs
-        self.micro_batch_size = micro_batch_size
-        self.optimizer = optimizer
-        self.lr_schedule = lr_schedule
-        self.warmup_steps = warmup_steps
-        self.final_lr_ratio = final_lr_ratio
-        self.max_grad_norm = max_grad_norm
-        self.aggregation = aggregation
-        self.clip_low, self.clip_high = clip_low, clip_high
-        self.kl_loss_coef, self.kl_reward_coef = kl_loss_coef, kl_reward_coef
-        self.kl_estimator = kl_estimator
-        self.entropy_coef = entropy_coef
-        self.val_samples = val_samples
-        self.seed = seed
-        self._check_options()
-        self.engine: ManagedEngine | None = None
-        self.policy: Policy | None = None
-        self.reference: Policy | None = None
-        self.tally = Tally()
-        self.seconds: Counter[str] = Counter()
-        self.rollout_version = -1
-        self.register_buffer("rollouts_done", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("updates_done", torch.zeros((), dtype=torch.int64))
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -154,8 +86,8 @@ class RLModule(Lifecycle, Optimization, Evaluation):
     def evaluate(self, experience: Experience) -> Experience:
         """Log-probs of the sampled tokens under the sampling policy and the reference, as far as they are needed.
 
-        Old log-probs are the engine's where it shares weights and arithmetic with the trainer (``engine.exact``). Else they
-        are computed here; with a single update a rollout not even that, since the update's own forward gives them.
+        Old log-probs are the engine's where it shares weights and arithmetic with the trainer (``engine.exact``). Else
+        they are computed here; with a single update a rollout not even that: the update's own forward gives them.
         """
         with self.phase("evaluate"):
             old = ref = None
@@ -184,21 +116,37 @@ class RLModule(Lifecycle, Optimization, Evaluation):
             order = list(permutation(seed, len(experience.inputs)))
             yield from minibatches(experience, self.num_minibatches, order)
 
+    def update(self, minibatch: Experience) -> None:
+        """One optimizer step; the loss is normalised by counts of the whole mini-batch over all ranks."""
+        with self.phase("update"):
+            loss_count, token_count = self.denominators(minibatch).unbind()
+            if token_count == 0:  # nothing to learn from on any rank: all ranks leave together
+                return
+            pieces = microbatches(minibatch, self.micro_batch_size)
+            for k, piece in enumerate(pieces):
+                with updates.micro_batch(self.trainer.strategy, last=k == len(pieces) - 1):
+                    loss = self.loss(self.trainer.strategy.model(piece.batch), piece, loss_count, token_count)
+                    self.manual_backward(loss * world_size())  # gradients are averaged over ranks, the loss is a sum
+            self.step()
+
     def report(self, experience: Experience) -> None:
         """Log the pass: means over all ranks, and seconds a phase."""
-        tally = self.tally
-        tally.add("reward", experience.rewards_N.sum(), len(experience))
-        for name, values_N in experience.components.items():
-            tally.add(f"reward/{name}", values_N.sum(), len(experience))
-        tally.add("response_tokens", experience.lengths_N.sum(), len(experience))
-        truncated = sum(rollout.finish_reason == "length" for rollout in experience.rollouts)
-        tally.add("truncated_fraction", torch.tensor(float(truncated)), len(experience))
-        informative_N = informative_groups(experience.rewards_N, experience.group_N)
-        tally.add("informative_groups", informative_N.sum(), len(experience))
+        tally, counted_N = self.tally, experience.mask_NT.any(1)  # a silenced group counts nowhere
+        truncated = [rollout.finish_reason == "length" for rollout in experience.rollouts]
+        samples = {
+            "reward": experience.rewards_N,
+            **{f"reward/{name}": values_N for name, values_N in experience.components.items()},
+            "response_tokens": experience.lengths_N,
+            "truncated_fraction": torch.tensor(truncated, device=counted_N.device),
+            "informative_groups": informative_groups(experience.rewards_N, experience.group_N),
+        }
+        for name, values_N in samples.items():
+            tally.add_masked(name, values_N.float(), counted_N)
         metrics = {f"train/{name}": value for name, value in tally.means().items()}
         metrics |= {f"time/{name}_seconds": value for name, value in self.seconds.items()}
         self.log_dict(metrics, batch_size=len(experience))
-        self.tally, self.seconds = Tally(), Counter()
+        self.tally = Tally()
+        self.seconds.clear()
         self.rollouts_done += 1
 
     # -- what an algorithm decides -----------------------------------------------------------------------------------
@@ -219,18 +167,6 @@ class RLModule(Lifecycle, Optimization, Evaluation):
         """Log-probs and entropies of the response tokens; what sharding wrappers wrap."""
         return self.policy(batch)
 
-    def requests(self, prompts: Sequence[Prompt], *, samples: int, stream: str) -> list[Request]:
-        """What to ask of the engine; every sample's seed is a function of run, stream, rollout, prompt and its number."""
-        seen: Counter[str] = Counter()
-        requests = []
-        for p, (prompt, inputs) in enumerate(zip(prompts, self.policy.encode(prompts), strict=True)):
-            first = seen[prompt.uid] * samples  # the same row twice in a batch must not give the same samples twice
-            counters = range(first, first + samples)
-            seeds = tuple(seed_from(self.seed, stream, self.rollout_index, prompt.uid, g) for g in counters)
-            requests.append(Request(prompt, inputs, group=(rank() << 32) + p, seeds=seeds))
-            seen[prompt.uid] += 1
-        return requests
-
     @torch.no_grad()
     def score(self, policy: torch.nn.Module, experience: Experience) -> Tensor:
         """Log-probs (N, T) of an experience under ``policy``, without gradients."""
@@ -245,6 +181,36 @@ class RLModule(Lifecycle, Optimization, Evaluation):
         divergence_N = ((experience.old_logp_NT - experience.ref_logp_NT) * experience.mask_NT).sum(1)
         return experience.replace(rewards_N=experience.rewards_N - self.kl_reward_coef * divergence_N)
 
+    def loss(self, output: PolicyOutput, batch: Experience, loss_count: Tensor, token_count: Tensor) -> Tensor:
+        """This micro-batch's share of the mini-batch's loss: policy + KL - entropy bonus."""
+        logp_NT, mask_NT = output.logp_NT, batch.mask_NT
+        if batch.old_logp_NT is None:
+            batch = batch.replace(old_logp_NT=logp_NT.detach())
+        loss_NT = self.policy_loss(logp_NT, batch)
+        if self.kl_loss_coef:
+            loss_NT = loss_NT + self.kl_loss_coef * kl_estimate(logp_NT, batch.ref_logp_NT, self.kl_estimator)
+        limit = self.sampling.max_tokens
+        loss = reduce_loss(loss_NT, mask_NT, self.aggregation, denominator=loss_count, max_tokens=limit)
+        self.observe(output, batch, loss)
+        if self.entropy_coef:
+            bonus = reduce_loss(output.entropy_NT, mask_NT, "token-mean", denominator=token_count)
+            loss = loss - self.entropy_coef * bonus
+        return loss
+
+    @torch.no_grad()
+    def observe(self, output: PolicyOutput, batch: Experience, loss: Tensor) -> None:
+        """Token statistics of one micro-batch, for the report."""
+        logp_NT, mask_NT, tally = output.logp_NT, batch.mask_NT, self.tally
+        log_ratio_NT = logp_NT - batch.old_logp_NT
+        outside_NT = (log_ratio_NT.exp() < 1 - self.clip_low) | (log_ratio_NT.exp() > 1 + self.clip_high)
+        tally.add("loss", loss, 0)  # a sum over micro-batches and ranks; counted once an optimizer step
+        tally.add_masked("clip_fraction", outside_NT.float(), mask_NT)
+        tally.add_masked("entropy", output.entropy_NT, mask_NT)
+        if batch.ref_logp_NT is not None:
+            tally.add_masked("kl", kl_estimate(logp_NT, batch.ref_logp_NT, "k3"), mask_NT)
+        if self.first_update:  # the policy still is the one that sampled: what differs is the engine's arithmetic
+            tally.add_masked("engine_mismatch_kl", kl_estimate(batch.engine_logp_NT, logp_NT, "k3"), mask_NT)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the seconds of a stage towards ``time/<name>_seconds``."""
@@ -255,52 +221,6 @@ class RLModule(Lifecycle, Optimization, Evaluation):
             self.seconds[name] += perf_counter() - start
 
     @property
-    def rollout_index(self) -> int:
-        """Passes of the loop so far."""
-        return int(self.rollouts_done)
-
-    @property
-    def weight_version(self) -> int:
-        """Optimizer steps in the present weights."""
-        return int(self.updates_done)
-
-    @property
-    def updates_per_rollout(self) -> int:
-        """Optimizer steps a rollout batch."""
-        return self.num_minibatches * self.epochs
-
-    @property
     def first_update(self) -> bool:
         """True until the first optimizer step on the present rollout batch."""
         return self.weight_version == self.rollout_version
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether any KL term is on."""
-        return bool(self.kl_loss_coef or self.kl_reward_coef)
-
-    def _check_options(self) -> None:
-        """Refuse options that contradict each other, with the arithmetic."""
-        name, group, micro = type(self).__name__, self.group_size, self.micro_batch_size
-        if not self.rewards:
-            raise ValueError(f"{name}: no reward given; the policy learns from nothing else. E.g. rewards: [AnswerTagReward]")
-        if group < (2 if self.needs_groups else 1):
-            raise ValueError(f"{name} compares the completions of a prompt with each other: group_size must be >= 2, is {group}")
-        if micro and micro % group and group % micro:
-            raise ValueError(
-                f"micro_batch_size {micro} and group_size {group}: a micro-batch holds whole groups (a multiple of {group}) "
-                f"or equal parts of one (a divisor of {group}), because a group shares its prompt"
-            )
-        if min(self.num_minibatches, self.epochs) < 1:
-            raise ValueError(f"minibatches ({self.num_minibatches}) and epochs ({self.epochs}) must be at least 1")
-        if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature is 0: all completions of a group would be equal and nothing could be learnt")
-        if self.lr_schedule != "constant" and self.max_rollouts < 1:
-            raise ValueError(f"lr_schedule {self.lr_schedule!r} decays over max_rollouts, which is {self.max_rollouts}; set it")
-
-    def _check_batch(self, prompts: PromptBatch) -> None:
-        if len(prompts) % self.num_minibatches or not len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts x group_size {self.group_size} = {len(prompts) * self.group_size} samples cannot be split "
-                f"into {self.num_minibatches} mini-batches of whole groups; make the data's batch_size a multiple of minibatches"
-            )

@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
 from torchmetrics import MeanMetric
 
+from rllava_pl.modules.lifecycle import Lifecycle
 from rllava_pl.rewards.base import Judgement, judge
 from rllava_pl.strategies.collectives import world_size
 from rllava_pl.types import Prompt, PromptBatch, Rollout
-
-if TYPE_CHECKING:
-    from rllava_pl.modules.base import RLModule
 
 GREEDY = 0
 
@@ -45,11 +41,11 @@ class Scores:
         return {name: float(self._means[name].compute()) for name in sorted(names)}
 
 
-class Evaluation(LightningModule):
-    """Scores of the present policy; part of ``RLModule``, which holds the options."""
+class Evaluation(Lifecycle):
+    """Scores of the present policy, for validation, test and prediction of ``RLModule``."""
 
     def examine(
-        self: RLModule, prompts: Sequence[Prompt], *, samples: int = GREEDY, stream: str = "val"
+        self, prompts: Sequence[Prompt], *, samples: int = GREEDY, stream: str = "val"
     ) -> tuple[list[Rollout], Judgement]:
         """Answer prompts and judge the answers.
 
@@ -62,39 +58,41 @@ class Evaluation(LightningModule):
         rollouts = self.engine.generate(self.requests(prompts, samples=samples or 1, stream=stream), sampling)
         return rollouts, judge(self.rewards, rollouts)
 
-    def _evaluate(self: RLModule, prompts: PromptBatch, stage: str) -> None:
+    def _evaluate(self, prompts: PromptBatch, stage: str) -> None:
         if not len(prompts):
             return
-        self.scores.update(self.examine(list(prompts), stream=stage)[1])
+        _, greedy = self.examine(list(prompts), stream=stage)
+        self.scores.update(greedy)
         if self.val_samples:
-            self.scores.update(self.examine(list(prompts), samples=self.val_samples, stream=stage)[1], suffix="_sampled")
+            _, sampled = self.examine(list(prompts), samples=self.val_samples, stream=stage)
+            self.scores.update(sampled, suffix="_sampled")
 
-    def _report_scores(self: RLModule, stage: str) -> None:
+    def _report_scores(self, stage: str) -> None:
         self.log_dict({f"{stage}/{name}": value for name, value in self.scores.compute().items()}, rank_zero_only=False)
 
-    def on_validation_epoch_start(self: RLModule) -> None:
+    def on_validation_epoch_start(self) -> None:
         """Begin with empty scores."""
         self.scores = Scores(self.device)
 
-    def validation_step(self: RLModule, prompts: PromptBatch, batch_idx: int) -> None:
+    def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Answer and judge one batch."""
         self._evaluate(prompts, "val")
 
-    def on_validation_epoch_end(self: RLModule) -> None:
+    def on_validation_epoch_end(self) -> None:
         """Log ``val/accuracy``, ``val/reward``, ... and ``val/..._sampled``."""
         self._report_scores("val")
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def test_step(self: RLModule, prompts: PromptBatch, batch_idx: int) -> None:
+    def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Answer and judge one batch."""
         self._evaluate(prompts, "test")
 
-    def on_test_epoch_end(self: RLModule) -> None:
+    def on_test_epoch_end(self) -> None:
         """Log ``test/accuracy``, ``test/reward``, ..."""
         self._report_scores("test")
 
-    def predict_step(self: RLModule, prompts: PromptBatch, batch_idx: int) -> list[Rollout]:
+    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[Rollout]:
         """The most likely answer of every prompt."""
         greedy = dataclasses.replace(self.sampling, temperature=0.0)
         return self.engine.generate(self.requests(list(prompts), samples=1, stream="predict"), greedy)

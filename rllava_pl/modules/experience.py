@@ -19,15 +19,16 @@ def assemble(rollouts: Sequence[Rollout], judgement: Judgement, group_size: int,
     """Padded tensors of all groups whose every sample was scored.
 
     A group with an unscored sample is left out whole: a baseline over the rest would be of another size, and a made-up
-    reward would be learnt from. If nothing is left, one group stays with an empty mask, so that this rank can still take
-    part in every collective call.
+    reward would be learnt from. If nothing is left, one group stays with an empty mask, so that this rank can still
+    take part in every collective call.
     """
     experience = _pad(rollouts, judgement, group_size, device)
+    if all(reward is not None for reward in judgement.rewards):
+        return experience
     groups = range(len(rollouts) // group_size)
     unscored = {row // group_size for row, reward in enumerate(judgement.rewards) if reward is None}
     kept = [p for p in groups if p not in unscored]
-    if unscored:
-        log.warning("%d of %d groups dropped, unscored samples: %s", len(unscored), len(groups), dict(judgement.causes))
+    log.warning("%d of %d groups dropped, unscored samples: %s", len(unscored), len(groups), dict(judgement.causes))
     return experience.select(kept) if kept else silenced(experience.select([0]))
 
 
@@ -69,9 +70,7 @@ def minibatches(experience: Experience, parts: int, order: Sequence[int]) -> lis
     A part without prompts (groups were dropped) is silenced, so that every rank makes the same number of updates.
     """
     cuts = torch.tensor(order).tensor_split(parts)
-    return [
-        experience.select(part.tolist()) if len(part) else silenced(experience.select([0])) for part in cuts
-    ]
+    return [experience.select(part.tolist()) if len(part) else silenced(experience.select([0])) for part in cuts]
 
 
 def microbatches(experience: Experience, size: int) -> list[Experience]:
@@ -81,8 +80,10 @@ def microbatches(experience: Experience, size: int) -> list[Experience]:
     computes the prompt once a part. ``size`` 0 takes everything at once.
     """
     group, prompts = experience.group_size, len(experience.inputs)
-    if size == 0 or size >= group:
-        step = max(1, size // group) if size else prompts
+    if size == 0 or size >= len(experience):
+        pieces = [experience]
+    elif size >= group:
+        step = size // group
         pieces = [experience.select(range(p, min(p + step, prompts))) for p in range(0, prompts, step)]
     else:
         members = [range(g, g + size) for g in range(0, group, size)]
@@ -92,5 +93,5 @@ def microbatches(experience: Experience, size: int) -> list[Experience]:
 
 
 def join_rows(pieces: Sequence[Tensor], width: int) -> Tensor:
-    """Per-token tensors of consecutive micro-batches, each as wide as its longest response, as one (N, width) tensor."""
+    """Per-token tensors of consecutive micro-batches, each as wide as its longest response, as one (N, width)."""
     return torch.cat([torch.nn.functional.pad(piece, (0, width - piece.shape[1])) for piece in pieces])

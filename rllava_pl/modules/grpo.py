@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from rllava_pl.functional import advantages
-from rllava_pl.modules.base import Aggregation, RLModule
+from rllava_pl.functional.reduce import ReduceMode
+from rllava_pl.modules.base import RLModule
 from rllava_pl.types import Experience
 
 
@@ -32,7 +33,7 @@ class GRPO(RLModule):
         self,
         *args,  # noqa: ANN002
         scale_by_std: bool = True,
-        aggregation: Aggregation = "sequence-mean-token-mean",
+        aggregation: ReduceMode = "sequence-mean-token-mean",
         kl_loss_coef: float = 0.04,
         **kwargs,  # noqa: ANN003
     ) -> None:

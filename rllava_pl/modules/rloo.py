@@ -14,8 +14,9 @@ from rllava_pl.types import Experience
 class RLOO(RLModule):
     """RLOO (arXiv 2402.14740): each completion is compared with the mean of the others of its prompt.
 
-    A_i = r_i - mean of r_j over j ≠ i = G/(G-1)·(r_i - mean(r)): an unbiased baseline, since it does not contain the sample
-    itself. Clipped surrogate, mean over tokens; KL to the reference (k1, summed over the response) inside the reward.
+    A_i = r_i - mean of r_j over j ≠ i = G/(G-1)·(r_i - mean(r)): an unbiased baseline, since it does not contain the
+    sample itself. Clipped surrogate, mean over tokens; KL to the reference (k1, summed over the response) inside the
+    reward.
 
     Args:
         kl_reward_coef: Weight of the KL divergence in the reward.
@@ -27,5 +28,5 @@ class RLOO(RLModule):
         super().__init__(*args, kl_reward_coef=kl_reward_coef, **kwargs)
 
     def advantages(self, experience: Experience) -> Tensor:
-        """r minus the mean of the other completions, (N,)."""
+        """Reward minus the mean of the other completions, (N,)."""
         return advantages.rloo(experience.rewards_N, experience.group_N)

@@ -18,7 +18,7 @@ class Tally:
         self._sums: dict[str, list[Tensor]] = {}
         self._counts: dict[str, list[Tensor]] = {}
 
-    def add(self, name: str, total: Tensor, count: Tensor | int = 1) -> None:
+    def add(self, name: str, total: Tensor, count: Tensor | float = 1) -> None:
         """Add a 0-dim sum and the number of things in it."""
         self._sums.setdefault(name, []).append(total.detach())
         self._counts.setdefault(name, []).append(torch.as_tensor(count, device=total.device))

@@ -74,8 +74,8 @@ def check_rollouts(requests: Sequence[Request], rollouts: Sequence[Rollout], ver
     """What an engine returned is what was asked of it.
 
     Raises:
-        RuntimeError: Naming the prompt: wrong number or order of rollouts, other prompt tokens than the trainer's, stale
-            weights, lengths that differ, log-probs that are positive or not finite.
+        RuntimeError: Naming the prompt: wrong number or order of rollouts, other prompt tokens than the trainer's,
+            stale weights, lengths that differ, log-probs that are positive or not finite.
     """
     expected = [request for request in requests for _ in request.seeds]
     if len(rollouts) != len(expected):
@@ -94,8 +94,8 @@ def _fault(request: Request, rollout: Rollout, version: int) -> str:
     ids = request.inputs.input_ids_S
     if rollout.prompt_ids is not ids and not torch.equal(rollout.prompt_ids, ids):
         return (
-            f"the engine read {len(rollout.prompt_ids)} prompt tokens, the trainer {len(ids)}, and they must be equal; look "
-            "for image placeholders that were expanded twice or another chat template"
+            f"the engine read {len(rollout.prompt_ids)} prompt tokens, the trainer {len(ids)}, and they must be equal; "
+            "look for image placeholders that were expanded twice or another chat template"
         )
     if rollout.weight_version != version:
         return f"sampled with weights of update {rollout.weight_version}, the policy is at update {version}"

@@ -1,8 +1,8 @@
 """The embedded engine: samples with the trainer's own weights, on any device, with nothing to synchronise.
 
-Each prompt is read once and its cache expanded to the group; then one token at a time is drawn for all rows. The log-probs
-are those of exactly the distribution that is trained (temperature, banned tokens), so in fp32 they serve as the old
-log-probs and no second pass is needed.
+Each prompt is read once and its cache expanded to the group; then one token at a time is drawn for all rows. The
+log-probs are those of exactly the distribution that is trained (temperature, banned tokens), so in fp32 they serve as
+the old log-probs and no second pass is needed.
 
 Randomness is a function of counters: row n draws its t-th token with the uniform number u(seed_n, t) by inverting the
 cumulative distribution, so a sample depends on its seed alone and not on what else is in the batch.
@@ -71,23 +71,23 @@ class TransformersEngine:
         else:
             self._generate(requests, row_of_N, sampler)
         return [
-            self._rollout(requests[p], ids, logp, length, stopped)
-            for p, ids, logp, length, stopped in zip(row_of_N, *sampler.result(), strict=True)
+            self._rollout(requests[p], ids, logp, mask, stopped)
+            for p, ids, logp, mask, stopped in zip(row_of_N, *sampler.result(), strict=True)
         ]
 
-    def _rollout(self, request: Request, ids: Tensor, logp: Tensor, length: int, stopped: bool) -> Rollout:
+    def _rollout(self, request: Request, ids_T: Tensor, logp_T: Tensor, mask_T: Tensor, stopped: bool) -> Rollout:
         return Rollout(
             prompt=request.prompt,
             group=request.group,
             prompt_ids=request.inputs.input_ids_S,
             inputs=request.inputs,
-            response_ids=ids[:length],
-            engine_logprobs=logp[:length],
-            response_mask=torch.ones(length, dtype=torch.bool),
+            response_ids=ids_T,
+            engine_logprobs=logp_T,
+            response_mask=mask_T,
             finish_reason="stop" if stopped else "length",
             weight_version=self.version,
-            text=self.policy.decode(ids[:length]),
-            turns=(Turn(0, length),),
+            text=self.policy.decode(ids_T),
+            turns=(Turn(0, ids_T.shape[0]),),
         )
 
     def _decode(self, requests: Sequence[Request], row_of_N: Tensor, sampler: _Sampler) -> None:
@@ -117,7 +117,7 @@ class TransformersEngine:
             position = position + 1
 
     def _generate(self, requests: Sequence[Request], row_of_N: Sequence[int], sampler: _Sampler) -> None:
-        """Fallback through the model's own ``generate``, for caches that cannot be expanded: the prompt once a sample."""
+        """Fallback through the model's own ``generate``, where caches cannot be expanded: the prompt once a sample."""
         from transformers import LogitsProcessorList
 
         inputs = self.policy.collate([requests[p].inputs for p in row_of_N])
@@ -166,8 +166,8 @@ class _Sampler:
         return token
 
     def _invert(self, logp_NV: Tensor) -> Tensor:
-        """The first token whose cumulative probability exceeds u; double precision, so that no token is out of reach."""
-        cumulative = logp_NV.double().exp().cumsum(-1)
+        """The first token whose cumulative probability exceeds u; in float64, so that no token is out of reach."""
+        cumulative = logp_NV.exp().cumsum(-1, dtype=torch.float64)
         u = uniforms(self.seeds_N[self.alive], self.step)[:, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, u, right=True).clamp(max=logp_NV.shape[1] - 1)[:, 0]
 
@@ -191,9 +191,13 @@ class _Sampler:
         token = self.draw(scores)
         return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
 
-    def result(self) -> tuple[Tensor, Tensor, list[int], list[bool]]:
-        """Ids and log-probs on the host, lengths, and whether each row met an end token."""
-        return self.ids_NT.cpu(), self.logp_NT.cpu(), self.length_N.tolist(), self.stopped_N.tolist()
+    def result(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], list[bool]]:
+        """Of every row, on the host and without padding: ids, log-probs, mask (all True), and whether it met an end."""
+        lengths = self.length_N.tolist()
+        drawn_NT = torch.arange(self.sampling.max_tokens, device=self.length_N.device) < self.length_N[:, None]
+        ids, logp = self.ids_NT[drawn_NT].cpu(), self.logp_NT[drawn_NT].cpu()
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        return ids.split(lengths), logp.split(lengths), mask.split(lengths), self.stopped_N.tolist()
 
 
 def _expandable(policy: Policy) -> bool:

@@ -10,7 +10,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to disk, then renames; a kill or a full disk leaves the previous file as it was.
+    """Writes beside the target, flushes to disk, then renames; a kill or a full disk leaves the old file as it was.
 
     The bytes are streamed to the file, so that a checkpoint never needs a second copy of itself in memory.
     """
@@ -25,7 +25,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")  # same directory: a rename cannot cross file systems
+        temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")  # beside it: renames stay on a disk
         try:
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)

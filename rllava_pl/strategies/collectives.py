@@ -41,8 +41,8 @@ def row_gatherer(rows: int, device: torch.device) -> tuple[Callable[[Tensor], Te
     """How to gather tensors with ``rows`` rows here and other numbers of rows on other ranks.
 
     Returns:
-        A function that joins such tensors of all ranks in rank order (widths padded on the right with zeros to the widest),
-        and the slice of the result that is this rank's own.
+        A function that joins such tensors of all ranks in rank order (widths padded on the right with zeros to the
+        widest), and the slice of the result that is this rank's own.
     """
     if world_size() == 1:
         return lambda x: x, slice(0, rows)

@@ -9,8 +9,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 class RLStrategyMixin:
     """Calls the steps on the module itself instead of inside the wrapper's forward.
 
-    Stock strategies run ``training_step`` as the one forward of DDP, FSDP or DeepSpeed. Here a step holds a whole pass of
-    the RL loop with many forwards of its own, each of which must go through the wrapper (``trainer.strategy.model``).
+    Stock strategies run ``training_step`` as the one forward of DDP, FSDP or DeepSpeed. Here a step holds a whole pass
+    of the RL loop with many forwards of its own, each of which must go through the wrapper
+    (``trainer.strategy.model``).
     """
 
     def training_step(self, *args: object, **kwargs: object) -> STEP_OUTPUT:
@@ -35,7 +36,7 @@ class RLStrategyMixin:
 
 
 class RLDDPStrategy(RLStrategyMixin, DDPStrategy):
-    """A full copy of the policy on every rank; ``--trainer.strategy rl_ddp``. Takes the arguments of ``DDPStrategy``."""
+    """A full copy of the policy on every rank: ``--trainer.strategy rl_ddp``. Arguments as of ``DDPStrategy``."""
 
 
-StrategyRegistry.register("rl_ddp", RLDDPStrategy, description="DDP for RL: many forwards a step, gradients exchanged once")
+StrategyRegistry.register("rl_ddp", RLDDPStrategy, description="DDP for steps with many forwards")

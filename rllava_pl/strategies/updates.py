@@ -56,6 +56,6 @@ def _(strategy: DDPStrategy, *, last: bool) -> AbstractContextManager[None]:
 @check.register
 def _(strategy: FSDPStrategy) -> None:
     raise ValueError(
-        "FSDPStrategy runs training_step inside the wrapper's forward, where a second forward is an error, and cannot clip "
-        "by norm; use one of `auto`, `ddp`, `rl_ddp`"
+        "FSDPStrategy runs training_step inside the wrapper's forward, where a second forward is an error, and cannot "
+        "clip by norm; use one of `auto`, `ddp`, `rl_ddp`"
     )

@@ -24,9 +24,8 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     def path(family: str) -> str:
         directory = root / family
         if not directory.is_dir():
-            tiny.build(
-                Path(directory), family=family, questions=["What color is the shape?"], answers=["red", "blue"], warmup_steps=0
-            )
+            question, answers = "What color is the shape?", ["red", "blue"]
+            tiny.build(Path(directory), family=family, questions=[question], answers=answers, warmup_steps=0)
         return str(directory)
 
     return path
@@ -57,9 +56,9 @@ def prompts(image_counts: Sequence[int]) -> list[Prompt]:
     ]
 
 
-def random_batch(policy: Policy, image_counts: Sequence[int], *, group: int = 3, tokens: int = 5, seed: int = 0) -> PolicyBatch:
+def random_batch(policy: Policy, image_counts: Sequence[int], *, group: int = 3, tokens: int = 5) -> PolicyBatch:
     """Prompts with random ragged responses of text tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     rows = len(image_counts) * group
     lengths = torch.randint(1, tokens + 1, (rows,), generator=generator)
     lengths[0] = tokens

@@ -37,7 +37,8 @@ def test_vision_tower_and_connector_freeze_apart(load: Callable[..., Policy], fa
 def test_language_model_and_embeddings_freeze(load: Callable[..., Policy]) -> None:
     assert "text" not in trained_parts(load("idefics3", freeze=["language_model"]))
     policy = load("idefics3", freeze=["embeddings"])
-    assert [n for n, p in policy.named_parameters() if not p.requires_grad] == ["model.model.text_model.embed_tokens.weight"]
+    frozen = [name for name, p in policy.named_parameters() if not p.requires_grad]
+    assert frozen == ["model.model.text_model.embed_tokens.weight"]
 
 
 def test_a_glob_that_matches_nothing_is_an_error(load: Callable[..., Policy]) -> None:

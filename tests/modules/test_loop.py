@@ -37,7 +37,7 @@ def pass_of(tmp_path_factory: pytest.TempPathFactory) -> tuple[RLModule, Experie
 
 def gradient(module: RLModule, batch: Experience, micro_batch_size: int = 0) -> torch.Tensor:
     module.zero_grad()
-    loss_count, token_count = module._denominators(batch).unbind()
+    loss_count, token_count = module.denominators(batch).unbind()
     for piece in microbatches(batch, micro_batch_size):
         module.loss(module(piece.batch), piece, loss_count, token_count).backward()
     return torch.cat([p.grad.flatten() for p in module.policy.parameters() if p.grad is not None])
@@ -47,7 +47,10 @@ def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
     assert (a - b).norm() <= 1e-5 * b.norm()
 
 
-@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum", "constant"])
+AGGREGATIONS = ["token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum", "constant"]
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_micro_batches_do_not_change_the_gradient(pass_of: tuple[RLModule, Experience], aggregation: str) -> None:
     module, experience = pass_of
     module.aggregation, module.entropy_coef = aggregation, 0.01
@@ -73,7 +76,7 @@ def test_a_zero_weight_micro_batch_adds_nothing_but_can_be_sent_through(pass_of:
     module, experience = pass_of
     whole = gradient(module, experience)
     silent = experience.replace(mask_NT=torch.zeros_like(experience.mask_NT))
-    loss_count, token_count = module._denominators(experience).unbind()
+    loss_count, token_count = module.denominators(experience).unbind()
     loss = module.loss(module(silent.batch), silent, loss_count, token_count)
     assert loss == 0 and loss.requires_grad
     loss.backward()
@@ -151,11 +154,12 @@ def test_the_stages_run_in_order_and_the_engine_is_in_step(tmp_path: Path, monke
         return wrapper
 
     class Hooks(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:  # noqa: ANN001
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             events.append("batch start")
 
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # noqa: ANN001
-            events.append(f"batch end, engine at {pl_module.engine.engine.version}, policy at {pl_module.weight_version}")
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            engine = pl_module.engine.engine.version
+            events.append(f"batch end, engine at {engine}, policy at {pl_module.weight_version}")
 
     for name in STAGES:
         monkeypatch.setattr(RLModule, name, record(name, getattr(RLModule, name)))
@@ -183,7 +187,7 @@ def test_metrics_have_the_documented_names(tmp_path: Path) -> None:
 
 
 def test_the_first_ratio_is_one_and_the_reference_is_the_start(tmp_path: Path) -> None:
-    """One update a rollout: the policy that is updated is the one that sampled, so nothing clips and KL to itself is 0."""
+    """One update a rollout: the policy updated is the one that sampled, so nothing clips and KL to itself is 0."""
     trainer = runs.trainer(tmp_path)
     trainer.fit(runs.module(max_rollouts=1, minibatches=1), runs.data())
     assert trainer.callback_metrics["train/clip_fraction"] == 0
@@ -217,7 +221,7 @@ BAD = {
     "no reward": ({"rewards": []}, "no reward given"),
     "group of one": ({"group_size": 1}, "group_size must be >= 2, is 1"),
     "micro-batch": ({"micro_batch_size": 6}, r"micro_batch_size 6 and group_size 4: .* \(a multiple of 4\)"),
-    "decay": ({"lr_schedule": "linear", "max_rollouts": 0}, "lr_schedule 'linear' decays over max_rollouts, which is 0"),
+    "decay": ({"lr_schedule": "linear", "max_rollouts": 0}, "'linear' decays over max_rollouts, which is 0"),
     "minibatches": ({"minibatches": 0}, r"minibatches \(0\) and epochs \(1\) must be at least 1"),
     "greedy": ({"sampling": Sampling(temperature=0.0)}, "temperature is 0"),
 }
@@ -240,7 +244,7 @@ def test_truncated_sampling_is_refused() -> None:
 
 def test_a_batch_that_does_not_divide_is_refused_before_the_first_rollout(tmp_path: Path) -> None:
     module = runs.module(minibatches=3)
-    with pytest.raises(ValueError, match=r"4 prompts x group_size 4 = 16 samples cannot be split into 3 mini-batches"):
+    with pytest.raises(ValueError, match=r"4 prompts x group_size 4 = 16 samples cannot be split into 3 mini"):
         runs.trainer(tmp_path).fit(module, runs.data())
     assert module.rollout_index == 0
 

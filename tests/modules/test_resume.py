@@ -13,7 +13,9 @@ from rllava_pl.modules import GRPO, RLOO, RLModule
 from tests import runs
 
 
-def fit(root: Path, *, rollouts: int, checkpoint: str | None = None, **options: object) -> tuple[RLModule, RolloutCheckpoint]:
+def fit(
+    root: Path, *, rollouts: int, checkpoint: str | None = None, **options: object
+) -> tuple[RLModule, RolloutCheckpoint]:
     callback = RolloutCheckpoint(str(root), every_n_rollouts=1, keep=0)
     module = runs.module(max_rollouts=5, **options)
     if rollouts < 5:
@@ -38,7 +40,9 @@ CASES = {
 
 @pytest.mark.parametrize(("algorithm", "options"), CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("at", [1, 3, 4])  # inside an epoch, at its end, in the next
-def test_resume_is_bit_identical(tmp_path: Path, algorithm: type[RLModule], options: dict[str, object], at: int) -> None:
+def test_resume_is_bit_identical(
+    tmp_path: Path, algorithm: type[RLModule], options: dict[str, object], at: int
+) -> None:
     def chosen() -> dict[str, object]:
         return {name: value() if callable(value) else value for name, value in options.items()}
 

@@ -1,6 +1,7 @@
 """Run by the tests on each of several ranks: a short fit, results written by rank to ``sys.argv[1]``.
 
-Options come as ``name=value`` pairs: ``strategy``, ``batch_size`` (prompts a rank), ``algorithm``, ``unscorable`` (uids).
+Options come as ``name=value`` pairs: ``strategy``, ``batch_size`` (prompts a rank), ``algorithm``, ``unscorable``
+(uids).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main(root: Path, strategy: str, batch_size: int, algorithm: str, unscorable:
         max_rollouts=3,
         minibatches=1,
         max_grad_norm=0.5,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),  # Adam would blow rounding up to its step size
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),  # Adam blows rounding up
     )
     module.rewards = [Accuracy()]
     Accuracy.unscorable = frozenset(unscorable.split(","))

@@ -1,0 +1,135 @@
+"""What a run is told, and what it remembers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from rllava_pl.functional.kl import KLEstimator
+from rllava_pl.functional.reduce import ReduceMode
+from rllava_pl.models.policy import Policy
+from rllava_pl.models.vlm import VLM
+from rllava_pl.modules.tally import Tally
+from rllava_pl.rewards.base import BaseReward
+from rllava_pl.rollout.managed import ManagedEngine
+from rllava_pl.types import PromptBatch, Reward, Sampling
+
+
+class Options(LightningModule):
+    """Constructor of ``RLModule``, which documents the arguments: options, their contradictions, counters."""
+
+    needs_groups: ClassVar[bool] = False
+    """True for algorithms that compare the completions of a prompt with each other."""
+    rollouts_done: Tensor
+    updates_done: Tensor
+    policy: Policy
+    engine: ManagedEngine
+
+    def __init__(
+        self,
+        policy: VLM,
+        rewards: list[BaseReward | Reward],
+        *,
+        group_size: int = 8,
+        sampling: Sampling = Sampling(),
+        max_rollouts: int = 0,
+        minibatches: int = 1,
+        epochs: int = 1,
+        micro_batch_size: int = 0,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
+        lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
+        warmup_steps: int = 0,
+        final_lr_ratio: float = 0.0,
+        max_grad_norm: float = 1.0,
+        aggregation: ReduceMode = "token-mean",
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        kl_loss_coef: float = 0.0,
+        kl_reward_coef: float = 0.0,
+        kl_estimator: KLEstimator = "k3",
+        entropy_coef: float = 0.0,
+        val_samples: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.save_hyperparameters(ignore=["policy", "rewards", "optimizer", "sampling"])
+        self.source = policy
+        self.rewards = rewards
+        self.group_size = group_size
+        self.sampling = sampling
+        self.max_rollouts = max_rollouts
+        self.num_minibatches = minibatches
+        self.epochs = epochs
+        self.micro_batch_size = micro_batch_size
+        self.optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.warmup_steps = warmup_steps
+        self.final_lr_ratio = final_lr_ratio
+        self.max_grad_norm = max_grad_norm
+        self.aggregation = aggregation
+        self.clip_low, self.clip_high = clip_low, clip_high
+        self.kl_loss_coef, self.kl_reward_coef = kl_loss_coef, kl_reward_coef
+        self.kl_estimator = kl_estimator
+        self.entropy_coef = entropy_coef
+        self.val_samples = val_samples
+        self.seed = seed
+        self._check_options()
+        self.reference: Policy | None = None
+        self.tally = Tally()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.rollout_version = -1
+        self.register_buffer("rollouts_done", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("updates_done", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def rollout_index(self) -> int:
+        """Passes of the loop so far."""
+        return int(self.rollouts_done)
+
+    @property
+    def weight_version(self) -> int:
+        """Optimizer steps in the present weights."""
+        return int(self.updates_done)
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps a rollout batch."""
+        return self.num_minibatches * self.epochs
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any KL term is on."""
+        return bool(self.kl_loss_coef or self.kl_reward_coef)
+
+    def _check_options(self) -> None:
+        """Refuse options that contradict each other, with the arithmetic."""
+        name, group, micro = type(self).__name__, self.group_size, self.micro_batch_size
+        if not self.rewards:
+            raise ValueError(f"{name}: no reward given, so nothing to learn from; e.g. rewards: [AnswerTagReward]")
+        if group < (2 if self.needs_groups else 1):
+            raise ValueError(f"{name} compares the completions of a prompt: group_size must be >= 2, is {group}")
+        if micro and micro % group and group % micro:
+            raise ValueError(
+                f"micro_batch_size {micro} and group_size {group}: a group shares its prompt, so a micro-batch holds "
+                f"whole groups (a multiple of {group}) or equal parts of one (a divisor of {group})"
+            )
+        if min(self.num_minibatches, self.epochs) < 1:
+            raise ValueError(f"minibatches ({self.num_minibatches}) and epochs ({self.epochs}) must be at least 1")
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature is 0: all completions of a prompt would be equal")
+        if self.lr_schedule != "constant" and self.max_rollouts < 1:
+            raise ValueError(f"lr_schedule {self.lr_schedule!r} decays over max_rollouts, which is {self.max_rollouts}")
+
+    def _check_batch(self, prompts: PromptBatch) -> None:
+        if len(prompts) % self.num_minibatches or not len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts x group_size {self.group_size} = {len(prompts) * self.group_size} samples cannot "
+                f"be split into {self.num_minibatches} mini-batches of whole groups; make the data's batch_size a "
+                "multiple of it"
+            )
