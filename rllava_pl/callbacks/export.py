@@ -107,7 +107,7 @@ def export(
     try:
         with _no_progress_bar():
             _save_model(policy.model, dict(weights), draft)
-        policy.processor.save_pretrained(draft)
+        _save_processor(policy, draft)
         record = {"rllava_pl": rllava_pl.__version__, **(note or {})}
         (draft / NOTE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         replace_directory(draft, directory)
@@ -144,6 +144,15 @@ def _save_model(model: PreTrainedModel, weights: dict[str, Tensor], directory: P
         twin = type(model)._from_config(config, dtype=model.dtype)
     twin.generation_config = model.generation_config
     twin.save_pretrained(directory, state_dict=weights)
+
+
+def _save_processor(policy: Policy, directory: Path) -> None:
+    """Chat template, tokenizer and image processor, without what the last call happened to pad or cut to."""
+    backend = getattr(policy.tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # transformers sets both anew at every call, and would save them
+        backend.no_padding()
+        backend.no_truncation()
+    policy.processor.save_pretrained(directory)
 
 
 def _drop_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> bool:

@@ -35,7 +35,7 @@ commands:
 examples:
   python -m rllava_pl fit --config quickstart
   python -m rllava_pl fit --config quickstart --config algorithms/rloo --model.group_size 16
-  python -m rllava_pl test --config runs/quickstart/version_0/config.yaml --ckpt_path last.ckpt
+  python -m rllava_pl test --config runs/quickstart/version_0/config.yaml --ckpt_path PATH
 
 help:
   python -m rllava_pl fit --help               every option of the trainer

@@ -6,15 +6,16 @@ from collections.abc import Iterator, Sequence
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Classes of these rooms can be named without their module because they are imported here.
-import rllava_pl.callbacks
 import rllava_pl.datamodules
 import rllava_pl.models
 import rllava_pl.rewards
 import rllava_pl.strategies  # noqa: F401
+from rllava_pl.callbacks import RolloutWriter
 from rllava_pl.cli import given
 from rllava_pl.cli.errors import UsageError, debugging, raised_by_us, with_hint
 from rllava_pl.cli.explain import Place, explain, import_class, unknown_option
@@ -26,8 +27,13 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,  # sampling answers only to throw them away takes as long as a rollout
     "log_every_n_steps": 1,  # a step is a rollout, seconds to minutes long
     "use_distributed_sampler": False,  # the data modules shard by themselves, and exactly
-    "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": ""}},
+    "logger": {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
+    },
 }
+CALLBACKS = [{"class_path": f"rllava_pl.callbacks.{name}"} for name in ("RolloutProgressBar", "RolloutCheckpoint")]
+"""Callbacks of a run whose config names none."""
 LINKS = {
     "model.seed": "seed_everything",
     "data.seed": "seed_everything",
@@ -63,7 +69,8 @@ class RLCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Links: one seed for everything, and the policy's processor for data that measure prompts."""
+        """Default callbacks; one seed for everything; the policy's processor for data that measure prompts."""
+        parser.set_defaults({"trainer.callbacks": CALLBACKS})
         for target, source in LINKS.items():
             compute = _seed_of if source == "seed_everything" else None
             parser.link_arguments(_full(source), _full(target), compute_fn=compute)
@@ -102,6 +109,14 @@ class RLCLI(LightningCLI):
             where = _where(origin, self.config[self.subcommand])
             raise UsageError(with_hint(f"{where}{origin}")) from error
 
+    def instantiate_trainer(self, **kwargs: object) -> Trainer:
+        """A Trainer without Lightning's own checkpoints, which count optimizer steps, unless a callback asks for them."""
+        config = self._get(self.config_init, "trainer")
+        callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        if config.enable_checkpointing is None:
+            kwargs["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
+        return super().instantiate_trainer(**kwargs)
+
     def _parse_ckpt_path(self) -> None:
         """The config decides, not the checkpoint: resuming with other options, e.g. more rollouts, is meant."""
 
@@ -120,12 +135,16 @@ class RLCLI(LightningCLI):
         self._run("test", kwargs)
 
     def predict(self, **kwargs: object) -> None:
-        """``Trainer.predict``."""
-        self._run("predict", kwargs)
+        """``Trainer.predict``, the answers written to a file instead of kept in memory."""
+        if not any(isinstance(callback, RolloutWriter) for callback in self.trainer.callbacks):
+            self.trainer.callbacks.append(RolloutWriter())
+        self._run("predict", {**kwargs, "return_predictions": False})
 
     def _run(self, subcommand: str, kwargs: dict[str, object]) -> None:
         """Run; our own refusals before anything was measured are told in one line, every other error with its traceback."""
         hide_weight_loading_bars()
+        if kwargs.get("weights_only") is None:
+            kwargs["weights_only"] = True  # a checkpoint is data and must not run code; ours need none
         try:
             getattr(self.trainer, subcommand)(**kwargs)
         except (ValueError, OSError, ImportError) as error:

@@ -17,12 +17,18 @@ WARNINGS = {
 
 LOGS = {
     "litlogger": "an advertisement",
+    "litmodels": "an advertisement",
     "Seed set to": "the config says so, and the one saved with the logs",
+    "got 128002": "Idefics3's default config, which transformers builds to compare with and nobody uses",
 }
-"""Part of a line of Lightning's log and why it is not shown."""
+"""Part of a line of a library's log and why it is not shown."""
 
-LOGGERS = tuple(f"lightning.{name}" for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed"))
-"""Where Lightning logs them; a filter acts on the very logger only, not on those below it."""
+LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "transformers.configuration_utils",
+)
+"""Where they are logged; a filter acts on the very logger only, not on those below it."""
 
 
 @contextmanager

@@ -152,9 +152,9 @@ def _pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
 def _stack_padded(pieces: Sequence[Tensor | None]) -> Tensor:
     """Stack tensors of different sizes with zeros behind; None is all zeros (a prompt without images)."""
     present = [piece for piece in pieces if piece is not None]
-    shape = [max(sizes) for sizes in zip(*(piece.shape for piece in present), strict=True)]
-    if all(piece.shape == torch.Size(shape) for piece in present) and len(present) == len(pieces):
+    if len(present) == len(pieces) and len({piece.shape for piece in present}) == 1:
         return torch.stack(present)
+    shape = [max(sizes) for sizes in zip(*(piece.shape for piece in present), strict=True)]
     stacked = present[0].new_zeros(len(pieces), *shape)
     for row, piece in zip(stacked, pieces, strict=True):
         if piece is not None:

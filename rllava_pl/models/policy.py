@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,8 +59,8 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.model.parameters()).device
+        """Where the token embeddings are, and so where inputs go."""
+        return self.model.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,17 +160,21 @@ class Policy(nn.Module):
             longer[name] = nn.functional.pad(inputs[name], (0, width))
         return longer
 
+    @cached_property
+    def _adapted_layers(self) -> list[nn.Module]:
+        """Layers with LoRA adapters; the list is taken at the first use, when the model is complete."""
+        return [m for m in self.model.modules() if hasattr(m, "enable_adapters") and hasattr(m, "lora_A")]
+
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
         """Without its LoRA adapters the policy is bit-equal to the loaded weights: the reference of a LoRA run."""
-        layers = [m for m in self.model.modules() if hasattr(m, "enable_adapters") and hasattr(m, "lora_A")]
-        states = [[p.requires_grad for p in layer.parameters()] for layer in layers]
-        for layer in layers:
+        states = [[p.requires_grad for p in layer.parameters()] for layer in self._adapted_layers]
+        for layer in self._adapted_layers:
             layer.enable_adapters(False)
         try:
             yield
         finally:
-            for layer, flags in zip(layers, states, strict=True):
+            for layer, flags in zip(self._adapted_layers, states, strict=True):
                 layer.enable_adapters(True)
                 for parameter, flag in zip(layer.parameters(), flags, strict=True):
                     parameter.requires_grad_(flag)

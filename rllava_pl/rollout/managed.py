@@ -99,8 +99,9 @@ def _fault(request: Request, rollout: Rollout, version: int) -> str:
         )
     if rollout.weight_version != version:
         return f"sampled with weights of update {rollout.weight_version}, the policy is at update {version}"
-    lengths = {len(rollout.response_ids), len(rollout.engine_logprobs), len(rollout.response_mask)}
-    if len(lengths) != 1:
+    shape = rollout.response_ids.shape
+    if not shape == rollout.engine_logprobs.shape == rollout.response_mask.shape:
+        lengths = {len(rollout.response_ids), len(rollout.engine_logprobs), len(rollout.response_mask)}
         return f"ids, log-probs and mask have different lengths: {sorted(lengths)}"
     return ""
 

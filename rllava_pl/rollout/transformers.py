@@ -209,8 +209,10 @@ def _expandable(policy: Policy) -> bool:
 def _evaluating(policy: Policy) -> Iterator[None]:
     """Evaluation mode for the time of a rollout: gradient checkpointing would switch the cache off."""
     was_training = policy.training
-    policy.eval()
+    if was_training:  # not for nothing: it visits every module
+        policy.eval()
     try:
         yield
     finally:
-        policy.train(was_training)
+        if was_training:
+            policy.train()

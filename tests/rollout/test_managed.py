@@ -1,0 +1,114 @@
+"""An engine in step with the policy, and answers that are not what was asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from rllava_pl.rollout.managed import ManagedEngine
+from rllava_pl.types import Message, Prompt, PromptInputs, Request, Rollout, Sampling
+
+
+def request(uid: str, group: int, samples: int = 2) -> Request:
+    prompt = Prompt(uid, (Message("user", ("Which digit is it?",)),))
+    return Request(prompt, PromptInputs(torch.arange(4)), group, tuple(range(samples)))
+
+
+class Scripted:
+    """Answers with two tokens a sample and writes down what it is told."""
+
+    exact = True
+
+    def __init__(self, spoil: Callable[[list[Rollout]], list[Rollout]] = lambda rollouts: rollouts) -> None:
+        self.version = -1
+        self.events: list[str] = []
+        self.spoil = spoil
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        self.events.append("generate")
+        logp, mask = torch.tensor([-0.5, -1.0]), torch.ones(2, dtype=torch.bool)
+        rollouts = [
+            Rollout(
+                r.prompt, r.group, r.inputs.input_ids_S, r.inputs, torch.arange(2), logp, mask, "stop", self.version
+            )
+            for r in requests
+            for _ in r.seeds
+        ]
+        return self.spoil(rollouts)
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.events.append(f"sync {[name for name, _ in named_tensors]} {version}")
+        self.version = version
+
+    def sleep(self) -> None:
+        self.events.append("sleep")
+
+    def wake(self) -> None:
+        self.events.append("wake")
+
+    def close(self) -> None:
+        self.events.append("close")
+
+
+def managed(engine: Scripted, version: Callable[[], int] = lambda: 3) -> ManagedEngine:
+    return ManagedEngine(lambda: engine, lambda: [("lm_head.weight", torch.zeros(1))], version)
+
+
+def test_weights_are_pushed_before_the_first_request_and_when_they_changed() -> None:
+    engine, now = Scripted(), [3]
+    session = managed(engine, lambda: now[0])
+    for version in (3, 3, 5):
+        now[0] = version
+        session.generate([request("a", 0)], Sampling())
+    session.close()
+    session.close()
+    sync3, sync5 = "sync ['lm_head.weight'] 3", "sync ['lm_head.weight'] 5"
+    assert engine.events == [
+        *["wake", sync3, "generate", "sleep"],
+        *["wake", "generate", "sleep"],
+        *["wake", sync5, "generate", "sleep"],
+        "close",
+    ]
+
+
+def test_the_engine_sleeps_also_after_an_error() -> None:
+    def fail(rollouts: list[Rollout]) -> list[Rollout]:
+        raise OSError("the engine died")
+
+    engine = Scripted(fail)
+    with pytest.raises(OSError, match="the engine died"):
+        managed(engine).generate([request("a", 0)], Sampling())
+    assert engine.events[-1] == "sleep"
+
+
+def change(**fields: object) -> Callable[[list[Rollout]], list[Rollout]]:
+    return lambda rollouts: [*rollouts[:-1], dataclasses.replace(rollouts[-1], **fields)]
+
+
+FAULTS = {
+    "too few": (lambda rollouts: rollouts[:-1], "was asked for 4 samples and returned 3"),
+    "too many": (lambda rollouts: [*rollouts, rollouts[0]], "was asked for 4 samples and returned 5"),
+    "out of order": (lambda rollouts: rollouts[::-1], "prompt 'a': the engine answered for prompt 'b' in its place"),
+    "other group": (change(group=0), "prompt 'b': .* out of order"),
+    "other prompt": (change(prompt_ids=torch.arange(7)), "prompt 'b': the engine read 7 prompt tokens, the trainer 4"),
+    "stale": (change(weight_version=2), "sampled with weights of update 2, the policy is at update 3"),
+    "ragged": (change(engine_logprobs=torch.zeros(3)), "ids, log-probs and mask have different lengths"),
+    "nan": (change(engine_logprobs=torch.tensor([0.0, float("nan")])), "prompt 'b': a log-prob is positive or not"),
+    "positive": (change(engine_logprobs=torch.tensor([0.0, 0.5])), "prompt 'b': a log-prob is positive or not finite"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_wrong_answer_of_the_engine_names_the_prompt(
+    spoil: Callable[[list[Rollout]], list[Rollout]], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        managed(Scripted(spoil)).generate([request("a", 0), request("b", 1)], Sampling())
+
+
+def test_nothing_asked_nothing_returned() -> None:
+    assert managed(Scripted()).generate([], Sampling()) == []

@@ -1,0 +1,160 @@
+"""The embedded engine: what it samples is what is trained, and a sample depends on its seed alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from rllava_pl.models.policy import Policy
+from rllava_pl.rollout.transformers import TransformersEngine
+from rllava_pl.types import PolicyBatch, Prompt, Request, Rollout, Sampling
+from tests.models.conftest import FAMILIES, prompts
+
+SAMPLING = Sampling(max_tokens=6)
+
+
+def requests(policy: Policy, batch: Sequence[Prompt], samples: int = 3, first_seed: int = 100) -> list[Request]:
+    seeds = [tuple(first_seed + 10 * p + g for g in range(samples)) for p in range(len(batch))]
+    return [Request(q, x, p, seeds[p]) for p, (q, x) in enumerate(zip(batch, policy.encode(batch), strict=True))]
+
+
+def same(a: Rollout, b: Rollout) -> bool:
+    return torch.equal(a.response_ids, b.response_ids) and torch.allclose(
+        a.engine_logprobs, b.engine_logprobs, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_log_probs_are_the_trainers(load: Callable[..., Policy], family: str, temperature: float) -> None:
+    policy = load(family)
+    policy.temperature = temperature
+    batch = requests(policy, prompts([0, 1, 3, 2]))
+    rollouts = TransformersEngine(policy).generate(batch, dataclasses.replace(SAMPLING, temperature=temperature))
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids, mask, logp = (
+        pad([getattr(r, name) for r in rollouts], batch_first=True)
+        for name in ("response_ids", "response_mask", "engine_logprobs")
+    )
+    with torch.no_grad():
+        scored = policy(PolicyBatch(tuple(request.inputs for request in batch), 3, ids, mask)).logp_NT
+    torch.testing.assert_close(scored, logp, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
+def test_a_sample_depends_on_its_seed_alone(load: Callable[..., Policy], family: str) -> None:
+    """Not on the batch, not on its place in it, not on how many prompts are sampled at a time."""
+    policy = load(family)
+    batch = requests(policy, prompts([0, 1, 3, 2]))
+    together = TransformersEngine(policy).generate(batch, SAMPLING)
+    in_twos = TransformersEngine(policy, batch_prompts=2).generate(batch, SAMPLING)
+    backwards = TransformersEngine(policy).generate(batch[::-1], SAMPLING)
+    alone = [TransformersEngine(policy).generate([request], SAMPLING) for request in batch]
+    for p in range(4):
+        for g in range(3):
+            sample = together[3 * p + g]
+            assert same(sample, in_twos[3 * p + g])
+            assert same(sample, backwards[3 * (3 - p) + g])
+            assert same(sample, alone[p][g])
+
+
+def test_seeds_give_different_samples_and_equal_seeds_equal_ones(load: Callable[..., Policy]) -> None:
+    policy = load("idefics3")
+    (request,) = requests(policy, prompts([1]), samples=12)
+    rollouts = TransformersEngine(policy).generate([request], SAMPLING)
+    assert len({tuple(r.response_ids.tolist()) for r in rollouts}) > 8
+    twins = dataclasses.replace(request, seeds=(7, 7, 8))
+    first, second, third = TransformersEngine(policy).generate([twins], SAMPLING)
+    assert same(first, second) and not same(first, third)
+
+
+def test_unequal_numbers_of_samples_in_one_call(load: Callable[..., Policy]) -> None:
+    policy = load("idefics3")
+    first, second = requests(policy, prompts([1, 2]))
+    single = dataclasses.replace(second, seeds=second.seeds[:1])
+    rollouts = TransformersEngine(policy).generate([first, single], SAMPLING)
+    assert [r.prompt.uid for r in rollouts] == ["test:0"] * 3 + ["test:1"]
+    assert same(rollouts[3], TransformersEngine(policy).generate([second], SAMPLING)[0])
+
+
+@pytest.mark.parametrize("family", ["idefics3", "llava", "qwen2_vl"])
+def test_the_fallback_through_generate_draws_the_same_samples(
+    load: Callable[..., Policy], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load(family)
+    batch = requests(policy, prompts([1, 2, 1]))
+    expected = TransformersEngine(policy).generate(batch, SAMPLING)
+    monkeypatch.setattr("rllava_pl.rollout.transformers._expandable", lambda _: False)
+    fallback = TransformersEngine(policy).generate(batch, SAMPLING)
+    for a, b in zip(expected, fallback, strict=True):
+        assert same(a, b) and a.finish_reason == b.finish_reason
+
+
+def test_greedy_takes_the_most_likely_token(load: Callable[..., Policy]) -> None:
+    policy = load("idefics3")
+    batch = requests(policy, prompts([1, 2]), samples=1)
+    greedy = TransformersEngine(policy).generate(batch, dataclasses.replace(SAMPLING, temperature=0.0))
+    inputs = policy.collate([request.inputs for request in batch])
+    del inputs["position_ids"]
+    suppressed = policy.model.generate(
+        **inputs, max_new_tokens=6, do_sample=False, suppress_tokens=policy.banned_ids, eos_token_id=policy.stop_ids
+    )[:, inputs["input_ids"].shape[1] :]
+    for rollout, ids in zip(greedy, suppressed, strict=True):
+        assert rollout.response_ids.tolist() == ids[: len(rollout.response_ids)].tolist()
+
+
+def test_frequencies_follow_the_probabilities(load: Callable[..., Policy]) -> None:
+    """First tokens of 4,000 samples against their probabilities: within 5 standard errors each."""
+    policy = load("idefics3")
+    (request,) = requests(policy, prompts([1]), samples=4000)
+    rollouts = TransformersEngine(policy).generate([request], Sampling(max_tokens=1))
+    ids = torch.tensor([int(r.response_ids[0]) for r in rollouts])
+    p = torch.stack([r.engine_logprobs[0] for r in rollouts]).exp()
+    for token in ids.unique():
+        share, probability = float((ids == token).float().mean()), float(p[ids == token][0])
+        assert abs(share - probability) < 5 * (probability * (1 - probability) / 4000) ** 0.5 + 1e-9
+
+
+def test_ends_come_from_the_end_token_and_the_budget(load: Callable[..., Policy]) -> None:
+    policy = load("idefics3")
+    batch = requests(policy, prompts([1, 1, 2, 0]), samples=16)
+    policy.stop_ids = list(range(20, 120))  # so that many rows end early and the batch shrinks on the way
+    rollouts = TransformersEngine(policy).generate(batch, Sampling(max_tokens=8))
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+    for r in rollouts:
+        stops = [20 <= i < 120 for i in r.response_ids.tolist()]
+        assert not any(stops[:-1])
+        assert stops[-1] == (r.finish_reason == "stop")
+        assert r.finish_reason == "stop" or len(stops) == 8
+        assert r.response_mask.all() and len(r.turns) == 1 and r.turns[0].stop == len(stops)
+    whole = load("idefics3")
+    whole.stop_ids = policy.stop_ids
+    alone = TransformersEngine(whole, batch_prompts=1).generate(batch, Sampling(max_tokens=8))
+    assert all(same(a, b) for a, b in zip(rollouts, alone, strict=True))
+
+
+def test_no_banned_token_is_ever_drawn(load: Callable[..., Policy]) -> None:
+    policy = load("idefics3")
+    head = policy.model.get_output_embeddings()
+    policy.banned_ids = policy.banned_ids + list(range(150, head.weight.shape[0]))
+    rollouts = TransformersEngine(policy).generate(requests(policy, prompts([1]), samples=64), SAMPLING)
+    drawn = {i for r in rollouts for i in r.response_ids.tolist()}
+    assert not drawn & set(policy.banned_ids)
+
+
+def test_training_mode_comes_back_and_checkpointing_does_not_disturb(load: Callable[..., Policy]) -> None:
+    plain, checkpointed = load("idefics3"), load("idefics3", gradient_checkpointing=True)
+    batch = requests(plain, prompts([1, 2]))
+    expected = TransformersEngine(plain).generate(batch, SAMPLING)
+    got = TransformersEngine(checkpointed).generate(batch, SAMPLING)
+    assert checkpointed.training
+    assert all(same(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_decoded_text_is_without_control_tokens(load: Callable[..., Policy]) -> None:
+    policy = load("idefics3")
+    ids = policy.tokenizer("<answer>red</answer>", return_tensors="pt").input_ids[0]
+    assert policy.decode(torch.cat([ids, torch.tensor([policy.stop_ids[0]])])) == "<answer>red</answer>"
