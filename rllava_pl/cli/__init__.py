@@ -1,7 +1,7 @@
 """The command line: ``python -m rllava_pl fit|validate|test|predict|configs``.
 
-What needs no training loop is answered without importing torch, so ``--version``, ``--help`` and a mistyped command cost
-a fraction of a second. Everything else is a ``LightningCLI``: the options are the constructors of the classes named.
+What needs no training loop is answered without importing torch, so ``--version``, ``--help`` and a mistyped command
+cost a fraction of a second. Everything else is a ``LightningCLI``: its options are the constructors of the classes named.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def main(args: list[str] | None = None) -> RLCLI | None:
         args: The words behind ``python -m rllava_pl``; those of this process by default.
 
     Returns:
-        The finished command with its ``trainer``, ``model`` and ``datamodule``; None for commands without a training loop.
+        The finished command with its ``trainer``, ``model`` and ``datamodule``; None for a command without a Trainer.
 
     Raises:
-        SystemExit: With code 2 after a mistake in the arguments, a config or the data, which is told in one line on stderr;
-            with ``RLLAVA_PL_DEBUG=1`` the error itself is raised.
+        SystemExit: With code 2 after a mistake in the arguments, a config or the data, which is told in one line on
+            stderr; with ``RLLAVA_PL_DEBUG=1`` the error itself is raised.
     """
     words = list(sys.argv[1:] if args is None else args)
     try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # Classes of these rooms can be named without their module because they are imported here.
 import rllava_pl.datamodules
@@ -64,7 +65,7 @@ class RLCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,  # the same command gives the same run
-            parser_kwargs={"prog": "python -m rllava_pl", **raising, **{name: dict(raising) for name in self.subcommands()}},
+            parser_kwargs={"prog": "python -m rllava_pl", **raising, **dict.fromkeys(self.subcommands(), raising)},
             args=list(args),
         )
 
@@ -75,10 +76,11 @@ class RLCLI(LightningCLI):
             compute = _seed_of if source == "seed_everything" else None
             parser.link_arguments(_full(source), _full(target), compute_fn=compute)
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, refuse what was not understood, and say so in one line."""
+        args = cast("list[str]", args)
         tree = given.collect(args[1:])
-        options = [str(key) for key in self._parser(args[0]).get_defaults().keys()]
+        options = [str(key) for key in self._parser(args[0]).get_defaults().keys()]  # noqa: SIM118 - its keys() are dotted
         _check_sections(tree, sorted({option.split(".")[0] for option in options}))
         try:
             self.config = parser.parse_args(args)
@@ -110,7 +112,7 @@ class RLCLI(LightningCLI):
             raise UsageError(with_hint(f"{where}{origin}")) from error
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
-        """A Trainer without Lightning's own checkpoints, which count optimizer steps, unless a callback asks for them."""
+        """A Trainer without Lightning's checkpoints, which count optimizer steps, unless a callback asks for them."""
         config = self._get(self.config_init, "trainer")
         callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
         if config.enable_checkpointing is None:
@@ -136,12 +138,13 @@ class RLCLI(LightningCLI):
 
     def predict(self, **kwargs: object) -> None:
         """``Trainer.predict``, the answers written to a file instead of kept in memory."""
-        if not any(isinstance(callback, RolloutWriter) for callback in self.trainer.callbacks):
-            self.trainer.callbacks.append(RolloutWriter())
+        callbacks = cast("list[Callback]", self.trainer.callbacks)  # type: ignore[attr-defined]
+        if not any(isinstance(callback, RolloutWriter) for callback in callbacks):
+            callbacks.append(RolloutWriter())
         self._run("predict", {**kwargs, "return_predictions": False})
 
     def _run(self, subcommand: str, kwargs: dict[str, object]) -> None:
-        """Run; our own refusals before anything was measured are told in one line, every other error with its traceback."""
+        """Run; our own refusals before anything was measured are told in one line, other errors with a traceback."""
         hide_weight_loading_bars()
         if kwargs.get("weights_only") is None:
             kwargs["weights_only"] = True  # a checkpoint is data and must not run code; ours need none
@@ -195,7 +198,7 @@ def _check_links(tree: given.Tree, parsed: Namespace) -> None:
     for target, source in LINKS.items():
         asked = given.lookup(tree, target.split("."))
         if asked is not None and str(asked) != str(got := parsed.get(_full(target), asked)):
-            raise UsageError(f"{target} is {asked!r}, but it follows {source}, which gives {got!r}; set {source} instead")
+            raise UsageError(f"{target} is {asked!r}, but it follows {source}, which says {got!r}; set that instead")
 
 
 def _origin(error: BaseException) -> BaseException:
@@ -206,13 +209,14 @@ def _origin(error: BaseException) -> BaseException:
 
 
 def _where(error: BaseException, config: Namespace) -> str:
-    """Key of what a constructor refused: ``"model.policy."`` before ``"lora.r is 0"``, else ``"model.rewards[0]: "``."""
+    """Place of what a constructor refused: ``"model.policy."`` before ``"lora.r is 0"``, or ``"model.rewards[0]: "``."""
     objects = dict(_walk(config))
     option = str(error).split(" ")[0]
     homes = [key.removesuffix(option) for key in objects if key.endswith(f".{option}")]
     if len(homes) == 1:
         return homes[0]
-    places = {name: f"{key}: " for key, name in objects.items() if name} | {f"{Trainer.__module__}.Trainer": "trainer: "}
+    places = {name: f"{key}: " for key, name in objects.items() if name}
+    places[f"{Trainer.__module__}.{Trainer.__qualname__}"] = "trainer: "
     traceback, found = error.__traceback__, ""
     while traceback is not None:  # towards the place where it was raised
         owner = type(traceback.tb_frame.f_locals.get("self"))

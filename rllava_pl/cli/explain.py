@@ -1,8 +1,8 @@
 """The parser's error, which shows every way a value could have been meant, as one line about the likely mistake.
 
-jsonargparse reports errors as an indented tree: a line for each key and class on the way, and at its leaves what is wrong,
-once for every member of a Union. Here the leaf that says most is taken, its way gives the key, and the names that would
-have been right come from the class that refused. A message that is not understood is passed on without its tree.
+jsonargparse reports errors as an indented tree: a line for each key and class on the way, and at its leaves what is
+wrong, once for every member of a Union. Here the leaf that says most is taken, its way gives the key, and the names that
+would have been right come from the class that refused. A message that is not understood is passed on without its tree.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ _NOISE = re.compile(
     r"a class path \(str\)|a dict with|a dict without|Expected a <class 'NoneType'>|$"
 )
 _TYPE = re.compile(r"Expected an? (?!dot import)(?P<type>.+?)(\. Got value: (?P<value>.*))?$")
-_PLAIN = {"int": "an integer", "float": "a number", "str": "a text", "bool": "true or false", "list": "a list", "dict": "a mapping"}
+_PLAIN = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "list": "a list",
+    "dict": "a mapping",
+}
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = (
     (re.compile(r"Expected a dot import path string: (?P<name>[A-Z].*)"), _unknown_class),
     (re.compile(r"module '(?P<module>[^']+)' has no attribute '(?P<name>[^']+)'"), _unknown_attribute),
     (re.compile(r"No module named '(?P<name>[^']+)'"), _unknown_module),
-    (re.compile(r"Import path (?P<name>\S+) does not (correspond to a subclass of|implement protocol) (?P<base>\w+)"), _wrong_class),
+    (re.compile(r"Import path (?P<name>\S+) does not .+ (?P<base>\w+)$"), _wrong_class),
     (re.compile(r"Not a valid subclass of (?P<base>\w+)\. Got value: (?P<name>.*)"), _wrong_class),
     (re.compile(r"following arguments are required: (?P<names>.+)"), _required),
     (_TYPE, _wrong_type),
@@ -201,7 +208,7 @@ def option_names(leaf: Leaf, group: str, place: Place) -> list[str]:
     if leaf.class_path:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(import_class(leaf.class_path), fail_untyped=False)
-        options = [str(key) for key in parser.get_defaults().keys()]
+        options = [str(key) for key in parser.get_defaults().keys()]  # noqa: SIM118 - its keys() are dotted
     else:
         options = place.options
     prefix = f"{group}." if group else ""
@@ -250,7 +257,8 @@ def _subclasses(base: type) -> Iterator[str]:
     public = not base.__name__.startswith("_") and "<locals>" not in base.__qualname__
     if public and not inspect.isabstract(base) and not getattr(base, "_is_protocol", False):
         yield base.__name__
-    for subclass in type.__subclasses__(base):
+    subclasses: list[type] = type.__subclasses__(base)
+    for subclass in subclasses:
         yield from _subclasses(subclass)
 
 

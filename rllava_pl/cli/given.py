@@ -1,7 +1,7 @@
 """What was given in config files and arguments, as one tree: to check it against what was understood.
 
-jsonargparse accepts some mistyped keys in silence (empty sections, options of a nested dataclass on the command line); a
-run would then start with a default where another value was meant.
+jsonargparse accepts some mistyped keys in silence (empty sections, options of a nested dataclass on the command line);
+a run would then start with a default where another value was meant.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def collect(args: Sequence[str]) -> Tree:
     tree: Tree = {}
     for key, text in _options(args):
         if key in ("--config", "-c"):
-            tree = merge(tree, flatten(_load(text)))
+            merged = merge(tree, flatten(_load(text)))
+            tree = merged if isinstance(merged, dict) else {}
         elif key.startswith("--") and not key.endswith(FLAGS):
             place(tree, key[2:], _value(text))
     return tree
@@ -54,19 +55,21 @@ def flatten(value: Value) -> Value:
     if not isinstance(value, dict):
         return value
     options = value.get(OPTIONS)
-    lifted = {key: inner for key, inner in value.items() if key != OPTIONS} | (options if isinstance(options, dict) else {})
-    return {str(key): flatten(inner) for key, inner in lifted.items()}
+    beside = {key: inner for key, inner in value.items() if key != OPTIONS}
+    return {
+        str(key): flatten(inner) for key, inner in (beside | (options if isinstance(options, dict) else {})).items()
+    }
 
 
 def place(tree: Tree, key: str, value: Value) -> None:
-    """Set a dotted key as the command line means it: a trailing ``+`` appends, options follow the last item of a list."""
+    """Set a dotted key as the command line means it: ``+`` at the end appends, options follow the last item of a list."""
     *parents, last = [part for part in key.split(".") if part != OPTIONS]
     node = tree
     for part in parents:
         node = _section(node, part)
     if last.endswith("+"):
-        items = node.get(last[:-1])
-        node[last[:-1]] = [*(items if isinstance(items, list) else []), *(value if isinstance(value, list) else [value])]
+        before, more = node.get(last[:-1]), value if isinstance(value, list) else [value]
+        node[last[:-1]] = [*(before if isinstance(before, list) else []), *more]
     else:
         node[last] = value
 
@@ -74,11 +77,13 @@ def place(tree: Tree, key: str, value: Value) -> None:
 def _section(node: Tree, key: str) -> Tree:
     """The section below ``key``; a class that was given by its name alone becomes one."""
     value = node.get(key)
-    if isinstance(value, list) and value:
-        value[-1] = _as_section(value[-1])
-        return value[-1]
-    node[key] = _as_section(value)
-    return node[key]
+    items = value if isinstance(value, list) and value else None
+    section = _as_section(items[-1] if items else value)
+    if items:
+        items[-1] = section
+    else:
+        node[key] = section
+    return section
 
 
 def _as_section(value: Value) -> Tree:
@@ -152,7 +157,7 @@ def _load(name: str) -> Tree:
     except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise UsageError(f"{name}: {error}") from error
     if not isinstance(content, dict | None):
-        raise UsageError(f"{name}: a config has sections such as model, data and trainer; this is a {type(content).__name__}")
+        raise UsageError(f"{name}: a config has sections (model, data, trainer); this is a {type(content).__name__}")
     return content or {}
 
 
