@@ -47,7 +47,9 @@ def main(rollouts: int = 100) -> Trainer:
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0),
     )
     data = DigitsDataModule(batch_size=32)
-    trainer = Trainer(accelerator="cpu", max_epochs=-1, callbacks=[RolloutProgressBar()], logger=False)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=-1, callbacks=[RolloutProgressBar()], logger=False, enable_checkpointing=False
+    )
     trainer.fit(module, data)
     trainer.test(module, data)  # test/lookalike: 0.5 x the share of near misses
     return trainer

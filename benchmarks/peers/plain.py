@@ -137,7 +137,7 @@ def reward(text: str, answer: str) -> float:
 
 
 def log_probs(model: PreTrainedModel, inputs: Inputs, ids_NT: Tensor, banned: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs of the responses and their entropies, every prompt computed once: rows [prompt | response 1 | ... | G]."""
+    """Log-probs of the responses and of all tokens in their place; every prompt is computed once, as a packed row."""
     prompt_ids = inputs["input_ids"]
     (prompts, width), group, tokens = prompt_ids.shape, len(ids_NT) // len(prompt_ids), ids_NT.shape[1] - 1
     positions = torch.cat([torch.arange(width), (width + torch.arange(tokens)).repeat(group)])
@@ -153,16 +153,14 @@ def log_probs(model: PreTrainedModel, inputs: Inputs, ids_NT: Tensor, banned: Te
     first = hidden[:, width - 1 : width].repeat_interleave(group, 0)
     hidden_NTH = torch.cat([first, hidden[:, width:].reshape(prompts * group, tokens, -1)], 1)
     logp_NTV = model.lm_head(hidden_NTH).index_fill(-1, banned, -1e30).log_softmax(-1)
-    with torch.no_grad():
-        entropy_NT = -(logp_NTV.exp() * logp_NTV).sum(-1)
-    return logp_NTV.gather(-1, ids_NT[:, :, None])[:, :, 0], entropy_NT
+    return logp_NTV.gather(-1, ids_NT[:, :, None])[:, :, 0], logp_NTV
 
 
 def grpo_loss(
     model: PreTrainedModel, inputs: Inputs, done: Completions, ref_NT: Tensor, advantages_N: Tensor, banned: Tensor, work: Work
 ) -> tuple[Tensor, list[Tensor]]:
     """Clipped surrogate + KL (k3), mean over tokens and then over completions; and what to report of it."""
-    logp_NT, entropy_NT = log_probs(model, inputs, done.ids_NT, banned)
+    logp_NT, logp_NTV = log_probs(model, inputs, done.ids_NT, banned)
     ratio_NT = (logp_NT - done.logp_NT).exp()
     bounded_NT = ratio_NT.clamp(1 - work.clip_low, 1 + work.clip_high)
     gain_NT = torch.minimum(ratio_NT * advantages_N[:, None], bounded_NT * advantages_N[:, None])
@@ -171,6 +169,7 @@ def grpo_loss(
     mask_NT = done.mask_NT.float()
     loss = ((work.kl_coef * kl_NT - gain_NT) * mask_NT).sum(1).div(mask_NT.sum(1)).mean()
     with torch.no_grad():
+        entropy_NT = -(logp_NTV.exp() * logp_NTV).sum(-1)
         seen = [entropy_NT, kl_NT, (ratio_NT != bounded_NT).float()]
         means = [(x_NT * mask_NT).sum() / mask_NT.sum() for x_NT in seen]
     return loss, [loss.detach(), *means]

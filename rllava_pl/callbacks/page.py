@@ -123,7 +123,7 @@ class _Scale:
 
 
 def _safe(text: str) -> str:
-    return printable(text)
+    return escape(printable(text))
 
 
 def _heading(moment: Moment, scale: _Scale) -> str:

@@ -1,7 +1,7 @@
 """The command line: ``python -m rllava_pl fit|validate|test|predict|configs``.
 
 What needs no training loop is answered without importing torch, so ``--version``, ``--help`` and a mistyped command
-cost a fraction of a second. Everything else is a ``LightningCLI``: its options are the constructors of the classes named.
+cost a fraction of a second. Everything else is a ``LightningCLI``: its options are those of the classes it is given.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import cast
 
 from jsonargparse import ArgumentError, Namespace
@@ -19,7 +20,8 @@ import rllava_pl.strategies  # noqa: F401
 from rllava_pl.callbacks import RolloutWriter
 from rllava_pl.cli import given
 from rllava_pl.cli.errors import UsageError, debugging, raised_by_us, with_hint
-from rllava_pl.cli.explain import Place, explain, import_class, unknown_option
+from rllava_pl.cli.explain import Place, explain, unknown_option
+from rllava_pl.cli.names import import_class
 from rllava_pl.cli.quiet import hide_weight_loading_bars, quiet
 from rllava_pl.modules import RLModule
 
@@ -185,7 +187,7 @@ def _check_sections(tree: given.Tree, known: Sequence[str]) -> None:
     for name, section in tree.items():
         if name not in known:
             raise UsageError(unknown_option((name,), list(known)))
-        if name == "trainer" and not isinstance(section, dict):
+        if name == "trainer" and not isinstance(section, dict) and not Path(str(section)).is_file():
             raise UsageError(f"trainer: expected options such as max_time, got {section!r}")
 
 
@@ -209,7 +211,7 @@ def _origin(error: BaseException) -> BaseException:
 
 
 def _where(error: BaseException, config: Namespace) -> str:
-    """Place of what a constructor refused: ``"model.policy."`` before ``"lora.r is 0"``, or ``"model.rewards[0]: "``."""
+    """Place of what a constructor refused: ``model.policy.`` before ``lora.r is 0``, else ``model.rewards[0]: ``."""
     objects = dict(_walk(config))
     option = str(error).split(" ")[0]
     homes = [key.removesuffix(option) for key in objects if key.endswith(f".{option}")]

@@ -1,25 +1,22 @@
 """The parser's error, which shows every way a value could have been meant, as one line about the likely mistake.
 
 jsonargparse reports errors as an indented tree: a line for each key and class on the way, and at its leaves what is
-wrong, once for every member of a Union. Here the leaf that says most is taken, its way gives the key, and the names that
-would have been right come from the class that refused. A message that is not understood is passed on without its tree.
+wrong, once for every member of a Union. Here the leaf that says most is taken, its way gives the key, and the names
+that would have been right come from the class that refused. A message in no known form is passed on without its tree.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import product
 
-from jsonargparse import ArgumentParser
-from lightning.pytorch import Trainer
-
 from rllava_pl.cli.errors import nearest
 from rllava_pl.cli.given import CLASS, OPTIONS, Tree, lookup
+from rllava_pl.cli.names import below, class_names, option_names
 
 SHOWN = 14
 """So many names are listed where none is near."""
@@ -110,7 +107,7 @@ def _unknown_option(leaf: Leaf, match: re.Match[str], place: Place) -> str:
     """``name`` is dotted when options were given below the unknown one; ``group`` is a section without a class."""
     group = match["group"]
     keys = (*leaf.keys, group) if group else leaf.keys
-    known = option_names(leaf, group, place)
+    known = option_names(leaf.class_path, group) if leaf.class_path else below(place.options, group)
     section = lookup(place.given, keys)
     named = section.get(CLASS) if isinstance(section, dict) else None
     owner = "" if group else _short(named if isinstance(named, str) else leaf.class_path)
@@ -129,14 +126,12 @@ def unknown_option(path: tuple[str, ...], known: list[str], owner: str = "") -> 
 
 def _unknown_trainer_option(leaf: Leaf, match: re.Match[str], place: Place) -> str:
     path = tuple(match["name"].split("."))
-    section = "".join(f"{part}." for part in path[:-1])
-    known = {option.removeprefix(section).split(".")[0] for option in place.options if option.startswith(section)}
-    return unknown_option(path, sorted(known))
+    return unknown_option(path, below(place.options, ".".join(path[:-1])))
 
 
 def _unknown_class(leaf: Leaf, match: re.Match[str], place: Place) -> str:
     name = match["name"].strip()
-    known = class_names(leaf, place)
+    known = class_names(leaf.keys, leaf.class_path, place.roots)
     hint = nearest(_short(name), known)
     if not hint:
         listed = f"; there are {', '.join(known)}" if 0 < len(known) <= SHOWN else ""
@@ -155,7 +150,7 @@ def _unknown_module(leaf: Leaf, match: re.Match[str], place: Place) -> str:
 
 
 def _wrong_class(leaf: Leaf, match: re.Match[str], place: Place) -> str:
-    known = class_names(leaf, place)
+    known = class_names(leaf.keys, leaf.class_path, place.roots)
     listed = f"; there are {', '.join(known)}" if 0 < len(known) <= SHOWN else ""
     return _line(leaf.keys, f"{match['name']} is no {match['base']}{listed}")
 
@@ -198,74 +193,6 @@ _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = (
     (_TYPE, _wrong_type),
     (re.compile(r"Expected a dot import path string: (?P<name>.+)"), _unknown_class),
 )
-
-
-# Names that would have been right ------------------------------------------------------------------------------------
-
-
-def option_names(leaf: Leaf, group: str, place: Place) -> list[str]:
-    """Options of the class that refused, or of a section of it; of the command if there is no class."""
-    if leaf.class_path:
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(import_class(leaf.class_path), fail_untyped=False)
-        options = [str(key) for key in parser.get_defaults().keys()]  # noqa: SIM118 - its keys() are dotted
-    else:
-        options = place.options
-    prefix = f"{group}." if group else ""
-    names = dict.fromkeys(option.removeprefix(prefix).split(".")[0] for option in options if option.startswith(prefix))
-    return list(names)
-
-
-def class_names(leaf: Leaf, place: Place) -> list[str]:
-    """Short names of the classes that fit where this leaf stands."""
-    section, _, option = ".".join(leaf.keys).rpartition(".")
-    if leaf.class_path and leaf.keys and not _is_root(leaf, place):
-        hint = _annotation(import_class(leaf.class_path), leaf.keys[-1])
-    elif section == "trainer":
-        hint = _annotation(Trainer, option)
-    else:
-        hint = place.roots.get(leaf.keys[0]) if leaf.keys else None
-    names = {name for base in _classes(hint) for name in _subclasses(base)}
-    return sorted(names - {root.__name__ for root in place.roots.values()})
-
-
-def _is_root(leaf: Leaf, place: Place) -> bool:
-    return len(leaf.keys) == 1 and leaf.keys[0] in place.roots
-
-
-def _annotation(owner: type, option: str) -> object:
-    """Type of a constructor's option, from the first class in the family that declares it."""
-    for base in owner.__mro__:
-        constructor = vars(base).get("__init__")
-        if constructor is not None and option in inspect.signature(constructor).parameters:
-            return typing.get_type_hints(constructor).get(option)
-    return None
-
-
-def _classes(hint: object) -> Iterator[type]:
-    """All classes in a type: those of ``list[A | B]`` are A and B, that of ``Callable[[X], A]`` is A."""
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is not None and isinstance(arguments[:1], tuple) and isinstance(arguments[0], list):
-        arguments = arguments[1:]  # what a callable takes
-    for argument in arguments:
-        yield from _classes(argument)
-    if inspect.isclass(hint) and not arguments and hint.__module__ != "builtins":
-        yield hint
-
-
-def _subclasses(base: type) -> Iterator[str]:
-    public = not base.__name__.startswith("_") and "<locals>" not in base.__qualname__
-    if public and not inspect.isabstract(base) and not getattr(base, "_is_protocol", False):
-        yield base.__name__
-    subclasses: list[type] = type.__subclasses__(base)
-    for subclass in subclasses:
-        yield from _subclasses(subclass)
-
-
-def import_class(class_path: str) -> type:
-    """The class at a dotted path."""
-    module, _, name = class_path.rpartition(".")
-    return getattr(import_module(module), name)
 
 
 def _short(class_path: str) -> str:

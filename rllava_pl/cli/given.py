@@ -56,13 +56,12 @@ def flatten(value: Value) -> Value:
         return value
     options = value.get(OPTIONS)
     beside = {key: inner for key, inner in value.items() if key != OPTIONS}
-    return {
-        str(key): flatten(inner) for key, inner in (beside | (options if isinstance(options, dict) else {})).items()
-    }
+    lifted = beside | options if isinstance(options, dict) else beside
+    return {str(key): flatten(inner) for key, inner in lifted.items()}
 
 
 def place(tree: Tree, key: str, value: Value) -> None:
-    """Set a dotted key as the command line means it: ``+`` at the end appends, options follow the last item of a list."""
+    """Set a dotted key as the command line means it: a final ``+`` appends, a list's options are those of its last item."""
     *parents, last = [part for part in key.split(".") if part != OPTIONS]
     node = tree
     for part in parents:

@@ -96,7 +96,7 @@ def loss_denominator(mask_NT: Tensor, mode: ReduceMode, *, max_tokens: int | Non
             raise ValueError(
                 f"max_tokens is {max_tokens}; mode 'constant' divides by it, give the response budget in tokens"
             )
-        return torch.tensor(float(mask_NT.shape[0] * max_tokens), device=mask_NT.device)
+        return torch.tensor(mask_NT.shape[0] * max_tokens, dtype=torch.float32, device=mask_NT.device)
     counted = mask_NT if mode == "token-mean" else mask_NT.any(dim=1)
     return counted.sum().to(torch.float32)
 

@@ -80,8 +80,9 @@ class RLModule(Optimization, Evaluation):
         """Rewards; groups with a sample that could not be scored are dropped and counted."""
         with self.phase("reward"):
             judgement = judge(self.rewards, rollouts)
-            self.tally.add("unscored_samples", torch.tensor(float(sum(judgement.causes.values()))))
-            return assemble(rollouts, judgement, self.group_size, self.policy.device)
+            device = self.policy.device
+            self.tally.add("unscored_samples", torch.tensor(sum(judgement.causes.values()), device=device))
+            return assemble(rollouts, judgement, self.group_size, device)
 
     def evaluate(self, experience: Experience) -> Experience:
         """Log-probs of the sampled tokens under the sampling policy and the reference, as far as they are needed.

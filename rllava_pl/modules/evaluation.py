@@ -22,14 +22,14 @@ class Scores:
     """Means of everything the rewards say of one split, exact over batches and ranks."""
 
     def __init__(self, device: torch.device) -> None:
-        self._means: dict[str, MeanMetric] = defaultdict(lambda: MeanMetric().to(device))
+        self._means: dict[str, MeanMetric] = defaultdict(lambda: MeanMetric().set_dtype(torch.float64).to(device))
 
     def update(self, judgement: Judgement, suffix: str = "") -> None:
         """Add rollouts; one that could not be scored counts as 0 and as ``unscored``."""
         missing = [float(reward is None) for reward in judgement.rewards]
         named = {"reward": [reward or 0.0 for reward in judgement.rewards], "unscored": missing, **judgement.components}
         for name, values in named.items():
-            self._means[name + suffix].update(torch.tensor(values).nan_to_num(0.0))
+            self._means[name + suffix].update(torch.tensor(values, dtype=torch.float64).nan_to_num(0.0))
 
     def compute(self) -> dict[str, float]:
         """Means over all ranks, by name; collective."""

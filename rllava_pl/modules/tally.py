@@ -21,7 +21,7 @@ class Tally:
     def add(self, name: str, total: Tensor, count: Tensor | float = 1) -> None:
         """Add a 0-dim sum and the number of things in it."""
         self._sums.setdefault(name, []).append(total.detach())
-        self._counts.setdefault(name, []).append(torch.as_tensor(count, device=total.device))
+        self._counts.setdefault(name, []).append(torch.as_tensor(count, dtype=torch.float64, device=total.device))
 
     def add_masked(self, name: str, x: Tensor, mask: Tensor) -> None:
         """Add the elements of ``x`` where ``mask`` is True."""

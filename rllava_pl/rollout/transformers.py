@@ -38,8 +38,8 @@ class TransformersEngine:
 
     @property
     def exact(self) -> bool:
-        """True in fp32: sampling and training then agree to rounding."""
-        return self.policy.dtype == torch.float32
+        """True in fp32 without autocast: sampling and training then agree to rounding."""
+        return self.policy.dtype == torch.float32 and not torch.is_autocast_enabled(self.policy.device.type)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """Complete every request once a seed; see ``RolloutEngine``."""
@@ -143,7 +143,7 @@ class _Sampler:
         self.pad_id = policy.pad_id
         rows = len(seeds_N)
         self.ids_NT = torch.zeros(rows, sampling.max_tokens, dtype=torch.int64, device=policy.device)
-        self.logp_NT = torch.zeros(rows, sampling.max_tokens, device=policy.device)
+        self.logp_NT = torch.zeros(rows, sampling.max_tokens, dtype=torch.float32, device=policy.device)
         self.length_N = torch.zeros(rows, dtype=torch.int64, device=policy.device)
         self.stopped_N = torch.zeros(rows, dtype=torch.bool, device=policy.device)
         self.alive = torch.arange(rows, device=policy.device)

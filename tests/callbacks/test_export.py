@@ -79,6 +79,12 @@ def test_files_are_those_of_the_original_model(run: Run) -> None:
     assert json.loads((target / NOTE).read_text("utf-8")).items() >= {"rollouts": 4, "updates": 8}.items()
 
 
+def test_tied_weights_are_written_once_also_from_gathered_copies(run: Run, tmp_path: Path) -> None:
+    gathered = ((name, tensor.clone()) for name, tensor in hf_weights(run.module.policy.model))
+    export(run.module.policy, gathered, tmp_path / "hf")
+    assert weight_names(tmp_path / "hf") == weight_names(Path(run.module.source.path))
+
+
 def test_a_newer_export_replaces_all_of_the_older(run: Run, tmp_path: Path) -> None:
     policy, directory = run.module.policy, tmp_path / "hf"
     export(policy, hf_weights(policy.model), directory, {"rollouts": 1})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from rllava_pl.callbacks import RolloutProgressBar
 from rllava_pl.callbacks.progress import RECENT, Pace, clock, describe
@@ -60,6 +61,18 @@ def test_plain_lines_where_there_is_no_terminal(run: Run) -> None:
     pattern = r"rollout 2/4  reward \d\.\d{3}  accuracy \d\.\d{3}  kl [\d.e-]+  \d+\.\d\d s/rollout  ETA 0:\d\d"
     assert re.fullmatch(pattern, lines[0]), lines[0]
     assert "\x1b" not in run.output and "\r" not in run.output
+
+
+def test_a_resumed_run_starts_where_it_was(run: Run, tmp_path: Path) -> None:
+    class Probe(Callback):
+        def on_train_batch_start(self, *_: object) -> None:
+            seen.append(bar.pace.fraction)
+
+    seen: list[str] = []
+    bar = RolloutProgressBar()
+    trainer = runs.trainer(tmp_path, callbacks=[bar, Probe()], enable_progress_bar=True)
+    trainer.fit(runs.module(), runs.data(), ckpt_path=str(run.folder / "checkpoints/rollout-000002.ckpt"))
+    assert seen == ["2/4", "3/4"]
 
 
 def test_a_resumed_run_goes_on_counting(resumed: Run) -> None:

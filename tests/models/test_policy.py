@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from rllava_pl.models import LoRA
+from rllava_pl.models import VLM, LoRA
 from rllava_pl.models.policy import Policy, next_positions
 from rllava_pl.types import PolicyBatch
 from tests.models.conftest import FAMILIES, prompts, random_batch
@@ -192,3 +194,26 @@ def test_adapters_off_is_the_base_model_bit_for_bit(load: Callable[..., Policy])
         assert not torch.allclose(policy(batch).logp_NT, expected)
     assert [n for n, p in policy.named_parameters() if p.requires_grad] == trainable
     assert trainable and all("lora_" in name for name in trainable)
+
+
+def test_a_text_only_language_model_is_a_policy_too(tiny_path: Callable[[str], str], tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path("qwen2_vl"))
+    template = tokenizer.chat_template.replace("part['type'] == 'image'", "False")
+    tokenizer.chat_template = template
+    tokenizer._processor_class = None  # as a text model would save it
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = VLM(str(tmp_path)).load()
+    assert_same(policy, random_batch(policy, [0, 0, 0]))
+    with pytest.raises(ValueError, match="prompt 'test:0' carries images, but the model reads text only"):
+        policy.encode(prompts([1]))

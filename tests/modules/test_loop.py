@@ -253,3 +253,14 @@ def test_experience_is_immutable(pass_of: tuple[RLModule, Experience]) -> None:
     _, experience = pass_of
     with pytest.raises(dataclasses.FrozenInstanceError):
         experience.group_size = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_recomputes_old_log_probs_in_the_trainers_arithmetic(tmp_path: Path, precision: str) -> None:
+    """Sampling and scoring take different forms, which differ by rounding in bf16; ratios must still start at 1."""
+    module = runs.module(max_rollouts=1)
+    trainer = runs.trainer(tmp_path, precision=precision)
+    trainer.fit(module, runs.data())
+    assert module.weight_version == 2
+    assert 0 <= trainer.callback_metrics["train/engine_mismatch_kl"] < 0.01
+    assert all(torch.isfinite(value) for value in trainer.callback_metrics.values())

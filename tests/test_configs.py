@@ -1,0 +1,82 @@
+"""Every YAML that is shipped is understood, and every one of the matrix is trained; both are found, none is listed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rllava_pl.cli import configs, main
+from rllava_pl.cli.app import RLCLI
+from tests.runs import CACHE
+
+REPOSITORY = Path(__file__).parent.parent
+MATRIX = sorted((REPOSITORY / "tests" / "conf").glob("*.yaml"))
+SHORT = [
+    "--model.policy.cache_dir=" + str(CACHE),
+    "--model.sampling.max_tokens=6",
+    "--model.group_size=2",
+    "--model.minibatches=2",
+    "--model.max_rollouts=2",
+    "--model.lr_schedule=constant",
+    "--data.batch_size=4",
+    "--data.val_batch_size=4",
+    "--trainer.accelerator=cpu",
+    "--trainer.logger=false",
+]
+
+
+def is_overlay(name: str) -> bool:
+    """Whether the config only changes another one."""
+    return "data" not in yaml.safe_load(Path(configs.find(name)).read_text("utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.fixture
+def built(monkeypatch, tmp_path):
+    """Parses and instantiates a command without running it."""
+    monkeypatch.setattr(RLCLI, "fit", lambda self, **kwargs: None)
+    return lambda *args: main(["fit", *args, f"--trainer.default_root_dir={tmp_path}"])
+
+
+@pytest.mark.parametrize("name", [name for name in configs.names() if not is_overlay(name)])
+def test_a_shipped_config_is_understood(built, name):
+    cli = built("--config", name)
+    assert cli.model.rewards and cli.datamodule.batch_size > 0
+
+
+@pytest.mark.parametrize("name", [name for name in configs.names() if is_overlay(name)])
+@pytest.mark.parametrize("below", [name for name in configs.names() if not is_overlay(name)])
+def test_an_overlay_changes_what_it_names_and_nothing_else(built, below, name):
+    before, after = built("--config", below), built("--config", below, "--config", name)
+    named = yaml.safe_load(Path(configs.find(name)).read_text("utf-8"))["model"]
+    assert type(after.model).__name__ == named["class_path"]
+    assert {option: getattr(after.model, option) for option in named["init_args"]} == named["init_args"]
+    kept = vars(after.model.source) | {"sampling": after.model.sampling, "clip_high": after.model.clip_high}
+    assert kept == vars(before.model.source) | {"sampling": before.model.sampling, "clip_high": before.model.clip_high}
+    assert vars(after.datamodule).keys() == vars(before.datamodule).keys()
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_a_shipped_config_says_in_its_first_line_what_it_is_for(name):
+    line = Path(configs.find(name)).read_text("utf-8").splitlines()[0]
+    assert line.startswith("# ") and line.endswith(".")
+
+
+@pytest.mark.parametrize("path", MATRIX, ids=lambda path: path.stem)
+def test_a_config_of_the_matrix_trains(tmp_path, path):
+    args = ["fit", "--config", str(path), *SHORT, f"--trainer.default_root_dir={tmp_path}"]
+    cli = main(
+        [*args, "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2", "--trainer.check_val=null"][:-1]
+    )
+    metrics = cli.trainer.callback_metrics
+    assert cli.model.rollout_index == 2
+    assert cli.model.weight_version == 2 * 2 * cli.model.epochs
+    assert {"train/reward", "train/grad_norm", "val/reward"} <= metrics.keys()
+    assert json.loads(json.dumps({name: float(value) for name, value in metrics.items()}))
