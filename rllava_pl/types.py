@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -90,22 +90,31 @@ class Prompt:
     """Where the row stands (file and row number), for error messages."""
 
 
-class PromptBatch:
-    """The prompts of one rollout, as a data loader hands them to ``training_step``.
+Item = TypeVar("Item")
+
+
+class Batch(Generic[Item]):
+    """An immutable sequence that Lightning passes on untouched.
 
     It is deliberately no list and no dataclass: Lightning walks through collections to move and cast tensors, and
-    refuses frozen dataclasses on the way. Use it as ``collate_fn``: ``DataLoader(prompts, 32,
-    collate_fn=PromptBatch)``. ``None`` entries (the padding that keeps ranks in step) are dropped.
+    refuses frozen dataclasses on the way. ``None`` entries (the padding that keeps ranks in step) are dropped.
     """
 
-    def __init__(self, prompts: Iterable[Prompt | None]) -> None:
-        self.prompts = tuple(prompt for prompt in prompts if prompt is not None)
+    def __init__(self, items: Iterable[Item | None]) -> None:
+        self._items = tuple(item for item in items if item is not None)
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self._items)
 
-    def __iter__(self) -> Iterator[Prompt]:
-        return iter(self.prompts)
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self._items)
+
+
+class PromptBatch(Batch[Prompt]):
+    """The prompts of one rollout, as a data loader hands them to ``training_step``.
+
+    Use it as ``collate_fn``: ``DataLoader(prompts, 32, collate_fn=PromptBatch)``.
+    """
 
 
 @dataclass(frozen=True)
@@ -203,6 +212,10 @@ class Rollout:
     """Decoded response without special tokens; for rewards and people, never tokenised again."""
     turns: tuple[Turn, ...] = ()
     """The policy's stretches of the response; a single-turn rollout has one."""
+
+
+class RolloutBatch(Batch[Rollout]):
+    """What ``predict_step`` returns: the answers to one batch of prompts."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +347,7 @@ class RolloutEngine(Protocol):
         """Complete every request ``len(request.seeds)`` times; rollouts come in the order of requests and seeds."""
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over the policy's full weights, named as in its Hugging Face checkpoint."""
+        """Take over the policy's full weights, named as in the transformers model's ``state_dict``."""
 
     def sleep(self) -> None:
         """Hand back memory until the next ``wake``."""

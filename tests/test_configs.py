@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,9 @@ SHORT = [
     "--data.val_batch_size=4",
     "--trainer.accelerator=cpu",
     "--trainer.logger=false",
+    "--trainer.limit_val_batches=1",
+    "--trainer.val_check_interval=2",
+    "--trainer.check_val_every_n_epoch=null",
 ]
 
 
@@ -71,12 +74,9 @@ def test_a_shipped_config_says_in_its_first_line_what_it_is_for(name):
 
 @pytest.mark.parametrize("path", MATRIX, ids=lambda path: path.stem)
 def test_a_config_of_the_matrix_trains(tmp_path, path):
-    args = ["fit", "--config", str(path), *SHORT, f"--trainer.default_root_dir={tmp_path}"]
-    cli = main(
-        [*args, "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2", "--trainer.check_val=null"][:-1]
-    )
+    cli = main(["fit", "--config", str(path), *SHORT, f"--trainer.default_root_dir={tmp_path}"])
     metrics = cli.trainer.callback_metrics
     assert cli.model.rollout_index == 2
     assert cli.model.weight_version == 2 * 2 * cli.model.epochs
     assert {"train/reward", "train/grad_norm", "val/reward"} <= metrics.keys()
-    assert json.loads(json.dumps({name: float(value) for name, value in metrics.items()}))
+    assert all(math.isfinite(value) for value in metrics.values())

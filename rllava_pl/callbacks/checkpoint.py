@@ -8,6 +8,7 @@ from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rllava_pl.callbacks.files import run_directory
 from rllava_pl.modules.base import RLModule
 from rllava_pl.strategies.checkpoint_io import AtomicCheckpointIO
 
@@ -62,11 +63,7 @@ class RolloutCheckpoint(Callback):
 
     def directory(self, trainer: Trainer) -> Path:
         """Where this run's checkpoints lie."""
-        if self.dirpath:
-            return Path(self.dirpath)
-        logger = trainer.logger
-        folder = logger.log_dir or logger.save_dir if logger is not None else None
-        return Path(folder or trainer.default_root_dir) / "checkpoints"
+        return Path(self.dirpath) if self.dirpath else run_directory(trainer) / "checkpoints"
 
     def _prune(self, directory: Path) -> None:
         """Delete all but the newest; only files that this callback named are touched."""

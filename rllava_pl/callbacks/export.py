@@ -6,8 +6,7 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -16,7 +15,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 import rllava_pl
-from rllava_pl.callbacks.files import draft_beside, replace_directory, run_directory
+from rllava_pl.callbacks.files import run_directory
+from rllava_pl.models.quiet import no_progress_bar
+from rllava_pl.strategies.durable import draft_beside, replace_directory
 from rllava_pl.strategies.updates import full_weights
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def export(
     directory.parent.mkdir(parents=True, exist_ok=True)
     draft = draft_beside(directory)
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             _save_model(policy.model, dict(weights), draft)
         _save_processor(policy, draft)
         record = {"rllava_pl": rllava_pl.__version__, **(note or {})}
@@ -165,17 +166,3 @@ def _drop_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> bool:
             else:
                 tied = False
     return tied
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Another bar would break the one of the run."""
-    from transformers.utils import logging as transformers_logging
-
-    was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers_logging.enable_progress_bar()

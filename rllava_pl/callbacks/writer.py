@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import chain, zip_longest
 from pathlib import Path
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rllava_pl.callbacks.files import run_directory, shown, write_text
+from rllava_pl.callbacks.files import run_directory, shown
 from rllava_pl.strategies.collectives import world_size
+from rllava_pl.strategies.durable import write_text
 from rllava_pl.types import Rollout
 
 Row = dict[str, str | int]
@@ -39,7 +40,7 @@ class RolloutWriter(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Sequence[Rollout],
+        outputs: Iterable[Rollout],
         batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,

@@ -57,6 +57,7 @@ class RLCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str]) -> None:
+        self.command = args[0]
         raising = {"exit_on_error": False}  # so that the message can be made readable
         super().__init__(
             RLModule,
@@ -70,6 +71,10 @@ class RLCLI(LightningCLI):
             parser_kwargs={"prog": "python -m rllava_pl", **raising, **dict.fromkeys(self.subcommands(), raising)},
             args=list(args),
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on the instance
+        """The one that was asked for; the others would only cost start-up time."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Default callbacks; one seed for everything; the policy's processor for data that measure prompts."""

@@ -24,7 +24,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     # Case is the commonest slip in class names, and difflib takes it for as bad as any other.
     originals = {name.lower(): name for name in reversed(list(known))}
     close = difflib.get_close_matches(word.lower(), originals, n=3, cutoff=0.6)
-    return f"; did you mean {_either([originals[name] for name in close])}?" if close else ""
+    similarity = {name: difflib.SequenceMatcher(None, name, word.lower()).ratio() for name in close}
+    best = [originals[name] for name in close if similarity[name] > similarity[close[0]] - 0.1]
+    return f"; did you mean {_either(best)}?" if best else ""
 
 
 def raised_by_us(error: BaseException) -> bool:

@@ -150,9 +150,11 @@ def _unknown_module(leaf: Leaf, match: re.Match[str], place: Place) -> str:
 
 
 def _wrong_class(leaf: Leaf, match: re.Match[str], place: Place) -> str:
+    given = lookup(place.given, leaf.keys)  # the parser leaves a name out of messages that it repeats below
+    name = match["name"] or (given.get(CLASS) if isinstance(given, dict) else given)
     known = class_names(leaf.keys, leaf.class_path, place.roots)
     listed = f"; there are {', '.join(known)}" if 0 < len(known) <= SHOWN else ""
-    return _line(leaf.keys, f"{match['name']} is no {match['base']}{listed}")
+    return _line(leaf.keys, f"{name} is no {match['base']}{listed}")
 
 
 def _required(leaf: Leaf, match: re.Match[str], place: Place) -> str:
@@ -187,7 +189,7 @@ _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = (
     (re.compile(r"Expected a dot import path string: (?P<name>[A-Z].*)"), _unknown_class),
     (re.compile(r"module '(?P<module>[^']+)' has no attribute '(?P<name>[^']+)'"), _unknown_attribute),
     (re.compile(r"No module named '(?P<name>[^']+)'"), _unknown_module),
-    (re.compile(r"Import path (?P<name>\S+) does not .+ (?P<base>\w+)$"), _wrong_class),
+    (re.compile(r"Import path (?P<name>\S*?) ?does not .+ (?P<base>\w+)$"), _wrong_class),
     (re.compile(r"Not a valid subclass of (?P<base>\w+)\. Got value: (?P<name>.*)"), _wrong_class),
     (re.compile(r"following arguments are required: (?P<names>.+)"), _required),
     (_TYPE, _wrong_type),

@@ -61,7 +61,7 @@ def flatten(value: Value) -> Value:
 
 
 def place(tree: Tree, key: str, value: Value) -> None:
-    """Set a dotted key as the command line means it: a final ``+`` appends, a list's options are those of its last item."""
+    """Set a dotted key as the command line means it: a final ``+`` appends, below a list stands its last item."""
     *parents, last = [part for part in key.split(".") if part != OPTIONS]
     node = tree
     for part in parents:

@@ -110,7 +110,8 @@ class Policy(nn.Module):
 
     def _from_hidden(self, hidden_NTH: Tensor, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
         head = self.model.get_output_embeddings()
-        if ids_NT.numel() * head.weight.shape[0] <= LOGITS_LIMIT:
+        adapted = hasattr(head, "lora_A")  # its weight alone is not what it computes
+        if adapted or ids_NT.numel() * head.weight.shape[0] <= LOGITS_LIMIT:
             return self._from_logits(head(hidden_NTH), ids_NT)
         return chunked_token_log_probs(
             hidden_NTH, head.weight, ids_NT, temperature=self.temperature, banned_ids=self.banned_ids
@@ -170,12 +171,12 @@ class Policy(nn.Module):
         """Without its LoRA adapters the policy is bit-equal to the loaded weights: the reference of a LoRA run."""
         states = [[p.requires_grad for p in layer.parameters()] for layer in self._adapted_layers]
         for layer in self._adapted_layers:
-            layer.enable_adapters(False)
+            layer.enable_adapters(False)  # type: ignore[operator]
         try:
             yield
         finally:
             for layer, flags in zip(self._adapted_layers, states, strict=True):
-                layer.enable_adapters(True)
+                layer.enable_adapters(True)  # type: ignore[operator]
                 for parameter, flag in zip(layer.parameters(), flags, strict=True):
                     parameter.requires_grad_(flag)
 

@@ -26,7 +26,7 @@ def load_processor(path: str | Path, *, revision: str | None = None) -> Processo
     Raises:
         ValueError: The directory holds neither a processor nor a tokenizer.
     """
-    from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
     from transformers.utils.import_utils import is_torchvision_available
 
     base = _processor_class(path, revision)
@@ -37,7 +37,8 @@ def load_processor(path: str | Path, *, revision: str | None = None) -> Processo
         if missing:
             logger.info("%s: video input is off, %s; images work", path, missing)
             return image_only(base).from_pretrained(path, revision=revision)
-    processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+    auto = AutoTokenizer if base is None else AutoProcessor  # a text model's tokenizer may name a processor of its origin
+    processor = auto.from_pretrained(path, revision=revision, trust_remote_code=False)
     if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):
         found = type(processor).__name__
         raise ValueError(f"{path} holds a {found} but no tokenizer; save the model's processor or tokenizer there")

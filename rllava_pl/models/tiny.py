@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rllava_pl.models.blueprints import BLUEPRINTS, IMAGE_SIZE, Blueprint
 from rllava_pl.models.families import FAMILIES
+from rllava_pl.models.quiet import no_progress_bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -158,7 +159,7 @@ def _write(draft: Path, recipe: Recipe) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         _warm_up(model, processor, recipe)
     draft.mkdir(parents=True)
-    with _no_progress_bar():
+    with no_progress_bar():
         model.save_pretrained(draft)
     processor.save_pretrained(draft)
     (draft / RECIPE_FILE).write_text(json.dumps({"key": recipe.key, **asdict(recipe)}, indent=2) + "\n")
@@ -189,20 +190,6 @@ def _own_world(seed: int) -> Iterator[None]:
         finally:
             torch.set_num_threads(threads)
             torch.set_default_dtype(dtype)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """A bar for one file of a megabyte is noise."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 # Tokenizer -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What of a model is trained: frozen parts and LoRA adapters, and its weights as a checkpoint names them."""
+"""What of a model is trained, frozen parts and LoRA adapters, and the stream of its weights."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _expect(found: set[str], pattern: str, names: set[str], key: str = "freeze")
 def hf_weights(
     model: PreTrainedModel, full: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stream ``(name, tensor)`` of the whole model as its checkpoint names it, one tensor at a time.
+    """Stream ``(name, tensor)`` of the whole model as its ``state_dict`` names it, one tensor at a time.
 
     Adapters are merged on the fly (W + scaling·B·A) without touching the trained weights; tied heads appear under both
     names, because engines that pack the head separately need it.

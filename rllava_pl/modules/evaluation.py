@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 
 from rllava_pl.modules.lifecycle import Lifecycle
 from rllava_pl.rewards.base import Judgement, judge
 from rllava_pl.strategies.collectives import world_size
-from rllava_pl.types import Prompt, PromptBatch, Rollout
+from rllava_pl.types import Prompt, PromptBatch, Rollout, RolloutBatch
 
 GREEDY = 0
 
@@ -22,14 +22,15 @@ class Scores:
     """Means of everything the rewards say of one split, exact over batches and ranks."""
 
     def __init__(self, device: torch.device) -> None:
-        self._means: dict[str, MeanMetric] = defaultdict(lambda: MeanMetric().set_dtype(torch.float64).to(device))
+        self._means: dict[str, Metric] = defaultdict(lambda: MeanMetric().set_dtype(torch.float64).to(device))
 
     def update(self, judgement: Judgement, suffix: str = "") -> None:
         """Add rollouts; one that could not be scored counts as 0 and as ``unscored``."""
         missing = [float(reward is None) for reward in judgement.rewards]
         named = {"reward": [reward or 0.0 for reward in judgement.rewards], "unscored": missing, **judgement.components}
         for name, values in named.items():
-            self._means[name + suffix].update(torch.tensor(values, dtype=torch.float64).nan_to_num(0.0))
+            if values:  # a rank may have run out of rows, but takes part in every sync of the engine
+                self._means[name + suffix].update(torch.tensor(values, dtype=torch.float64).nan_to_num(0.0))
 
     def compute(self) -> dict[str, float]:
         """Means over all ranks, by name; collective."""
@@ -54,13 +55,15 @@ class Evaluation(Lifecycle):
             samples: Draws of each prompt at the training temperature; 0 takes the most likely answer, once.
             stream: Name of the random stream of the draws.
         """
-        sampling = self.sampling if samples else dataclasses.replace(self.sampling, temperature=0.0)
-        rollouts = self.engine.generate(self.requests(prompts, samples=samples or 1, stream=stream), sampling)
+        rollouts = self.answer(prompts, samples=samples, stream=stream)
         return rollouts, judge(self.rewards, rollouts)
 
+    def answer(self, prompts: Sequence[Prompt], *, samples: int, stream: str) -> list[Rollout]:
+        """Rollouts as in ``examine``, not judged."""
+        sampling = self.sampling if samples else dataclasses.replace(self.sampling, temperature=0.0)
+        return self.engine.generate(self.requests(prompts, samples=samples or 1, stream=stream), sampling)
+
     def _evaluate(self, prompts: PromptBatch, stage: str) -> None:
-        if not len(prompts):
-            return
         _, greedy = self.examine(list(prompts), stream=stage)
         self.scores.update(greedy)
         if self.val_samples:
@@ -92,7 +95,6 @@ class Evaluation(Lifecycle):
         """Log ``test/accuracy``, ``test/reward``, ..."""
         self._report_scores("test")
 
-    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[Rollout]:
-        """The most likely answer of every prompt."""
-        greedy = dataclasses.replace(self.sampling, temperature=0.0)
-        return self.engine.generate(self.requests(list(prompts), samples=1, stream="predict"), greedy)
+    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> RolloutBatch:
+        """The most likely answer of every prompt; no answer is needed to compare with."""
+        return RolloutBatch(self.answer(list(prompts), samples=GREEDY, stream="predict"))

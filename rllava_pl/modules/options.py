@@ -130,6 +130,6 @@ class Options(LightningModule):
         if len(prompts) % self.num_minibatches or not len(prompts):
             raise ValueError(
                 f"{len(prompts)} prompts x group_size {self.group_size} = {len(prompts) * self.group_size} samples "
-                f"cannot be split into {self.num_minibatches} mini-batches of whole groups; make the data's batch_size a "
-                "multiple of it"
+                f"cannot be split into {self.num_minibatches} mini-batches of whole groups; make the data's batch_size "
+                "a multiple of it"
             )

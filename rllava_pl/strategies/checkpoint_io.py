@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from rllava_pl.strategies.durable import draft_beside, flush
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, flushes to disk, then renames; a kill or a full disk leaves the old file as it was.
@@ -25,24 +27,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")  # beside it: renames stay on a disk
+        draft = draft_beside(target)
         try:
-            with temporary.open("wb") as file:
+            with draft.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
+            flush(draft)
+            draft.replace(target)
         finally:
-            temporary.unlink(missing_ok=True)
-        _sync_directory(target.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            draft.unlink(missing_ok=True)
+        flush(target.parent)

@@ -44,7 +44,7 @@ def clip_gradients(strategy: Strategy, parameters: list[Tensor], max_norm: float
 
 @singledispatch
 def full_weights(strategy: Strategy, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Stream the whole model as ``(name in its checkpoint, full tensor)``; all ranks must iterate together."""
+    """Stream the whole model as ``(name in its state_dict, full tensor)``; all ranks must iterate together."""
     return hf_weights(model)
 
 

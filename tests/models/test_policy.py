@@ -200,7 +200,6 @@ def test_a_text_only_language_model_is_a_policy_too(tiny_path: Callable[[str], s
     tokenizer = AutoTokenizer.from_pretrained(tiny_path("qwen2_vl"))
     template = tokenizer.chat_template.replace("part['type'] == 'image'", "False")
     tokenizer.chat_template = template
-    tokenizer._processor_class = None  # as a text model would save it
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=32,

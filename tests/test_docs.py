@@ -1,0 +1,196 @@
+"""README and docs say what is true: their code runs, their configs parse, their links, names and defaults exist."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from rllava_pl import modules
+from rllava_pl.cli import main
+from rllava_pl.modules import RLModule
+from tests import runs
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+ALGORITHMS = {x.__name__: x for x in vars(modules).values() if inspect.isclass(x) and x is not RLModule}
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE_NAME = re.compile(r"# (\w[\w/.-]*\.(?:py|yaml|jsonl))\n")
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+NAMED_FILE = re.compile(r"`((?:rllava_pl|configs|docs|tests|examples|benchmarks)/[\w./-]*|[A-Z]\w+(?:\.md|\.cff)|Makefile)`")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+OPTION_ROW = re.compile(r"^\| `(\w+)` \| `([^`]+)` \|", re.MULTILINE)
+METRIC_ROW = re.compile(r"^\| (`[^|]+`) \|", re.MULTILINE)
+LONG_RUN = re.compile(r"max_rollouts=\d+")
+TRAINER_COMMAND = re.compile(r"-m rllava_pl ((?:fit|validate|test|predict) .*)")
+SECTIONS = {"seed_everything", "model", "data", "trainer"}
+
+
+class Block(NamedTuple):
+    """One fenced block of a page."""
+
+    language: str
+    line: int
+    """Of the page, at which the code begins."""
+    code: str
+
+    @property
+    def file_name(self) -> str:
+        """What the reader is told to call the file, in its first line; empty if it is none."""
+        named = FILE_NAME.match(self.code)
+        return named[1] if named else ""
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    """The blocks of a page in these languages, in order."""
+    text = page.read_text("utf-8")
+    found = [Block(m[1], text.count("\n", 0, m.start(2)) + 1, m[2]) for m in FENCE.finditer(text)]
+    return [block for block in found if block.language in languages]
+
+
+def prose(page: Path) -> str:
+    """The page without its code blocks."""
+    return FENCE.sub("", page.read_text("utf-8"))
+
+
+def is_config(block: Block) -> bool:
+    content = yaml.safe_load(block.code) if block.language == "yaml" else None
+    return isinstance(content, dict) and bool(content) and content.keys() <= SECTIONS
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Arguments of every call of the command line that needs no help text."""
+    for block in blocks(page, "bash"):
+        for line in block.code.replace("\\\n", " ").splitlines():
+            match = TRAINER_COMMAND.search(line)
+            if match and "help" not in line:
+                yield shlex.split(match[1], comments=True)
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like a reader's: files named in the docs go there, and Python imports from it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(runs.CACHE / "docs"))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """Files the page tells the reader to make."""
+    for block in blocks(page, "python", "yaml"):
+        if block.file_name:
+            (folder / block.file_name).write_text(block.code, "utf-8")
+
+
+@pytest.mark.parametrize("name", [n for n, page in zip(NAMES, PAGES, strict=True) if blocks(page, "python")])
+def test_python_of_a_page_runs(name: str, reader: Path) -> None:
+    """Blocks of a page share a namespace; only the length of runs is cut, to two rollouts."""
+    write_files(ROOT / name, reader)
+    module = types.ModuleType("page")
+    for block in blocks(ROOT / name, "python"):
+        code = LONG_RUN.sub("max_rollouts=2", block.code)
+        exec(compile("\n" * (block.line - 1) + code, str(ROOT / name), "exec"), vars(module))
+
+
+@pytest.mark.parametrize("name", [n for n, page in zip(NAMES, PAGES, strict=True) if any(map(is_config, blocks(page, "yaml")))])
+def test_configs_of_a_page_parse(name: str, reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A config without model or data is read on top of tiny/colour, as the pages say."""
+    write_files(ROOT / name, reader)
+    for block in filter(is_config, blocks(ROOT / name, "yaml")):
+        (reader / "block.yaml").write_text(block.code, "utf-8")
+        base = [] if {"model", "data"} <= yaml.safe_load(block.code).keys() else ["--config", "tiny/colour"]
+        assert_parses(["fit", *base, "--config", "block.yaml"], f"{name}:{block.line}", capsys)
+
+
+@pytest.mark.parametrize("name", [n for n, page in zip(NAMES, PAGES, strict=True) if any(commands(page))])
+def test_commands_of_a_page_parse(name: str, reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_files(ROOT / name, reader)
+    for command in dict.fromkeys(map(tuple, commands(ROOT / name))):
+        assert_parses([*command], f"{name}: {' '.join(command)}", capsys)
+
+
+def assert_parses(command: list[str], where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([part for part in command if part != "--print_config"] + ["--print_config"])
+    assert done.value.code == 0, f"{where}: {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_and_named_files_exist(name: str) -> None:
+    page, text = ROOT / name, prose(ROOT / name)
+    missing = [f"`{path}`" for path in NAMED_FILE.findall(text) if not (ROOT / path).exists()]
+    for link in LINK.findall(text):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if "://" in link:
+            continue
+        if not target.exists() or (anchor and anchor not in map(slug, HEADING.findall(prose(target)))):
+            missing.append(link)
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_make_targets_exist(name: str) -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    lines = [line for block in blocks(ROOT / name, "bash") for line in block.code.splitlines()]
+    named = {match[1] for line in lines if (match := re.match(r"make (\w+)", line))}
+    assert named <= targets
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_page_can_be_reached_from_the_readme(name: str) -> None:
+    seen, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop().resolve()
+        if page in seen or page.suffix != ".md" or not page.exists():
+            continue
+        seen.add(page)
+        waiting += [page.parent / link.partition("#")[0] for link in LINK.findall(prose(page)) if "://" not in link]
+    assert (ROOT / name).resolve() in seen
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_has_a_page_and_a_row_in_the_readme(algorithm: str) -> None:
+    assert (DOCS / "algorithms" / f"{algorithm.lower()}.md").is_file()
+    assert f"docs/algorithms/{algorithm.lower()}.md" in (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_options_of_an_algorithm_have_the_defaults_its_page_says(algorithm: str) -> None:
+    defaults: dict[str, object] = {}
+    for base in reversed(ALGORITHMS[algorithm].__mro__):
+        parameters = inspect.signature(vars(base).get("__init__", object.__init__)).parameters.values()
+        defaults |= {p.name: p.default for p in parameters if p.default is not p.empty}
+    said = dict(OPTION_ROW.findall((DOCS / "algorithms" / f"{algorithm.lower()}.md").read_text("utf-8")))
+    assert said and said == {option: str(defaults.get(option, "no such option")) for option in said}
+
+
+def test_every_logged_metric_is_explained(tmp_path: Path) -> None:
+    trainer = runs.trainer(tmp_path, limit_val_batches=1, check_val_every_n_epoch=None, val_check_interval=1)
+    trainer.fit(runs.module(max_rollouts=1, val_samples=2), runs.data())
+    said = {name for cell in METRIC_ROW.findall((DOCS / "metrics.md").read_text("utf-8")) for name in cell[1:-1].split("`, `")}
+    components = re.compile(r"/(accuracy|format)")
+    logged = {components.sub("/<component>", name) for name in trainer.callback_metrics}
+    assert logged <= said
+    assert {name for name in said - logged if not name.startswith("test/")} == set()
