@@ -43,7 +43,6 @@ class Work:
     seed: int = 1
 
     learning_rate: float = 1e-3
-    warmup_updates: int = 20
     kl_coef: float = 0.04
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -52,6 +51,11 @@ class Work:
     def updates(self) -> int:
         """Optimizer steps in the whole run."""
         return self.steps * self.minibatches
+
+    @property
+    def warmup_updates(self) -> int:
+        """Optimizer steps in which the learning rate rises."""
+        return min(20, self.updates // 2)
 
     def dataset(self) -> list[Prompt]:
         """One prompt a row, in a random order, pictures drawn beforehand: drawing them is no part of the comparison."""

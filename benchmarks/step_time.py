@@ -1,11 +1,15 @@
-"""Step time of GRPO on the colour task: this package, a plain PyTorch loop, TRL; in turns, on one machine.
+"""Step time of GRPO on the colour task: this package, a plain PyTorch loop and TRL, in turns on one machine.
 
-    python benchmarks/step_time.py                      # ours, plain and TRL (needs the extra `bench`), one thread
-    python benchmarks/step_time.py --competitors ours plain --threads 2 --output step_time.json
+    python benchmarks/step_time.py                              # ours, plain and TRL, one thread (`make bench`)
+    python benchmarks/step_time.py --competitors ours plain     # without the extra `bench`
+    python benchmarks/step_time.py --threads 2 --output step_time.json
 
-One step is 32 prompts x 8 completions sampled and scored, and two updates of 128 completions. Each competitor lives in a
-process of its own; they take turns in blocks of a few steps, so that only one computes at a time and all meet the same
-noise. Ratios are taken within a round. On a busy machine read the CPU time, on a quiet one the wall time.
+One step is 32 prompts x 8 completions sampled and scored, then two updates of 128 completions, on the same checkpoint
+(idefics3, 0.24 M parameters, fp32) and the same pictures. ``peers/`` holds the competitors, ``_common.py`` the work.
+
+Each competitor lives in a process of its own. They take turns of two steps, so that only one computes at a time and all
+meet the same noise; ratios are also taken turn by turn. On a shared machine read the CPU time (of the process with all
+its threads), on a quiet one the wall time.
 """
 
 from __future__ import annotations
@@ -16,82 +20,103 @@ import json
 import multiprocessing
 import os
 import platform
-import statistics
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from _common import Work
 
 PEERS = {"ours": "peers.ours", "plain": "peers.plain", "trl": "peers.trl_trainer"}
+CLOCKS = ("cpu_ms", "wall_ms")
 PACKAGES = ("torch", "lightning", "transformers", "trl", "tokenizers", "pillow")
+
 Steps = list[dict[str, float]]
 
 
+@dataclass
+class Result:
+    """What one competitor did."""
+
+    turns: list[Steps]
+    """Of every step: ``cpu_ms``, ``wall_ms``, ``reward`` and, for ours, the phases."""
+    peak_rss_mib: float = 0.0
+
+    def all(self, key: str) -> list[float]:
+        """One entry of all steps."""
+        return [step[key] for turn in self.turns for step in turn]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table, write JSON."""
+    """Measure, print a table and, if asked for, write every single time to a JSON file."""
     options = _options(arguments)
     _limit_threads(options.threads)
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         work = _work(options, Path(folder))
-        load = os.getloadavg()
-        results = measure(options.competitors, work, warmup=options.warmup, rounds=options.rounds, block=options.block)
-    report = {
-        "settings": vars(options) | {"work": _settings(work)},
-        "machine": _machine(load),
-        "summary": summary(results),
-        "results": results,
-    }
-    print(table(report))
+        results = measure(options.competitors, work, warmup=options.warmup, turns=options.turns, steps=options.steps)
+    machine = _machine() | {"load": f"{load:.1f} before, {os.getloadavg()[0]:.1f} after"}
+    print(table(results, machine))
     if options.output:
+        report = {
+            "options": vars(options),
+            "work": {key: value for key, value in asdict(work).items() if key not in ("checkpoint", "output")},
+            "machine": machine,
+            "ratios": {name: ratios(results["ours"], other) for name, other in _others(results).items()},
+            "results": {name: asdict(result) for name, result in results.items()},
+        }
         Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def measure(
-    competitors: Sequence[str], work: Work, *, warmup: int, rounds: int, block: int
-) -> dict[str, dict[str, object]]:
-    """Steps of every competitor, by round; each process trains on where it stopped."""
-    results: dict[str, dict[str, object]] = {name: {"rounds": []} for name in competitors}
-    with _started(competitors, work) as drivers:
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def measure(competitors: Sequence[str], work: Work, *, warmup: int, turns: int, steps: int) -> dict[str, Result]:
+    """``turns`` turns of ``steps`` steps for every competitor, after ``warmup`` steps that do not count."""
+    results = {name: Result([]) for name in competitors}
+    with _started(competitors, work) as lines:
         for name in competitors:
-            _turn(name, drivers[name], warmup)
-        for turn in range(rounds):
-            shift = turn % len(competitors)  # no one always runs behind the same neighbour
-            for name in (*competitors[shift:], *competitors[:shift]):
-                answer = _turn(name, drivers[name], block)
-                results[name]["rounds"].append(answer["steps"])
-                results[name]["peak_rss_mib"] = answer["peak_rss_mib"]
-        for driver in drivers.values():
-            driver.send_bytes(b"0")
+            _take_turn(name, lines[name], warmup)
+        for turn in range(turns):
+            first = turn % len(competitors)  # nobody always runs behind the same neighbour
+            for name in (*competitors[first:], *competitors[:first]):
+                answer = _take_turn(name, lines[name], steps)
+                results[name].turns.append(answer["steps"])
+                results[name].peak_rss_mib = answer["peak_rss_mib"]
+        for line in lines.values():
+            line.send_bytes(b"0")
     return results
 
 
-def _turn(name: str, driver: Connection, steps: int) -> dict[str, object]:
-    driver.send_bytes(str(steps).encode())
+def _take_turn(name: str, line: Connection, steps: int) -> dict[str, Steps | float]:
+    """Let a competitor run; the others wait."""
     try:
-        return json.loads(driver.recv_bytes())
-    except EOFError:
-        raise SystemExit(f"{name} ended before its time; its last words are above") from None
+        line.send_bytes(str(steps).encode())
+        return json.loads(line.recv_bytes())
+    except (EOFError, ConnectionError):
+        raise SystemExit(f"{name} ended before its time; see its last words above") from None
 
 
 @contextmanager
 def _started(competitors: Sequence[str], work: Work) -> Iterator[dict[str, Connection]]:
-    """A process a competitor, and the line to it."""
+    """A process a competitor, and the line to each."""
     context = multiprocessing.get_context("spawn")
-    drivers, processes = {}, []
+    lines, processes = {}, []
     try:
         for name in competitors:
-            drivers[name], line = context.Pipe()
-            processes.append(context.Process(target=_compete, args=(name, work, line), name=name))
+            lines[name], far_end = context.Pipe()
+            processes.append(context.Process(target=_compete, args=(name, work, far_end), name=name))
             processes[-1].start()
-            line.close()  # the child holds the only other end: if it dies, we read the end of the file
-        yield drivers
+            far_end.close()  # the child holds the only copy: when it dies, reading here ends
+        yield lines
         for process in processes:
             process.join()
     finally:
@@ -100,130 +125,115 @@ def _started(competitors: Sequence[str], work: Work) -> Iterator[dict[str, Conne
 
 
 def _compete(name: str, work: Work, line: Connection) -> None:
-    """Life of a competitor's process; what it prints goes to a log beside its results, or to the screen if it fails."""
+    """Life of a competitor's process: it prints into a file, which is shown if it fails."""
     import torch
     from _common import Pace
 
     torch.set_num_threads(work.threads)
-    log = Path(work.output) / f"{name}.log"
-    screen = os.dup(2)
+    screen, log = os.dup(2), Path(work.output) / f"{name}.log"
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
         importlib.import_module(PEERS[name]).run(work, Pace(line))
     except BaseException:
-        sys.excepthook(*sys.exc_info())
+        traceback.print_exc()
         sys.stderr.flush()
         os.write(screen, log.read_bytes())
         raise
 
 
-def summary(results: dict[str, dict[str, object]]) -> dict[str, dict[str, float]]:
-    """Milliseconds a step by competitor, and the ratios of ours to the others."""
-    found: dict[str, dict[str, float]] = {}
-    for name, result in results.items():
-        steps = [step for block in result["rounds"] for step in block]
-        for clock in ("wall_ms", "cpu_ms"):
-            times = [step[clock] for step in steps]
-            found.setdefault(name, {})[clock] = statistics.median(times)
-            found[name] |= {f"{clock}_min": min(times), f"{clock}_max": max(times)}
-        found[name]["peak_rss_mib"] = result["peak_rss_mib"]
-        found[name]["last_reward"] = steps[-1]["reward"]
-        phases = [key for key in steps[0] if key.startswith("time/")]
-        found[name] |= {key: statistics.median(step[key] for step in steps) for key in phases}
-    for other in [name for name in results if name != "ours" and "ours" in results]:
-        found[f"ours/{other}"] = _ratios(results["ours"]["rounds"], results[other]["rounds"])
-    return found
+# Reporting -----------------------------------------------------------------------------------------------------------
 
 
-def _ratios(ours: Sequence[Steps], theirs: Sequence[Steps]) -> dict[str, float]:
-    """Ratio of the medians over all steps, and the ratios of each round's medians."""
+def ratios(ours: Result, theirs: Result) -> dict[str, dict[str, float]]:
+    """Of each clock: the ratio of the medians of all steps; median, minimum and maximum of the ratios of each turn."""
     found = {}
-    for clock in ("wall_ms", "cpu_ms"):
-        pairs = [[statistics.median(step[clock] for step in block) for block in pair] for pair in zip(ours, theirs, strict=True)]
-        rounds = [mine / other for mine, other in pairs]
-        both = [statistics.median(step[clock] for block in blocks for step in block) for blocks in (ours, theirs)]
-        found |= {clock: both[0] / both[1], f"{clock}_rounds": statistics.median(rounds)}
-        found |= {f"{clock}_rounds_min": min(rounds), f"{clock}_rounds_max": max(rounds)}
+    for clock in CLOCKS:
+        of_turns = [
+            median(step[clock] for step in mine) / median(step[clock] for step in other)
+            for mine, other in zip(ours.turns, theirs.turns, strict=True)
+        ]
+        found[clock] = {
+            "of_medians": median(ours.all(clock)) / median(theirs.all(clock)),
+            "of_turns": median(of_turns),
+            "of_turns_min": min(of_turns),
+            "of_turns_max": max(of_turns),
+        }
     return found
 
 
-def table(report: dict[str, dict[str, object]]) -> str:
+def table(results: dict[str, Result], machine: dict[str, str]) -> str:
     """What a person wants to see."""
-    rows = report["summary"]
-    lines = [f"{'ms a step':<12}{'CPU median':>12}{'min':>8}{'max':>8}{'wall median':>14}{'min':>8}{'max':>8}{'MiB':>7}{'reward':>8}"]
-    for name in [name for name in rows if "/" not in name]:
-        row = rows[name]
-        times = "".join(
-            f"{row[clock]:>{width}.1f}{row[f'{clock}_min']:>8.1f}{row[f'{clock}_max']:>8.1f}"
-            for clock, width in (("cpu_ms", 12), ("wall_ms", 14))
-        )
-        lines.append(f"{name:<12}{times}{row['peak_rss_mib']:>7.0f}{row['last_reward']:>8.2f}")
-    lines.append("")
-    for name in [name for name in rows if "/" in name]:
-        for clock in ("cpu_ms", "wall_ms"):
-            row = {key.removeprefix(clock): x for key, x in rows[name].items() if key.startswith(clock)}
-            lines.append(
-                f"{name:<12}{clock.removesuffix('_ms'):<5} ratio of medians {row['']:.3f}; of each round "
-                f"{row['_rounds']:.3f} ({row['_rounds_min']:.3f} - {row['_rounds_max']:.3f})"
-            )
-    phases = {key.removeprefix("time/").removesuffix("_seconds"): x for key, x in rows.get("ours", {}).items() if "time/" in key}
-    if phases:
-        lines.append("\nours by phase, wall ms: " + ", ".join(f"{name} {x:.1f}" for name, x in phases.items()))
-    lines.append(", ".join(f"{key} {x}" for key, x in report["machine"].items()))
-    return "\n".join(lines)
+    columns = f"{'median':>9}{'min':>8}{'max':>8}"
+    lines = [f"{'':8}{'CPU, ms a step':>25}{'wall, ms a step':>25}", f"{'':8}{columns}{columns}{'MiB':>7}{'reward':>8}"]
+    for name, result in results.items():
+        times = [f"{median(x):>9.1f}{min(x):>8.1f}{max(x):>8.1f}" for x in map(result.all, CLOCKS)]
+        lines.append(f"{name:8}{''.join(times)}{result.peak_rss_mib:>7.0f}{result.all('reward')[-1]:>8.2f}")
+    for name, other in _others(results).items():
+        for clock, found in ratios(results["ours"], other).items():
+            spread = f"{found['of_turns']:.3f} ({found['of_turns_min']:.2f} to {found['of_turns_max']:.2f})"
+            label = f"ours / {name}, {clock.removesuffix('_ms')}"
+            lines.append(f"{label:18} ratio of medians {found['of_medians']:.3f}, median ratio of a turn {spread}")
+    if "ours" in results:
+        phases = [key for key in results["ours"].turns[0][0] if key.startswith("time/")]
+        medians = [f"{key[5:].removesuffix('_seconds')} {median(results['ours'].all(key)):.1f}" for key in phases]
+        lines.append(f"phases of ours, wall ms: {', '.join(medians)}")
+    return "\n".join([*lines, ", ".join(f"{key} {value}" for key, value in machine.items())])
+
+
+def _others(results: dict[str, Result]) -> dict[str, Result]:
+    return {name: result for name, result in results.items() if "ours" in results and name != "ours"}
+
+
+def _machine() -> dict[str, str]:
+    found = {"cores": str(os.cpu_count()), "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# Setting up ----------------------------------------------------------------------------------------------------------
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--competitors", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--threads", type=int, default=1, help="of torch's operators (default 1)")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before the first measured one (default 5)")
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each competitor (default 8)")
-    parser.add_argument("--block", type=int, default=5, help="steps of a turn (default 5)")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts a step (default 32)")
-    parser.add_argument("--group-size", type=int, default=8, help="completions a prompt (default 8)")
-    parser.add_argument("--family", default="idefics3", help="of the tiny model; plain knows idefics3 only (default)")
+    parser.add_argument("--warmup", type=int, default=5, help="steps of each before the first that counts (default 5)")
+    parser.add_argument("--turns", type=int, default=30, help="turns of each competitor (default 30)")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a turn (default 2)")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts of a step (default 32)")
+    parser.add_argument("--group-size", type=int, default=8, help="completions of a prompt (default 8)")
+    parser.add_argument("--checkpoint", default="", help="keep the model in this directory (default: a temporary one)")
     parser.add_argument("--output", default="", help="JSON file for every single time")
     return parser.parse_args(arguments)
 
 
 def _limit_threads(threads: int) -> None:
-    """For this process and its children, before any of them loads torch or tokenizers."""
-    os.environ |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
+    """For the competitors' processes, before any of them loads torch or tokenizers."""
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
     os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _work(options: argparse.Namespace, folder: Path) -> Work:
+    """The checkpoint is built here, once for all, unless it is there."""
     from _common import ANSWERS, QUESTION, Work
 
     from rllava_pl.models import tiny
 
-    checkpoint = tiny.build(folder / "checkpoint", family=options.family, questions=[QUESTION], answers=ANSWERS)
+    checkpoint = Path(options.checkpoint or folder / "checkpoint")
     return Work(
-        str(checkpoint),
-        str(folder),
-        steps=options.warmup + options.rounds * options.block,
+        checkpoint=str(tiny.build(checkpoint, family="idefics3", questions=[QUESTION], answers=ANSWERS)),
+        output=str(folder),
+        steps=options.warmup + options.turns * options.steps,
         prompts=options.prompts,
         group_size=options.group_size,
         threads=options.threads,
     )
-
-
-def _settings(work: Work) -> dict[str, object]:
-    return {name: x for name, x in vars(work).items() if name not in ("checkpoint", "output")}
-
-
-def _machine(load: tuple[float, float, float]) -> dict[str, object]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    loads = f"{load[0]:.1f} before, {os.getloadavg()[0]:.1f} after"
-    return {"cores": os.cpu_count(), "load": loads, "python": platform.python_version(), **versions}
 
 
 if __name__ == "__main__":

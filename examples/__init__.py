@@ -1,1 +1,1 @@
-"""Short files to read and to run; see README.md. A package, so that ``--model examples.own_algorithm.Tournament`` works."""
+"""Short files to read and to run; a package, so that ``--model examples.own_algorithm.Tournament`` finds them."""

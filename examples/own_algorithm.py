@@ -1,8 +1,8 @@
 """An algorithm of your own, outside the package: two hooks, eight lines of code, nothing to register.
 
-From Python, 60 rollouts in about half a minute on one CPU core::
+From Python, 100 rollouts in about half a minute on one CPU core::
 
-    python examples/own_algorithm.py 60
+    python examples/own_algorithm.py 100
 
 From the command line, by its dotted path, in the place of the config's algorithm::
 
@@ -47,7 +47,7 @@ class Tournament(RLModule):
         return batch.advantages_NT.abs() / (2 * self.clip_low) * (ratio_NT - 1) ** 2 - batch.advantages_NT * ratio_NT
 
 
-def main(rollouts: int = 60) -> Trainer:
+def main(rollouts: int = 100) -> Trainer:
     """Train on the colours of drawn shapes and test."""
     task = TASKS["color"]
     module = Tournament(
@@ -57,6 +57,7 @@ def main(rollouts: int = 60) -> Trainer:
         max_rollouts=rollouts,
         minibatches=2,  # with a single update a rollout ρ = 1, and any surrogate is the plain policy gradient
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0),
+        lr_schedule="linear",
     )
     data = SyntheticVisionDataModule("color", batch_size=32)
     trainer = Trainer(

@@ -1,6 +1,6 @@
 """A reward of your own: half marks for a digit that looks like the right one.
 
-From Python, 100 rollouts in about a minute on one CPU core::
+From Python, 100 rollouts in about half a minute on one CPU core::
 
     python examples/own_reward.py 100
 
@@ -28,13 +28,13 @@ from rllava_pl.types import Rollout, Sampling, Score
 class LookalikeReward(BaseReward):
     """0.5 if the answer is not the right digit, but one that is easily taken for it."""
 
-    PAIRS = ("17", "38", "49", "56")
+    PAIRS = ({"1", "7"}, {"3", "8"}, {"4", "9"}, {"5", "6"})
 
     def score(self, rollout: Rollout) -> Score:
         """``rollout`` has the text, the token ids, the finish reason, and the prompt with its answer and metadata."""
         answer = re.fullmatch("<answer>([0-9])</answer>", rollout.text)
-        pair = sorted((answer[1] if answer else "", rollout.prompt.answer))
-        return Score(0.5 * ("".join(pair) in self.PAIRS))
+        near = answer is not None and {answer[1], rollout.prompt.answer} in self.PAIRS
+        return Score(0.5 * near)
 
 
 def main(rollouts: int = 100) -> Trainer:

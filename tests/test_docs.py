@@ -28,7 +28,9 @@ ALGORITHMS = {x.__name__: x for x in vars(modules).values() if inspect.isclass(x
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# (\w[\w/.-]*\.(?:py|yaml|jsonl))\n")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
-NAMED_FILE = re.compile(r"`((?:rllava_pl|configs|docs|tests|examples|benchmarks)/[\w./-]*|[A-Z]\w+(?:\.md|\.cff)|Makefile)`")
+NAMED_FILE = re.compile(
+    r"`((?:rllava_pl|configs|docs|tests|examples|benchmarks)/[\w./-]*|[A-Z]\w+(?:\.md|\.cff)|Makefile)`"
+)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 OPTION_ROW = re.compile(r"^\| `(\w+)` \| `([^`]+)` \|", re.MULTILINE)
 METRIC_ROW = re.compile(r"^\| (`[^|]+`) \|", re.MULTILINE)
@@ -113,7 +115,9 @@ def test_python_of_a_page_runs(name: str, reader: Path) -> None:
         exec(compile("\n" * (block.line - 1) + code, str(ROOT / name), "exec"), vars(module))
 
 
-@pytest.mark.parametrize("name", [n for n, page in zip(NAMES, PAGES, strict=True) if any(map(is_config, blocks(page, "yaml")))])
+@pytest.mark.parametrize(
+    "name", [n for n, page in zip(NAMES, PAGES, strict=True) if any(map(is_config, blocks(page, "yaml")))]
+)
 def test_configs_of_a_page_parse(name: str, reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A config without model or data is read on top of tiny/colour, as the pages say."""
     write_files(ROOT / name, reader)
@@ -134,6 +138,12 @@ def assert_parses(command: list[str], where: str, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as done:
         main([part for part in command if part != "--print_config"] + ["--print_config"])
     assert done.value.code == 0, f"{where}: {capsys.readouterr().err}"
+
+
+def test_the_excerpt_of_the_quickstart_config_is_what_the_file_says() -> None:
+    excerpt = yaml.safe_load(next(filter(is_config, blocks(DOCS / "quickstart.md", "yaml"))).code)["model"]["init_args"]
+    whole = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text("utf-8"))["model"]["init_args"]
+    assert excerpt == {option: whole[option] for option in excerpt}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -189,7 +199,11 @@ def test_options_of_an_algorithm_have_the_defaults_its_page_says(algorithm: str)
 def test_every_logged_metric_is_explained(tmp_path: Path) -> None:
     trainer = runs.trainer(tmp_path, limit_val_batches=1, check_val_every_n_epoch=None, val_check_interval=1)
     trainer.fit(runs.module(max_rollouts=1, val_samples=2), runs.data())
-    said = {name for cell in METRIC_ROW.findall((DOCS / "metrics.md").read_text("utf-8")) for name in cell[1:-1].split("`, `")}
+    said = {
+        name
+        for cell in METRIC_ROW.findall((DOCS / "metrics.md").read_text("utf-8"))
+        for name in cell[1:-1].split("`, `")
+    }
     components = re.compile(r"/(accuracy|format)")
     logged = {components.sub("/<component>", name) for name in trainer.callback_metrics}
     assert logged <= said

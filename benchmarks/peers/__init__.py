@@ -1,0 +1,1 @@
+"""The competitors of the step-time comparison; each has ``run(work, pace)``."""

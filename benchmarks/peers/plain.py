@@ -37,6 +37,7 @@ class Completions(NamedTuple):
     mask_NT: Tensor
 
     def of(self, rows: Tensor) -> Completions:
+        """Some of them."""
         return Completions(*(x[rows] for x in self))
 
 
@@ -45,7 +46,7 @@ def run(work: Work, pace: Pace) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(work.checkpoint)
-    model = AutoModelForImageTextToText.from_pretrained(work.checkpoint, dtype=torch.float32)  # stays in evaluation mode
+    model = AutoModelForImageTextToText.from_pretrained(work.checkpoint, dtype=torch.float32)  # in evaluation mode
     shared_prompt.enable(model)
     reference = copy.deepcopy(model).requires_grad_(False)
     banned = torch.tensor(processor.tokenizer.convert_tokens_to_ids(BANNED_TOKENS))
@@ -106,7 +107,9 @@ def encode(processor: ProcessorMixin, prompts: list[Prompt]) -> Inputs:
 
 
 @torch.no_grad()
-def sample(model: PreTrainedModel, inputs: Inputs, banned: Tensor, generator: torch.Generator, work: Work) -> Completions:
+def sample(
+    model: PreTrainedModel, inputs: Inputs, banned: Tensor, generator: torch.Generator, work: Work
+) -> Completions:
     """Read every prompt once, expand the cache to the group, then draw token after token."""
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     cache, logits_NV = out.past_key_values, out.logits[:, -1].repeat_interleave(work.group_size, 0)
@@ -157,7 +160,13 @@ def log_probs(model: PreTrainedModel, inputs: Inputs, ids_NT: Tensor, banned: Te
 
 
 def grpo_loss(
-    model: PreTrainedModel, inputs: Inputs, done: Completions, ref_NT: Tensor, advantages_N: Tensor, banned: Tensor, work: Work
+    model: PreTrainedModel,
+    inputs: Inputs,
+    done: Completions,
+    ref_NT: Tensor,
+    advantages_N: Tensor,
+    banned: Tensor,
+    work: Work,
 ) -> tuple[Tensor, list[Tensor]]:
     """Clipped surrogate + KL (k3), mean over tokens and then over completions; and what to report of it."""
     logp_NT, logp_NTV = log_probs(model, inputs, done.ids_NT, banned)

@@ -18,7 +18,7 @@ import rllava_pl.models
 import rllava_pl.rewards
 import rllava_pl.strategies  # noqa: F401
 from rllava_pl.callbacks import RolloutWriter
-from rllava_pl.cli import given
+from rllava_pl.cli import TRAINER_COMMANDS, given
 from rllava_pl.cli.errors import UsageError, debugging, raised_by_us, with_hint
 from rllava_pl.cli.explain import Place, explain, unknown_option
 from rllava_pl.cli.names import import_class
@@ -58,7 +58,9 @@ class RLCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self.command = args[0]
-        raising = {"exit_on_error": False}  # so that the message can be made readable
+        strict = {"exit_on_error": False, "allow_abbrev": False}  # raise, so that the message can be made readable
+        followers = ", ".join(f"--{target} follows --{source}" for target, source in LINKS.items())
+        about = f"{TRAINER_COMMANDS[self.command].capitalize()}. Where a class has them, {followers}."
         super().__init__(
             RLModule,
             LightningDataModule,
@@ -68,13 +70,18 @@ class RLCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,  # the same command gives the same run
-            parser_kwargs={"prog": "python -m rllava_pl", **raising, **dict.fromkeys(self.subcommands(), raising)},
+            parser_kwargs={"prog": "python -m rllava_pl", **strict, self.command: {"description": about, **strict}},
             args=list(args),
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on the instance
         """The one that was asked for; the others would only cost start-up time."""
         return {self.command: LightningCLI.subcommands()[self.command]}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed."""
+        help_ = "Of Python, NumPy, torch, model and data; false seeds nothing, true takes PL_GLOBAL_SEED or 0."
+        parser.add_argument("--seed_everything", type=bool | int, default=self.seed_everything_default, help=help_)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Default callbacks; one seed for everything; the policy's processor for data that measure prompts."""

@@ -11,6 +11,8 @@ WARNINGS = {
     r"The '\w+_dataloader' does not have many workers": "prompts are drawn or read in a fraction of a rollout's time",
     r"Found \d+ module\(s\) in eval mode at the start of training": "the reference policy is in eval mode on purpose",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated": "Lightning's own use of torch, nothing a user can change",
+    r"\s*Option '.*' was expanded to": "an abbreviation, which is refused right after with the full name",
+    r"\s*By default only one JsonargparseDeprecationWarning": "the introduction to the above",
     r"The number of training batches \(\d+\) is smaller than the logging interval": "a short run logs every rollout",
 }
 """Start of a warning (a regular expression) and why it is not shown."""
@@ -19,12 +21,14 @@ LOGS = {
     "litlogger": "an advertisement",
     "litmodels": "an advertisement",
     "Seed set to": "the config says so, and the one saved with the logs",
+    "`weights_only` was not set": "about saving: checkpoints of a run hold everything that continuing it takes",
     "got 128002": "Idefics3's default config, which transformers builds to compare with and nobody uses",
 }
 """Part of a line of a library's log and why it is not shown."""
 
 LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
     "lightning.fabric.utilities.seed",
     "transformers.configuration_utils",
 )

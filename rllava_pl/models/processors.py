@@ -37,7 +37,7 @@ def load_processor(path: str | Path, *, revision: str | None = None) -> Processo
         if missing:
             logger.info("%s: video input is off, %s; images work", path, missing)
             return image_only(base).from_pretrained(path, revision=revision)
-    auto = AutoTokenizer if base is None else AutoProcessor  # a text model's tokenizer may name a processor of its origin
+    auto = AutoTokenizer if base is None else AutoProcessor  # a text model may name a processor it came from
     processor = auto.from_pretrained(path, revision=revision, trust_remote_code=False)
     if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):
         found = type(processor).__name__

@@ -1,1 +1,0 @@
-"""Worlds in which an episode takes several turns."""
