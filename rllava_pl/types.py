@@ -274,7 +274,7 @@ class Experience:
     engine_logp_NT: Tensor
     """float32: log-probs as the engine sampled, 0 at padding."""
     rewards_N: Tensor
-    """float32: weighted sum of the rewards; after credit, with the KL penalty if that is part of the reward."""
+    """float32: weighted sum of the rewards, as judged; a KL penalty enters the advantages alone."""
     components: Mapping[str, Tensor] = field(default_factory=dict)
     """float32 (N,) each: named parts of the rewards."""
     old_logp_NT: Tensor | None = None

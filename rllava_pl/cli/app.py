@@ -22,7 +22,7 @@ from rllava_pl.cli import TRAINER_COMMANDS, given
 from rllava_pl.cli.errors import UsageError, debugging, raised_by_us, with_hint
 from rllava_pl.cli.explain import Place, explain, unknown_option
 from rllava_pl.cli.names import import_class
-from rllava_pl.cli.quiet import hide_weight_loading_bars, quiet
+from rllava_pl.cli.quiet import quiet
 from rllava_pl.modules import RLModule
 
 TRAINER_DEFAULTS = {
@@ -159,7 +159,6 @@ class RLCLI(LightningCLI):
 
     def _run(self, subcommand: str, kwargs: dict[str, object]) -> None:
         """Run; our own refusals before anything was measured are told in one line, other errors with a traceback."""
-        hide_weight_loading_bars()
         if kwargs.get("weights_only") is None:
             kwargs["weights_only"] = True  # a checkpoint is data and must not run code; ours need none
         try:

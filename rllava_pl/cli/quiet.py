@@ -51,15 +51,5 @@ def quiet() -> Iterator[None]:
                 logger.removeFilter(_wanted)
 
 
-def hide_weight_loading_bars() -> None:
-    """No bar for every load of a checkpoint: policy and reference would show two, after the progress bar's first line.
-
-    Bars of downloads stay, since they can take minutes. Imports transformers, so it is for commands that load a model.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-
-
 def _wanted(record: logging.LogRecord) -> bool:
     return not any(part in record.getMessage() for part in LOGS)

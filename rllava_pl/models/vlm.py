@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from rllava_pl.models.quiet import no_progress_bar
 from rllava_pl.models.trainable import LoRA, add_lora, freeze
 
 if TYPE_CHECKING:
@@ -90,12 +91,13 @@ class VLM:
 
         config = AutoConfig.from_pretrained(self.path, revision=self.revision)
         auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-        return auto.from_pretrained(
-            self.path,
-            revision=self.revision,
-            dtype=getattr(torch, self.dtype),
-            attn_implementation=self.attn_implementation,
-        )
+        with no_progress_bar():
+            return auto.from_pretrained(
+                self.path,
+                revision=self.revision,
+                dtype=getattr(torch, self.dtype),
+                attn_implementation=self.attn_implementation,
+            )
 
     def _make_trainable(self, model: PreTrainedModel) -> None:
         freeze(model, self.freeze)
@@ -118,6 +120,7 @@ class TinyVLM(VLM):
         answers: The possible answers.
         warmup_steps: Steps of the format warm-up.
         cache_dir: Where built models are kept; by default ``~/.cache/rllava_pl``.
+        threads: CPU threads of the process; more hardly speed up steps this small, and slow them down on a busy machine.
         gradient_checkpointing: As in ``VLM``.
         freeze: As in ``VLM``.
         lora: As in ``VLM``.
@@ -132,6 +135,7 @@ class TinyVLM(VLM):
         answers: list[str],
         warmup_steps: int = 40,
         cache_dir: str = "",
+        threads: int = 1,
         gradient_checkpointing: bool = False,
         freeze: list[str] | None = None,
         lora: LoRA | None = None,
@@ -148,7 +152,15 @@ class TinyVLM(VLM):
         self.questions = questions
         self.answers = answers
         self.warmup_steps = warmup_steps
+        self.threads = threads
         self.cache_dir = Path(cache_dir) if cache_dir else _cache_home() / "rllava_pl"
+
+    def load(self, *, temperature: float = 1.0, trainable: bool = True) -> Policy:
+        """As ``VLM.load``; also sets the number of threads."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        return super().load(temperature=temperature, trainable=trainable)
 
     def prepare(self, seed: int) -> None:
         """Build the model of this recipe and seed unless it is in the cache, and point ``path`` at it."""

@@ -81,7 +81,8 @@ class RLModule(Optimization, Evaluation):
         with self.phase("reward"):
             judgement = judge(self.rewards, rollouts)
             device = self.policy.device
-            self.tally.add("unscored_samples", torch.tensor(sum(judgement.causes.values()), device=device))
+            unscored = torch.tensor(sum(judgement.causes.values()), device=device)
+            self.tally.add("unscored_samples", unscored, 1 / world_size())  # a total, not a mean over ranks
             return assemble(rollouts, judgement, self.group_size, device)
 
     def evaluate(self, experience: Experience) -> Experience:
@@ -103,8 +104,7 @@ class RLModule(Optimization, Evaluation):
 
     def credit(self, experience: Experience) -> Experience:
         """Advantages, from the rollout batch of all ranks."""
-        experience = self.penalise(experience)
-        everyone, own = over_ranks(experience)
+        everyone, own = over_ranks(self.penalise(experience))
         advantages = self.advantages(everyone)
         advantages_NT = advantages[:, None].expand(everyone.mask_NT.shape) if advantages.ndim == 1 else advantages
         width = experience.mask_NT.shape[1]

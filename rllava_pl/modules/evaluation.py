@@ -71,7 +71,8 @@ class Evaluation(Lifecycle):
             self.scores.update(sampled, suffix="_sampled")
 
     def _report_scores(self, stage: str) -> None:
-        self.log_dict({f"{stage}/{name}": value for name, value in self.scores.compute().items()}, rank_zero_only=False)
+        scores = {f"{stage}/{name}": value for name, value in self.scores.compute().items()}
+        self.log_dict(scores, sync_dist=True)  # equal on all ranks already; without it Lightning warns
 
     def on_validation_epoch_start(self) -> None:
         """Begin with empty scores."""
