@@ -31,8 +31,10 @@ class Lifecycle(Options):
         return [] if given else [TransformersRollout()]
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that would train wrongly."""
+        """Refuse what would train wrongly."""
         updates.check(self.trainer.strategy)
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("precision 16-mixed scales the loss, and gradients would be clipped scaled; use bf16-mixed")
 
     def configure_model(self) -> None:
         """Load policy and, if a KL term needs one, the reference; called again for every stage."""
