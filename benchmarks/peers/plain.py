@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from rllava_pl.models import shared_prompt
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 Inputs = dict[str, Tensor]
 BANNED_TOKENS = ["<image>", "<fake_token_around_image>", "<global-img>"]
+NAMES = ("reward", "response_tokens", "loss", "entropy", "kl", "clip_fraction", "grad_norm")
 FORMAT = re.compile(r"\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 
 
@@ -55,8 +58,9 @@ def run(work: Work, pace: Pace) -> None:
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(update, work))
     generator = torch.Generator().manual_seed(work.seed)
+    writer, bar = SummaryWriter(f"{work.output}/plain"), tqdm(total=work.steps)
     pace.begin()
-    for prompts in batches(work):
+    for step, prompts in enumerate(batches(work)):
         inputs = encode(processor, prompts)
         done = sample(model, inputs, banned, generator, work)
         texts = processor.tokenizer.batch_decode(done.ids_NT, skip_special_tokens=True)
@@ -79,6 +83,10 @@ def run(work: Work, pace: Pace) -> None:
             metrics.append(torch.stack([*facts, norm]))
         length = done.mask_NT.sum(1, dtype=torch.float32).mean()
         report = torch.stack([rewards_PG.mean(), length, *torch.stack(metrics).mean(0)]).tolist()  # one transfer
+        for name, value in zip(NAMES, report, strict=True):
+            writer.add_scalar(name, value, step)
+        bar.set_postfix(reward=report[0])
+        bar.update()
         pace.tick({"reward": report[0]})
 
 

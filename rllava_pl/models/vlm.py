@@ -77,7 +77,7 @@ class VLM:
         if not trainable:
             return policy.requires_grad_(False).eval()
         self._make_trainable(policy.model)
-        return policy.train()  # dropout is off; gradient checkpointing only works in training mode
+        return policy.train(self.gradient_checkpointing)  # it only works in training mode; dropout is off in either
 
     def load_processor(self) -> Processor:
         """The processor, or the tokenizer of a text-only model."""
@@ -120,7 +120,7 @@ class TinyVLM(VLM):
         answers: The possible answers.
         warmup_steps: Steps of the format warm-up.
         cache_dir: Where built models are kept; by default ``~/.cache/rllava_pl``.
-        threads: CPU threads of the process; more hardly speed up steps this small, and slow them down on a busy machine.
+        threads: CPU threads of the process; more hardly speed up steps this small, and hurt on a busy machine.
         gradient_checkpointing: As in ``VLM``.
         freeze: As in ``VLM``.
         lora: As in ``VLM``.

@@ -34,7 +34,7 @@ class Lifecycle(Options):
         """Refuse what would train wrongly."""
         updates.check(self.trainer.strategy)
         if self.trainer.precision == "16-mixed":
-            raise ValueError("precision 16-mixed scales the loss, and gradients would be clipped scaled; use bf16-mixed")
+            raise ValueError("precision 16-mixed scales gradients, which would be clipped scaled; use bf16-mixed")
 
     def configure_model(self) -> None:
         """Load policy and, if a KL term needs one, the reference; called again for every stage."""
@@ -86,11 +86,11 @@ class Lifecycle(Options):
     def requests(self, prompts: Sequence[Prompt], *, samples: int, stream: str) -> list[Request]:
         """What to ask of the engine; a sample's seed is a function of run, stream, rollout, prompt and its number."""
         seen: Counter[str] = Counter()
-        requests = []
+        rollout, requests = self.rollout_index, []
         for p, (prompt, inputs) in enumerate(zip(prompts, self.policy.encode(prompts), strict=True)):
             first = seen[prompt.uid] * samples  # the same row twice in a batch must not give the same samples twice
             counters = range(first, first + samples)
-            seeds = tuple(seed_from(self.seed, stream, self.rollout_index, prompt.uid, g) for g in counters)
+            seeds = tuple(seed_from(self.seed, stream, rollout, prompt.uid, g) for g in counters)
             requests.append(Request(prompt, inputs, group=(rank() << 32) + p, seeds=seeds))
             seen[prompt.uid] += 1
         return requests

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 from rllava_pl.rewards.base import BaseReward
 from rllava_pl.rewards.text import MAX_CHARS, exact, is_tag_name, last_block, strict
@@ -58,15 +59,17 @@ class AnswerTagReward(BaseReward):
         truth = (rollout.prompt.answer if label is None else label).strip()
         if not truth:
             return Score(None, reason="no_answer")
-        well_formed = strict(rollout.text, self.tags)
-        accuracy = float((well_formed or self.lenient) and self._is_right(rollout.text, truth))
+        well_formed, right = _read(rollout.text, truth, self.tags)
+        accuracy = float(right and (well_formed or self.lenient))
         value = self.format_weight * well_formed + self.accuracy_weight * accuracy
         return Score(value, {"accuracy": accuracy, "format": float(well_formed)})
 
-    @staticmethod
-    def _is_right(text: str, truth: str) -> bool:
-        given = last_block(text[-MAX_CHARS:], "answer")
-        return given is not None and exact(given, truth)
+
+@lru_cache(maxsize=256)  # completions of a group repeat each other more and more as a policy learns
+def _read(text: str, truth: str, tags: tuple[str, ...]) -> tuple[bool, bool]:
+    """Whether the text is well-formed, and whether its last answer block is right."""
+    given = last_block(text[-MAX_CHARS:], "answer")
+    return strict(text, tags), given is not None and exact(given, truth)
 
 
 def _check_tags(tags: Sequence[str]) -> None:

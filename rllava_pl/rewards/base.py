@@ -176,7 +176,7 @@ def _checked(score: object, declared: tuple[str, ...]) -> Score:
         return Score(None, reason="bad_type")
     if score.value is None:
         return Score(None, reason=str(score.reason) or "no_reason")
-    if not all(isinstance(x, Real) for x in (score.value, *score.components.values())):
+    if not all(type(x) is float or isinstance(x, Real) for x in (score.value, *score.components.values())):
         return Score(None, reason="bad_type")
     if any(component not in score.components for component in declared):
         return Score(None, reason="missing_component")
