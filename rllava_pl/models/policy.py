@@ -97,28 +97,32 @@ class Policy(nn.Module):
 
     def forward(self, batch: PolicyBatch) -> PolicyOutput:
         """Log-probs and entropies of the response tokens, (N, T) each, 0 where the mask is False."""
-        ids_NT = batch.response_ids_NT.to(self.device)
+        mask_NT, ids_NT = batch.mask_NT.to(self.device), batch.response_ids_NT.to(self.device)
         if self.shares_prompt:
-            logp_NT, entropy_NT = self._from_hidden(self._hidden_shared(batch), ids_NT)
+            logp, entropy = self._from_hidden(self._hidden_shared(batch)[mask_NT], ids_NT[mask_NT])
         elif self._plain_head:
-            logp_NT, entropy_NT = self._from_hidden(self._hidden_plain(batch), ids_NT)
+            logp, entropy = self._from_hidden(self._hidden_plain(batch)[mask_NT], ids_NT[mask_NT])
         else:
-            logits = self.model(**self._repeat_prompts(batch), use_cache=False, logits_to_keep=ids_NT.shape[1]).logits
-            logp_NT, entropy_NT = self._from_logits(logits, ids_NT)
-        ignored = ~batch.mask_NT.to(self.device)
-        return PolicyOutput(logp_NT.masked_fill(ignored, 0.0), entropy_NT.masked_fill(ignored, 0.0))
+            inputs = self._repeat_prompts(batch)
+            logits_NTV = self.model(**inputs, use_cache=False, logits_to_keep=ids_NT.shape[1]).logits
+            logp, entropy = self._from_logits(logits_NTV[mask_NT], ids_NT[mask_NT])
+        empty_NT = torch.zeros(mask_NT.shape, dtype=logp.dtype, device=self.device)
+        return PolicyOutput(empty_NT.masked_scatter(mask_NT, logp), empty_NT.masked_scatter(mask_NT, entropy))
 
-    def _from_hidden(self, hidden_NTH: Tensor, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
+    def _from_hidden(self, hidden_MH: Tensor, ids_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the M tokens that count, (M,) each: padding never meets the vocabulary."""
         head = self.model.get_output_embeddings()
         adapted = hasattr(head, "lora_A")  # its weight alone is not what it computes
-        if adapted or ids_NT.numel() * head.weight.shape[0] <= LOGITS_LIMIT:
-            return self._from_logits(head(hidden_NTH), ids_NT)
-        return chunked_token_log_probs(
-            hidden_NTH, head.weight, ids_NT, temperature=self.temperature, banned_ids=self.banned_ids
-        )
+        if adapted or ids_M.numel() * head.weight.shape[0] <= LOGITS_LIMIT:
+            return self._from_logits(head(hidden_MH), ids_M)
+        options = {"temperature": self.temperature, "banned_ids": self.banned_ids}
+        logp, entropy = chunked_token_log_probs(hidden_MH[None], head.weight, ids_M[None], **options)
+        return logp[0], entropy[0]
 
-    def _from_logits(self, logits_NTV: Tensor, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
-        return token_log_probs(logits_NTV, ids_NT, temperature=self.temperature, banned_ids=self.banned_ids)
+    def _from_logits(self, logits_MV: Tensor, ids_M: Tensor) -> tuple[Tensor, Tensor]:
+        options = {"temperature": self.temperature, "banned_ids": self.banned_ids}
+        logp, entropy = token_log_probs(logits_MV[None], ids_M[None], **options)
+        return logp[0], entropy[0]
 
     def _hidden_plain(self, batch: PolicyBatch) -> Tensor:
         """(N, T, H): the states that predict each response token, the prompt computed once a response."""
