@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -81,10 +81,10 @@ class Pace:
         """Wait for the first turn; call it when everything is loaded."""
         self._wait()
 
-    def tick(self, facts: Mapping[str, float]) -> None:
-        """End of a step: book its time together with what the competitor tells of it."""
+    def tick(self, facts: Callable[[], Mapping[str, float]]) -> None:
+        """End of a step: book its time together with what the competitor tells of it, asked when the clock stands."""
         wall, cpu = time.perf_counter() - self.since[0], time.process_time() - self.since[1]
-        self.rows.append({"wall_ms": 1e3 * wall, "cpu_ms": 1e3 * cpu, **facts})
+        self.rows.append({"wall_ms": 1e3 * wall, "cpu_ms": 1e3 * cpu, **facts()})
         self.steps_left -= 1
         if self.steps_left == 0:
             self._report()

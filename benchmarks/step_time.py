@@ -7,8 +7,8 @@
 One step is 32 prompts x 8 completions sampled and scored, then two updates of 128 completions, on the same checkpoint
 (idefics3, 0.24 M parameters, fp32) and the same pictures. ``peers/`` holds the competitors, ``_common.py`` the work.
 
-Each competitor lives in a process of its own. They take turns of two steps, so that only one computes at a time and all
-meet the same noise; ratios are also taken turn by turn. On a shared machine read the CPU time (of the process with all
+Each competitor lives in a process of its own. They take turns of five steps, so that only one computes at a time, and
+all meet the same noise; ratios are also taken turn by turn. On a shared machine read the CPU time (of the process with all
 its threads), on a quiet one the wall time.
 """
 
@@ -204,8 +204,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--competitors", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--threads", type=int, default=1, help="of torch's operators (default 1)")
     parser.add_argument("--warmup", type=int, default=5, help="steps of each before the first that counts (default 5)")
-    parser.add_argument("--turns", type=int, default=30, help="turns of each competitor (default 30)")
-    parser.add_argument("--steps", type=int, default=2, help="steps of a turn (default 2)")
+    parser.add_argument("--turns", type=int, default=20, help="turns of each competitor (default 20)")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a turn (default 5)")
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a step (default 32)")
     parser.add_argument("--group-size", type=int, default=8, help="completions of a prompt (default 8)")
     parser.add_argument("--checkpoint", default="", help="keep the model in this directory (default: a temporary one)")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from rllava_pl.datamodules import BaseDataModule
 from rllava_pl.models import VLM
@@ -40,9 +42,12 @@ class Clock(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: None, batch: object, batch_idx: int
     ) -> None:
         """From here to here is a step."""
-        metrics = trainer.callback_metrics
-        phases = {name: 1e3 * float(seconds) for name, seconds in metrics.items() if name.startswith("time/")}
-        self.pace.tick({"reward": float(metrics["train/reward"]), **phases})
+        self.pace.tick(lambda: _facts(trainer.callback_metrics))
+
+
+def _facts(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    phases = {name: 1e3 * float(seconds) for name, seconds in metrics.items() if name.startswith("time/")}
+    return {"reward": float(metrics["train/reward"]), **phases}
 
 
 def run(work: Work, pace: Pace) -> None:

@@ -87,7 +87,7 @@ def run(work: Work, pace: Pace) -> None:
             writer.add_scalar(name, value, step)
         bar.set_postfix(reward=report[0])
         bar.update()
-        pace.tick({"reward": report[0]})
+        pace.tick(lambda: {"reward": report[0]})  # noqa: B023 - called at once
 
 
 def batches(work: Work) -> Iterator[list[Prompt]]:

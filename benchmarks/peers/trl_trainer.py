@@ -38,7 +38,7 @@ class Clock(TrainerCallback):
     ) -> None:
         """From here to here is a step: ``logging_steps`` are the updates of one rollout."""
         if "reward" in logs:  # not the summary at the end of the run
-            self.pace.tick({"reward": float(logs["reward"])})
+            self.pace.tick(lambda: {"reward": float(logs["reward"])})
 
 
 def answer_reward(completions: list[list[dict[str, str]]], answer: list[str], **columns: object) -> list[float]:

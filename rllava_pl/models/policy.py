@@ -115,13 +115,15 @@ class Policy(nn.Module):
         adapted = hasattr(head, "lora_A")  # its weight alone is not what it computes
         if adapted or ids_M.numel() * head.weight.shape[0] <= LOGITS_LIMIT:
             return self._from_logits(head(hidden_MH), ids_M)
-        options = {"temperature": self.temperature, "banned_ids": self.banned_ids}
-        logp, entropy = chunked_token_log_probs(hidden_MH[None], head.weight, ids_M[None], **options)
+        logp, entropy = chunked_token_log_probs(
+            hidden_MH[None], head.weight, ids_M[None], temperature=self.temperature, banned_ids=self.banned_ids
+        )
         return logp[0], entropy[0]
 
     def _from_logits(self, logits_MV: Tensor, ids_M: Tensor) -> tuple[Tensor, Tensor]:
-        options = {"temperature": self.temperature, "banned_ids": self.banned_ids}
-        logp, entropy = token_log_probs(logits_MV[None], ids_M[None], **options)
+        logp, entropy = token_log_probs(
+            logits_MV[None], ids_M[None], temperature=self.temperature, banned_ids=self.banned_ids
+        )
         return logp[0], entropy[0]
 
     def _hidden_plain(self, batch: PolicyBatch) -> Tensor:
