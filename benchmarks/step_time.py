@@ -8,8 +8,8 @@ One step is 32 prompts x 8 completions sampled and scored, then two updates of 1
 (idefics3, 0.24 M parameters, fp32) and the same pictures. ``peers/`` holds the competitors, ``_common.py`` the work.
 
 Each competitor lives in a process of its own. They take turns of five steps, so that only one computes at a time, and
-all meet the same noise; ratios are also taken turn by turn. On a shared machine read the CPU time (of the process with all
-its threads), on a quiet one the wall time.
+all meet the same noise; ratios are also taken turn by turn. On a shared machine read the CPU time (of the process with
+all its threads), on a quiet one the wall time.
 """
 
 from __future__ import annotations
