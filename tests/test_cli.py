@@ -18,6 +18,7 @@ from rllava_pl.cli.app import RLCLI
 from rllava_pl.cli.explain import Place, explain
 from rllava_pl.cli.quiet import LOGS
 from rllava_pl.models import LoRA
+from rllava_pl.modules import RLModule
 from rllava_pl.rewards import AnswerTagReward
 from rllava_pl.types import Sampling
 from tests.runs import CACHE
@@ -272,7 +273,13 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("argument", "message"), MISTAKES.items(), ids=MISTAKES)
 def test_a_mistaken_argument_is_answered_in_one_line(capsys, argument, message):
-    assert refused(capsys, [*COLOUR, argument]) == message
+    known = message.replace("GRPO, RLOO", ", ".join(sorted({cls.__name__ for cls in subclasses(RLModule)})))
+    assert refused(capsys, [*COLOUR, argument]) == known
+
+
+def subclasses(base: type) -> set[type]:
+    """All of them, also those of examples that ran before in this process: they can be named as well."""
+    return {cls for child in base.__subclasses__() for cls in {child, *subclasses(child)}}
 
 
 CONFIG_MISTAKES = {

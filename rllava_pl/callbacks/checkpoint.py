@@ -56,7 +56,7 @@ class RolloutCheckpoint(Callback):
         directory = self.directory(trainer)
         path = directory / f"rollout-{rollouts:06d}.ckpt"
         if str(path) != self.last_path:
-            trainer.save_checkpoint(path, weights_only=False)
+            trainer.save_checkpoint(path)
             self.last_path = str(path)
         if trainer.is_global_zero:
             self._prune(directory)

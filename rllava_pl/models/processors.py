@@ -29,7 +29,7 @@ def load_processor(path: str | Path, *, revision: str | None = None) -> Processo
     from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
     from transformers.utils.import_utils import is_torchvision_available
 
-    base = _processor_class(path, revision)
+    base, text_only = _kind(path, revision)
     if base is not None and "video_processor" in base.get_attributes():
         missing = "" if is_torchvision_available() else "torchvision is not installed"
         if not missing and _saved_without_video(path, revision):
@@ -37,7 +37,7 @@ def load_processor(path: str | Path, *, revision: str | None = None) -> Processo
         if missing:
             logger.info("%s: video input is off, %s; images work", path, missing)
             return image_only(base).from_pretrained(path, revision=revision)
-    auto = AutoTokenizer if base is None else AutoProcessor  # a text model may name a processor it came from
+    auto = AutoTokenizer if text_only else AutoProcessor  # a text model may name the processor of its origin
     processor = auto.from_pretrained(path, revision=revision, trust_remote_code=False)
     if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):
         found = type(processor).__name__
@@ -68,13 +68,15 @@ def image_only(base: type[ProcessorMixin]) -> type[ProcessorMixin]:
     return ImageOnlyProcessor
 
 
-def _processor_class(path: str | Path, revision: str | None) -> type[ProcessorMixin] | None:
-    """The processor class that transformers has for this model type; None for a text-only model."""
+def _kind(path: str | Path, revision: str | None) -> tuple[type[ProcessorMixin] | None, bool]:
+    """The processor class that transformers has for this model type, if any, and whether it is a text-only model."""
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    return PROCESSOR_MAPPING.get(type(config), None)
+    base = PROCESSOR_MAPPING.get(type(config), None)
+    return base, base is None and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _saved_without_video(path: str | Path, revision: str | None) -> bool:
