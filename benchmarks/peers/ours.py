@@ -1,4 +1,4 @@
-"""GRPO of this package as it is used: in a Lightning Trainer with a progress bar and a TensorBoard log a rollout."""
+"""GRPO of this package as it is used: in a Lightning Trainer with its progress bar and a TensorBoard log a rollout."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from rllava_pl.callbacks import RolloutProgressBar
 from rllava_pl.datamodules import BaseDataModule
 from rllava_pl.models import VLM
 from rllava_pl.modules import GRPO
@@ -75,9 +76,7 @@ def run(work: Work, pace: Pace) -> None:
         max_epochs=-1,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(work.output, name="ours"),
-        log_every_n_steps=1,
-        enable_progress_bar=True,
         enable_checkpointing=False,  # a checkpoint a step is nobody's normal use, and none is written by the others
-        callbacks=[Clock(pace)],
+        callbacks=[RolloutProgressBar(), Clock(pace)],
     )
     trainer.fit(module, Pictures(work.dataset(), work.prompts))

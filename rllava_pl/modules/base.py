@@ -145,7 +145,7 @@ class RLModule(Optimization, Evaluation):
             tally.add_masked(name, values_N.float(), counted_N)
         metrics = {f"train/{name}": value for name, value in tally.means().items()}
         metrics |= {f"time/{name}_seconds": value for name, value in self.seconds.items()}
-        self.log_dict(metrics, batch_size=len(experience))
+        self.publish(metrics)
         self.tally = Tally()
         self.seconds.clear()
         self.rollouts_done += 1

@@ -83,6 +83,17 @@ class Lifecycle(Options):
         kept |= {"rollouts_done", "updates_done"}
         return set(self.state_dict()) - kept
 
+    def publish(self, metrics: dict[str, float]) -> None:
+        """Hand the metrics of a rollout to loggers and callbacks, the way Lightning's own monitors do.
+
+        ``self.log`` would drop all but every ``log_every_n_steps``-th rollout (50 by default) and costs 0.2 ms a name.
+        """
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.rollout_index)
+        values = {name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()}
+        self.trainer.callback_metrics.update(values)
+        self.trainer.logged_metrics.update(values)
+
     def requests(self, prompts: Sequence[Prompt], *, samples: int, stream: str) -> list[Request]:
         """What to ask of the engine; a sample's seed is a function of run, stream, rollout, prompt and its number."""
         seen: Counter[str] = Counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger
 
 from rllava_pl.modules import GRPO, RLOO, RLModule
 from rllava_pl.modules.experience import assemble, microbatches, minibatches
@@ -264,3 +267,19 @@ def test_half_precision_recomputes_old_log_probs_in_the_trainers_arithmetic(tmp_
     assert module.weight_version == 2
     assert 0 <= trainer.callback_metrics["train/engine_mismatch_kl"] < 0.01
     assert all(torch.isfinite(value) for value in trainer.callback_metrics.values())
+
+
+def test_every_rollout_is_logged_whatever_log_every_n_steps(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    trainer = runs.trainer(tmp_path, logger=logger)  # Lightning's default is every 50th step
+    trainer.fit(runs.module(max_rollouts=3), runs.data())
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    assert [row["step"] for row in rows if row["train/reward"]] == ["0", "1", "2"]
+    assert trainer.logged_metrics["train/reward"] == trainer.callback_metrics["train/reward"]
+
+
+def test_callbacks_can_monitor_what_a_rollout_measured(tmp_path: Path) -> None:
+    stop = EarlyStopping("train/reward/format", mode="max", stopping_threshold=0.0, check_on_train_epoch_end=True)
+    module = runs.module(max_rollouts=20)
+    runs.trainer(tmp_path, callbacks=[stop]).fit(module, runs.data())
+    assert module.rollout_index == 6  # one epoch of 24 prompts in batches of 4
