@@ -64,7 +64,8 @@ class Lifecycle(Options):
 
     def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Keep what training changes; frozen weights and the reference come from the policy's own checkpoint again."""
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in self._frozen_names()}
+        frozen = self._frozen_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
 
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Fill in the frozen weights, so that loading stays strict about everything else."""
