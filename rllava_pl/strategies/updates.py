@@ -12,7 +12,13 @@ from functools import singledispatch
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch import Tensor
 
 from rllava_pl.models.trainable import hf_weights
@@ -21,13 +27,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_SUPPORTED = "use one of `auto`, `ddp`, `rl_ddp`"
+
+
 @singledispatch
 def check(strategy: Strategy) -> None:
-    """Refuse a strategy whose gradients would be wrong.
+    """Refuse a strategy whose gradients were not shown to be right; by default every one.
 
     Raises:
         ValueError: Saying why, and which strategy to use instead.
     """
+    raise ValueError(f"{type(strategy).__name__} is not supported in this version; {_SUPPORTED}")
+
+
+@check.register(SingleDeviceStrategy)
+@check.register(DDPStrategy)
+def _(strategy: Strategy) -> None:
+    """Right as they are: every micro-batch goes through the wrapper, and gradients are exchanged in the last one."""
 
 
 @singledispatch
@@ -57,5 +73,13 @@ def _(strategy: DDPStrategy, *, last: bool) -> AbstractContextManager[None]:
 def _(strategy: FSDPStrategy) -> None:
     raise ValueError(
         "FSDPStrategy runs training_step inside the wrapper's forward, where a second forward is an error, and cannot "
-        "clip by norm; use one of `auto`, `ddp`, `rl_ddp`"
+        f"clip by norm; {_SUPPORTED}"
+    )
+
+
+@check.register
+def _(strategy: DeepSpeedStrategy) -> None:
+    raise ValueError(
+        "DeepSpeedStrategy adds up the gradients of several micro-batches wrongly, without an error, unless it is told "
+        f"where an update ends, and clips by its own config alone; {_SUPPORTED}"
     )
