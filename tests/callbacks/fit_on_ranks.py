@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from rllava_pl.callbacks import ExportHF, RolloutProgressBar, RolloutTable, RolloutWriter, RunSummary
 from tests import runs
@@ -26,3 +27,6 @@ def main(root: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    if dist.is_initialized():  # gloo's threads must not outlive the process: an exit at a bad moment would abort it
+        dist.barrier()
+        dist.destroy_process_group()

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from rllava_pl import modules
 from rllava_pl.rewards import AnswerTagReward
@@ -66,3 +67,6 @@ if __name__ == "__main__":
         given.get("algorithm", "GRPO"),
         given.get("unscorable", ""),
     )
+    if dist.is_initialized():  # gloo's threads must not outlive the process: an exit at a bad moment would abort it
+        dist.barrier()
+        dist.destroy_process_group()
