@@ -84,6 +84,10 @@ class Prompt:
     """Decoded RGB images, one for every image slot, in the order of the slots."""
     answer: str = ""
     """What the rewards compare with; empty where a task needs none."""
+    target: str = ""
+    """A response worth imitating: SFT target, demonstration beside rollouts, chosen one of a preference pair."""
+    rejected: str = ""
+    """The worse response of a preference pair; ``target`` is the better one."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Further columns of the row, for rewards, environments and tables."""
     source: str = ""
@@ -173,6 +177,8 @@ class Request:
     """Equal for all samples of this prompt instance, distinct otherwise."""
     seeds: tuple[int, ...]
     """One a sample; equal seeds give equal samples whatever else is in the batch."""
+    prefix_ids: tuple[int, ...] = ()
+    """Tokens every response begins with, given and not sampled: the hint of a demonstration."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ class Rollout:
     engine_logprobs: Tensor
     """float32 (T,): log-probs of the sampled tokens under the engine's sampling distribution; 0 where not sampled."""
     response_mask: Tensor
-    """bool (T,): True where the policy sampled the token (it may be trained)."""
+    """bool (T,): True where the token may be trained: the policy sampled it, or a demonstration gave it."""
     finish_reason: FinishReason
     """``stop``: an end token; ``length``: the budget ran out; ``abort``: the engine gave up."""
     weight_version: int
@@ -212,6 +218,8 @@ class Rollout:
     """Decoded response without special tokens; for rewards and people, never tokenised again."""
     turns: tuple[Turn, ...] = ()
     """The policy's stretches of the response; a single-turn rollout has one."""
+    demo_mask: Tensor | None = None
+    """bool (T,): True where a demonstration gave the token; None: the policy sampled all of them."""
 
 
 class RolloutBatch(Batch[Rollout]):
@@ -250,6 +258,8 @@ class PolicyOutput(NamedTuple):
     """float32: log π(token | prompt, earlier tokens); finite everywhere, 0 at padding."""
     entropy_NT: Tensor
     """float32: entropy in nats of the distribution each token was drawn from; 0 at padding."""
+    values_NT: Tensor | None = None
+    """float32: a critic's value of the state each token was drawn in; 0 at padding, None without a critic."""
 
 
 @dataclass(frozen=True)
@@ -270,19 +280,31 @@ class Experience:
     response_ids_NT: Tensor
     """int64, right-padded with 0."""
     mask_NT: Tensor
-    """bool: sampled by the policy and trainable."""
+    """bool: trainable, sampled by the policy or given by a demonstration."""
+    demo_mask_NT: Tensor
+    """bool: the part of ``mask_NT`` that a demonstration gave; all False in pure RL."""
     engine_logp_NT: Tensor
-    """float32: log-probs as the engine sampled, 0 at padding."""
+    """float32: log-probs as the engine sampled, 0 at padding and at tokens it did not sample."""
     rewards_N: Tensor
-    """float32: weighted sum of the rewards, as judged; a KL penalty enters the advantages alone."""
+    """float32: weighted sum of the rewards, as judged; penalties enter the advantages alone."""
     components: Mapping[str, Tensor] = field(default_factory=dict)
     """float32 (N,) each: named parts of the rewards."""
     old_logp_NT: Tensor | None = None
     """float32: log-probs under the policy that sampled, in the trainer's arithmetic."""
     ref_logp_NT: Tensor | None = None
     """float32: log-probs under the reference policy."""
+    token_rewards_NT: Tensor | None = None
+    """float32: the reward on the last trainable token, the KL penalty on every one; what token estimators add up."""
+    values_NT: Tensor | None = None
+    """float32: the critic's values under the policy that sampled."""
+    returns_NT: Tensor | None = None
+    """float32: what the critic is to predict."""
     advantages_NT: Tensor | None = None
     """float32: credit of every token, 0 at padding."""
+    selected_NT: Tensor | None = None
+    """bool: tokens a loss treats apart, chosen over the whole mini-batch."""
+    entropy_NT: Tensor | None = None
+    """float32: entropies under the policy being trained, for losses that weigh by them."""
 
     def __len__(self) -> int:
         return len(self.rollouts)
@@ -291,6 +313,11 @@ class Experience:
     def batch(self) -> PolicyBatch:
         """The forward's input for all of this experience."""
         return PolicyBatch(self.inputs, self.group_size, self.response_ids_NT, self.mask_NT)
+
+    @property
+    def own_mask_NT(self) -> Tensor:
+        """bool: trainable tokens that the policy sampled itself."""
+        return self.mask_NT & ~self.demo_mask_NT
 
     @property
     def lengths_N(self) -> Tensor:

@@ -18,7 +18,7 @@ from rllava_pl.callbacks.export import ExportHF
 from rllava_pl.callbacks.files import run_directory, shown
 from rllava_pl.callbacks.splits import batches, split_loaders
 from rllava_pl.callbacks.table import RolloutTable
-from rllava_pl.modules.evaluation import Scores
+from rllava_pl.modules.loop.evaluation import Scores
 from rllava_pl.strategies.durable import write_text
 
 if TYPE_CHECKING:

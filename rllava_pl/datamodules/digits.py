@@ -11,9 +11,11 @@ import numpy as np
 from PIL import Image
 
 from rllava_pl.datamodules.base import BaseDataModule
+from rllava_pl.datamodules.demonstrations import check_share, demonstrate
 from rllava_pl.functional.seeds import permutation, seed_from
 from rllava_pl.types import IMAGE, Message, Prompt
 
+DIGITS = tuple("0123456789")
 QUESTION = "Which digit is it?"
 ROWS = 1797
 SIDE_PIXELS = 56
@@ -28,11 +30,25 @@ class DigitsDataModule(BaseDataModule):
     Machine Learning Repository, 1998 (its test part, as distributed with scikit-learn).
 
     Args:
+        demonstrations: Share of the training prompts that carry a target, ``<answer>4</answer>``, and a rejected
+            response with another digit. Validation and test prompts all do.
         batch_size: Prompts of one rollout on each rank.
         val_batch_size: Prompts of one validation, test or prediction batch on each rank.
         num_workers: Processes that prepare prompts ahead; 0 prepares them in the training process.
         seed: Seed of the training order.
     """
+
+    def __init__(
+        self,
+        demonstrations: float = 0.0,
+        batch_size: int = 32,
+        val_batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, val_batch_size, num_workers, seed)
+        check_share(demonstrations)
+        self.demonstrations = demonstrations
 
     def setup(self, stage: str) -> None:
         """Read the file once and split it.
@@ -42,12 +58,14 @@ class DigitsDataModule(BaseDataModule):
         """
         if len(self.train_prompts):
             return
-        prompts = load_digit_prompts()
-        order = permutation(seed_from("digits", "split"), ROWS)
-        rows = [prompts[int(row)] for row in order]
-        self.test_prompts = rows[:TEST_ROWS]
-        self.val_prompts = rows[TEST_ROWS : TEST_ROWS + VAL_ROWS]
-        self.train_prompts = rows[TEST_ROWS + VAL_ROWS :]
+        prompts, order = load_digit_prompts(), permutation(seed_from("digits", "split"), ROWS)
+
+        def part(split: str, rows: Sequence[int], share: float) -> list[Prompt]:
+            return [demonstrate(prompts[row], DIGITS, share, "digits", split, row) for row in rows]
+
+        self.test_prompts = part("test", order[:TEST_ROWS], 1.0)
+        self.val_prompts = part("val", order[TEST_ROWS : TEST_ROWS + VAL_ROWS], 1.0)
+        self.train_prompts = part("train", order[TEST_ROWS + VAL_ROWS :], self.demonstrations)
 
 
 def load_digit_prompts() -> Sequence[Prompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,16 @@ class PromptSource:
         parsed = self.parse(row)
         images = tuple(self.images.load(ref, field) for field, ref in self._image_fields(parsed))
         where = f"{self.table.source} row {row}"
-        return Prompt(parsed.uid, parsed.messages, images, parsed.answer, parsed.metadata, where)
+        return Prompt(
+            uid=parsed.uid,
+            messages=parsed.messages,
+            images=images,
+            answer=parsed.answer,
+            target=parsed.target,
+            rejected=parsed.rejected,
+            metadata=parsed.metadata,
+            source=where,
+        )
 
     def _image_fields(self, parsed: ParsedRow) -> Iterator[tuple[str, object]]:
         column = self.schema.column("images")
@@ -68,6 +78,8 @@ class PromptRows(Sequence[Prompt]):
         self.total = sum(len(source.table.rows) for source in sources)
         self.slots_added = 0
         """Rows whose image slots were put in front of the text (W01)."""
+        self.filled: Counter[str] = Counter()
+        """Number of usable rows that have a ``target``, and that have a ``rejected`` response."""
         self._kept: list[tuple[int, int]] = []
         self._audit(max_prompt_tokens, count_tokens)
 
@@ -85,6 +97,7 @@ class PromptRows(Sequence[Prompt]):
                 else:
                     self._kept.append((s, row))
                     self.slots_added += parsed.slots_added
+                    self.filled.update(target=bool(parsed.target), rejected=bool(parsed.rejected))
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -108,9 +121,9 @@ class PromptDataModule(BaseDataModule):
     """Prompts from JSONL, JSON, CSV, Parquet and Arrow files, saved data sets, or the Hugging Face hub.
 
     A row has ``prompt`` (text, ``<image>`` marks the place of an image) or ``messages`` (a list of role and content),
-    ``images`` (paths below ``image_root``, or bytes; one or a list), ``answer`` and optionally ``id``. Other columns
-    become ``metadata``. A source is a file, a folder of ``Dataset.save_to_disk``, or ``owner/name:config@split`` on the
-    hub.
+    ``images`` (paths below ``image_root``, or bytes; one or a list), ``answer`` and optionally ``id``, ``target`` (a
+    response worth imitating) and ``rejected`` (the worse response of a pair). Other columns become ``metadata``. A
+    source is a file, a folder of ``Dataset.save_to_disk``, or ``owner/name:config@split`` on the hub.
 
     Every row of a split is checked in ``setup``: text, slots, and images by header and by decoding them once. Images
     are decoded again when a batch needs them, so memory does not grow with the data.
@@ -124,6 +137,8 @@ class PromptDataModule(BaseDataModule):
         system_prompt: Put before rows that have a ``prompt`` column.
         template: Text around the ``prompt`` column; contains ``{prompt}`` once.
         require_answer: Refuse rows without an answer.
+        require_target: Refuse rows without a target; SFT needs one in every row, and often no answer.
+        require_rejected: Refuse rows that are no pair of a target and a rejected response; DPO needs pairs.
         max_image_pixels: Largest width x height of an image.
         max_image_mib: Largest image file in MiB.
         max_prompt_tokens: Longest prompt in tokens, image tokens included; 0 does not measure.
@@ -145,6 +160,8 @@ class PromptDataModule(BaseDataModule):
         system_prompt: str = "",
         template: str = "{prompt}",
         require_answer: bool = True,
+        require_target: bool = False,
+        require_rejected: bool = False,
         max_image_pixels: int = 40_000_000,
         max_image_mib: float = 64.0,
         max_prompt_tokens: int = 0,
@@ -165,7 +182,9 @@ class PromptDataModule(BaseDataModule):
                 f"max_prompt_tokens is {max_prompt_tokens}, but processor_path names no model to measure by"
             )
         self.specs = {"train": _as_list(train), "val": _as_list(val), "test": _as_list(test)}
-        self.schema = RowSchema(columns or {}, system_prompt, template, require_answer)
+        self.schema = RowSchema(
+            columns or {}, system_prompt, template, require_answer, require_target, require_rejected
+        )
         self.image_root = image_root
         self.max_image_pixels = max_image_pixels
         self.max_image_bytes = int(max_image_mib * MIB)
@@ -197,7 +216,7 @@ class PromptDataModule(BaseDataModule):
 
         Raises:
             DataError: More rows than ``max_reject_fraction`` allows cannot be used.
-            ValueError: The split has no source or no row.
+            ValueError: The split has no source or no row, or ``columns`` maps responses that no training row has.
         """
         rows = self.audit(split)
         if not rows.total:
@@ -208,9 +227,19 @@ class PromptDataModule(BaseDataModule):
             rank_zero_warn(
                 f"{split}: left out {len(rows.rejections)} of {rows.total} rows ({count_codes(rows.rejections)})"
             )
+        self._report_responses(split, rows)
         if rows.slots_added:
             rank_zero_info(f"{split}: put <image> slots in front of the text of {rows.slots_added} rows (W01)")
         return rows
+
+    def _report_responses(self, split: str, rows: PromptRows) -> None:
+        """Rows may lack responses, but a mapped column that no training row has is a slip of the pen."""
+        for name, count in rows.filled.items():
+            if not count and split == "train" and name in self.schema.columns:
+                column = self.schema.column(name)
+                raise ValueError(f"columns maps {name} to {column!r}, but no row of the train split has text there")
+            if 0 < count < len(rows):
+                rank_zero_info(f"{split}: {count} of {len(rows)} rows have a {name}")
 
     def audit(self, split: str) -> PromptRows:
         """Check every row of a split; raises for none of them, see ``PromptRows.rejections``."""

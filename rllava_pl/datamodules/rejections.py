@@ -24,6 +24,7 @@ CODES: Mapping[str, str] = MappingProxyType(
         "E14": "prompt too long",
         "E15": "duplicate id",
         "E17": "bad messages",
+        "E20": "pair of equal responses",
         "W01": "image slots put in front of the prompt",
     }
 )

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from decimal import Decimal
-from typing import cast, get_args
+from typing import Literal
 
 from rllava_pl.datamodules.images import ImageRef
+from rllava_pl.datamodules.messages import check_text, continue_think, opening_think, parse_messages, parse_response
 from rllava_pl.datamodules.rejections import RowError
 from rllava_pl.datamodules.tables import Row
-from rllava_pl.types import IMAGE, ImageSlot, Message, Role
+from rllava_pl.types import IMAGE, Message
 
-FIELDS = ("id", "prompt", "messages", "images", "answer")
-ROLES = get_args(Role)
+FIELDS = ("id", "prompt", "messages", "images", "answer", "target", "rejected")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class ParsedRow:
     messages: tuple[Message, ...]
     images: tuple[ImageRef, ...]
     answer: str
+    target: str
+    """Response worth imitating; empty if the row has none."""
+    rejected: str
+    """The worse response of a pair; empty if the row has none."""
     metadata: Mapping[str, str]
     slots_added: bool
     """The text had no image slot although there are images: slots were put in front (W01)."""
@@ -36,13 +40,17 @@ class RowSchema:
     """How the columns of a data set map to prompts."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Field (``id``, ``prompt``, ``messages``, ``images``, ``answer``) to column; the others by their own name."""
+    """Field to column, e.g. ``{"prompt": "problem"}``; the other fields (see ``FIELDS``) by their own name."""
     system_prompt: str = ""
     """Put before rows that have a ``prompt`` column; ``messages`` are left as they are."""
     template: str = "{prompt}"
     """Text around the ``prompt`` column."""
     require_answer: bool = True
     """Whether a row without answer is refused."""
+    require_target: bool = False
+    """Whether a row without target is refused."""
+    require_rejected: bool = False
+    """Whether a row that is no pair is refused: one without rejected response, or without target."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.columns if name not in FIELDS]
@@ -57,7 +65,7 @@ class RowSchema:
         """Check and convert one row.
 
         Raises:
-            RowError: E01 to E05, E17.
+            RowError: E01 to E05, E17, E20.
         """
         messages = self._messages(row)
         images = _image_refs(self._get(row, "images"))
@@ -67,11 +75,14 @@ class RowSchema:
         elif slots != len(images):
             counts = f"has {len(images)} images for {slots} <image> slots; every image needs one slot"
             raise RowError("E05", self.column("images"), counts)
+        target, rejected = self._responses(row, opening_think(messages))
         return ParsedRow(
             uid=self._uid(row, default_uid),
             messages=messages,
             images=images,
             answer=self._answer(row),
+            target=target,
+            rejected=rejected,
             metadata=self._metadata(row),
             slots_added=add,
         )
@@ -119,74 +130,30 @@ class RowSchema:
             raise RowError("E02", column, f"is {shown}; an answer is text, a finite number, a list or an object")
         return text
 
+    def _responses(self, row: Row, given: str) -> tuple[str, str]:
+        """Target and rejected response; ``given`` is the think tag that the prompt opened for both."""
+        target, rejected = self._response(row, "target", given), self._response(row, "rejected", given)
+        if self.require_target and not target:
+            raise RowError("E01", self.column("target"), "is missing; set require_target: false if rows may do without")
+        if self.require_rejected and not (target and rejected):
+            column = self.column("target" if rejected else "rejected")
+            raise RowError("E01", column, "is missing; a pair is a target and a rejected response")
+        if target and target.strip() == rejected.strip():
+            raise RowError("E20", self.column("rejected"), "equals the target; one response of a pair must be better")
+        return target, rejected
+
+    def _response(self, row: Row, name: Literal["target", "rejected"], given: str) -> str:
+        column = self.column(name)
+        if name not in self.columns and column in self.columns.values():
+            return ""  # the column of that name is another field, e.g. columns: {answer: target}
+        return continue_think(parse_response(row.get(column), column), given, column)
+
     def _metadata(self, row: Row) -> dict[str, str]:
         """Columns that are no field, as text; those that hold binary data or nothing are left out."""
         used = {self.column(name) for name in FIELDS}
         rest = {name: value for name, value in row.items() if name not in used and value is not None}
         texts = {name: value if isinstance(value, str) else _json(value) for name, value in rest.items()}
         return {name: text for name, text in texts.items() if text is not None}
-
-
-def check_text(value: object, column: str) -> str:
-    """``value`` if it is text that a tokenizer can read.
-
-    Raises:
-        RowError: E02 no text, E03 nothing but white space, E04 not encodable or with NUL inside.
-    """
-    if not isinstance(value, str):
-        raise RowError("E02", column, f"is {type(value).__name__}; text is needed")
-    if not value.strip():
-        raise RowError("E03", column, "is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError("E04", column, f"has a lone surrogate at character {error.start}") from error
-    if "\0" in value:
-        raise RowError("E04", column, f"has a NUL character at {value.index(chr(0))}")
-    return value
-
-
-def parse_messages(value: object, column: str) -> tuple[Message, ...]:
-    """A conversation from ``[{"role": ..., "content": ...}, ...]``; content is text or a list of typed parts.
-
-    Raises:
-        RowError: E02, E03, E04, or E17 for an order of roles that does not end in a turn of the policy.
-    """
-    if not isinstance(value, list):
-        raise RowError("E02", column, f"is {type(value).__name__}; messages are a list of role and content")
-    messages = tuple(_parse_message(item, f"{column}[{k}]") for k, item in enumerate(value))
-    if not messages:
-        raise RowError("E17", column, "is empty; a prompt needs at least one message")
-    for k, message in enumerate(messages):
-        if message.role == "tool" and (k == 0 or messages[k - 1].role not in ("assistant", "tool")):
-            raise RowError("E17", f"{column}[{k}]", "is a tool message that answers no assistant message")
-    if messages[-1].role == "assistant":
-        raise RowError("E17", column, "ends with the assistant; the last message is what the policy answers")
-    return messages
-
-
-def _parse_message(item: object, where: str) -> Message:
-    if not isinstance(item, dict):
-        raise RowError("E02", where, f"is {type(item).__name__}; a message has role and content")
-    role, content = item.get("role"), item.get("content")
-    if role not in ROLES:
-        raise RowError("E17", where, f"has the role {role!r}; roles are {', '.join(ROLES)}")
-    role = cast("Role", role)
-    if isinstance(content, list):
-        parts = tuple(_parse_part(part, f"{where}.content[{k}]") for k, part in enumerate(content))
-        if not parts:
-            raise RowError("E03", where, "has no content")
-        return Message(role, parts)
-    return Message.parse(role, check_text(content, f"{where}.content"))
-
-
-def _parse_part(part: object, where: str) -> str | ImageSlot:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(part, dict) and kind == "text":
-        return check_text(part.get("text"), where)
-    if kind == "image":
-        return IMAGE
-    raise RowError("E02", where, f"has the type {kind!r}; parts are text or image")
 
 
 def _image_refs(value: object) -> tuple[ImageRef, ...]:
@@ -205,10 +172,10 @@ def _prepend_slots(messages: Sequence[Message], count: int) -> tuple[Message, ..
 
 
 def _json(value: object) -> str | None:
-    """Compact text of literal data; None if it holds bytes, pictures or numbers that are not finite."""
+    """Compact text of literal data; None for bytes, pictures, numbers that are not finite, and nesting too deep."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from rllava_pl.datamodules.base import BaseDataModule
+from rllava_pl.datamodules.demonstrations import check_share, demonstrate
 from rllava_pl.functional.seeds import seed_from
 from rllava_pl.types import IMAGE, Message, Prompt
 
@@ -52,10 +53,11 @@ class DrawnPrompts(Sequence[Prompt]):
         task: Name in ``TASKS``.
         split: Enters the seed of every picture, so that splits share none.
         size: Number of prompts.
+        demonstrations: Share of them that carry a target and a rejected response.
     """
 
-    def __init__(self, task: TaskName, split: str, size: int) -> None:
-        self.task, self.split, self.size = task, split, size
+    def __init__(self, task: TaskName, split: str, size: int, demonstrations: float = 0.0) -> None:
+        self.task, self.split, self.size, self.demonstrations = task, split, size, demonstrations
 
     def __len__(self) -> int:
         return self.size
@@ -74,7 +76,8 @@ class DrawnPrompts(Sequence[Prompt]):
         rng = np.random.default_rng(seed_from("synthetic", self.task, self.split, index))
         uid = f"{self.task}-{self.split}:{index}"
         message = Message("user", (IMAGE, task.question))
-        return Prompt(uid, (message,), (task.draw(rng, answer),), answer, source=f"synthetic {uid}")
+        prompt = Prompt(uid, (message,), (task.draw(rng, answer),), answer, source=f"synthetic {uid}")
+        return demonstrate(prompt, task.answers, self.demonstrations, self.task, self.split, index)
 
 
 class SyntheticVisionDataModule(BaseDataModule):
@@ -90,6 +93,8 @@ class SyntheticVisionDataModule(BaseDataModule):
         train_size: Training prompts (one epoch).
         val_size: Validation prompts.
         test_size: Test prompts.
+        demonstrations: Share of the training prompts that carry a target, ``<answer>red</answer>``, and a rejected
+            response with another answer. Validation and test prompts all do.
         batch_size: Prompts of one rollout on each rank.
         val_batch_size: Prompts of one validation, test or prediction batch on each rank.
         num_workers: Processes that prepare prompts ahead; 0 prepares them in the training process.
@@ -102,6 +107,7 @@ class SyntheticVisionDataModule(BaseDataModule):
         train_size: int = 4096,
         val_size: int = 384,
         test_size: int = 384,
+        demonstrations: float = 0.0,
         batch_size: int = 32,
         val_batch_size: int = 64,
         num_workers: int = 0,
@@ -110,14 +116,16 @@ class SyntheticVisionDataModule(BaseDataModule):
         super().__init__(batch_size, val_batch_size, num_workers, seed)
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+        check_share(demonstrations)
         self.task: TaskName = task
+        self.demonstrations = demonstrations
         self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
 
     def setup(self, stage: str) -> None:
         """Nothing is drawn yet."""
-        self.train_prompts = DrawnPrompts(self.task, "train", self.train_size)
-        self.val_prompts = DrawnPrompts(self.task, "val", self.val_size)
-        self.test_prompts = DrawnPrompts(self.task, "test", self.test_size)
+        self.train_prompts = DrawnPrompts(self.task, "train", self.train_size, self.demonstrations)
+        self.val_prompts = DrawnPrompts(self.task, "val", self.val_size, demonstrations=1.0)
+        self.test_prompts = DrawnPrompts(self.task, "test", self.test_size, demonstrations=1.0)
 
 
 def draw_color(rng: np.random.Generator, answer: str) -> Image.Image:

@@ -1,15 +1,17 @@
 """The mathematics of RL post-training: pure functions from tensors to tensors.
 
-========================================= ====================================================================
-:mod:`~rllava_pl.functional.logprobs`     logits or hidden states to log-probs and entropies of tokens
-:mod:`~rllava_pl.functional.rewards`      one reward a sample to one a token; which groups carry information
-:mod:`~rllava_pl.functional.advantages`   rewards to advantages (GRPO, RLOO)
-:mod:`~rllava_pl.functional.losses`       log-probs and advantages to a loss of every token
-:mod:`~rllava_pl.functional.kl`           estimates of the distance to a reference policy, and its coefficient
-:mod:`~rllava_pl.functional.reduce`       per-token values to means and to the loss that is differentiated
-:mod:`~rllava_pl.functional.schedules`    learning-rate factor of every step
-:mod:`~rllava_pl.functional.seeds`        randomness as a function of counters
-========================================= ====================================================================
+=========================================== ====================================================================
+:mod:`~rllava_pl.functional.logprobs`       logits or hidden states to log-probs and entropies of tokens
+:mod:`~rllava_pl.functional.rewards`        one reward a sample to one a token; which groups carry information
+:mod:`~rllava_pl.functional.advantages`     rewards to advantages, one a sample or one a token
+:mod:`~rllava_pl.functional.losses`         log-probs and advantages to a loss of every token; values, too
+:mod:`~rllava_pl.functional.demonstrations` losses of rollouts and demonstrations together, and what mixes them
+:mod:`~rllava_pl.functional.preference`     log-probs of response pairs to a loss of every pair
+:mod:`~rllava_pl.functional.kl`             estimates of the distance to a reference policy, and its coefficient
+:mod:`~rllava_pl.functional.reduce`         per-token values to means and to the loss that is differentiated
+:mod:`~rllava_pl.functional.schedules`      learning-rate factor of every step
+:mod:`~rllava_pl.functional.seeds`          randomness as a function of counters
+=========================================== ====================================================================
 
 Import the modules, not their names: ``from rllava_pl.functional import advantages, losses`` makes a call read
 ``advantages.grpo(...)``. Rules that hold for all of them:

@@ -55,6 +55,14 @@ class Groups:
         highest_K = values_N.new_zeros(len(self.sizes_K))
         return highest_K.scatter_reduce(0, self.index_N, values_N, "amax", include_self=False)[self.index_N]
 
+    def max_of_others(self, values_N: Tensor) -> Tensor:
+        """(N,): largest value among the other samples of each sample's group; -inf for a group of one."""
+        highest_N = self.max(values_N)
+        on_top_N = values_N == highest_N
+        second_N = self.max(values_N.masked_fill(on_top_N, -torch.inf))
+        alone_on_top_N = on_top_N & (self.sum(on_top_N.long()) == 1)
+        return torch.where(alone_on_top_N, second_N, highest_N)
+
     def unequal(self, values_N: Tensor) -> Tensor:
         """Boolean (N,): the sample's group has max > min; False for a group of one."""
         return self.max(values_N) > -self.max(-values_N)

@@ -1,20 +1,72 @@
 """From log-probs and advantages to a loss of every token, to be minimised.
 
+=================================== ================================================================================
+:func:`reinforce`                   the policy gradient itself; with advantage 1, the loss of supervised fine-tuning
+:func:`clipped`                     nothing to gain beyond a range of the token's ratio: PPO, GRPO, DAPO
+:func:`cispo`                       every token keeps its gradient, with a weight that is bounded
+:func:`sapo`                        a weight that fades smoothly away from ratio 1
+:func:`gspo`, :func:`gmpo`          one ratio a response: the geometric mean of those of its tokens
+:func:`clip_cov`, :func:`kl_cov`    spare or hold back the tokens that cost entropy; chosen by ``..._select``
+:func:`value_clipped`               for a critic
+:func:`importance_weights`          factors in front of a policy loss, against the mismatch between engine and trainer
+=================================== ================================================================================
+
 Nothing here is reduced: :func:`rllava_pl.functional.reduce.reduce_loss` does that, and removes what stands at padding.
-``ratio = exp(clamp(logp - old_logp, -20, 20))`` throughout.
+``ratio = exp(clamp(logp - old_logp, -20, 20))`` throughout. At ``logp = old_logp``, with advantages constant along each
+row, every policy loss has the gradient of :func:`reinforce` (:func:`clip_cov`: but for its silenced tokens); they
+differ in how they let go of it as the ratio moves.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from rllava_pl.functional._covariance import clip_cov, clip_cov_select, kl_cov, kl_cov_select
 from rllava_pl.functional._numerics import bounded_exp, check_choice, check_mask, raised
+from rllava_pl.functional._sequence import gmpo, gspo
+from rllava_pl.functional._surrogate import check_clip_range, log_ratio, pessimistic
+
+__all__ = [
+    "WeightLevel",
+    "WeightMode",
+    "cispo",
+    "clip_cov",
+    "clip_cov_select",
+    "clipped",
+    "gmpo",
+    "gspo",
+    "importance_weights",
+    "kl_cov",
+    "kl_cov_select",
+    "reinforce",
+    "sapo",
+    "value_clipped",
+]
 
 WeightLevel = Literal["token", "sequence"]
 WeightMode = Literal["truncate", "mask"]
+
+
+def reinforce(logp: Tensor, advantages: Tensor) -> Tensor:
+    """The policy gradient: ``-A * logp`` (R. J. Williams 1992). With A = 1, the token loss of supervised fine-tuning.
+
+    It has no ratio and therefore suits exactly one update on what was sampled.
+
+    Args:
+        logp: Log-probs under the policy being trained, any shape.
+        advantages: Credit of every token.
+
+    Returns:
+        The shape of the inputs, in at least fp32.
+
+    >>> reinforce(torch.tensor([-1.0, -0.5]), torch.tensor([2.0, -1.0]))
+    tensor([ 2.0000, -0.5000])
+    """
+    return -raised(advantages) * raised(logp)
 
 
 def clipped(
@@ -49,18 +101,108 @@ def clipped(
     >>> clipped(torch.tensor([0.5, -0.5, 0.5]), torch.zeros(3), torch.tensor([1.0, -1.0, -1.0]))
     tensor([-1.2000,  0.8000,  1.6487])
     """
-    if not (clip_low >= 0 and clip_high >= 0):
-        raise ValueError(
-            f"clip_low is {clip_low}, clip_high is {clip_high}; both must be 0 or positive distances from 1"
-        )
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip is {dual_clip}; it bounds the ratio from above and must be larger than 1, or None")
-    ratio = bounded_exp(raised(logp) - raised(old_logp))
-    penalty = -raised(advantages)
-    loss = torch.maximum(penalty * ratio, penalty * ratio.clamp(1 - clip_low, 1 + clip_high))
+    loss = pessimistic(bounded_exp(log_ratio(logp, old_logp)), advantages, clip_low, clip_high)
     if dual_clip is None:
         return loss
+    penalty = -raised(advantages)
     return torch.where(penalty > 0, torch.minimum(loss, penalty * dual_clip), loss)
+
+
+def cispo(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+    """REINFORCE with a bounded importance weight: ``-sg[clip(ratio, 1 - clip_low, 1 + clip_high)] * A * logp``.
+
+    CISPO (arXiv 2506.13585); sg = no gradient. Unlike with :func:`clipped`, a token out of range keeps a gradient.
+    ``clip_low=1.0`` is no lower bound, which is usual. Ranges are distances from 1: ``clip_high=4.0`` is the upper
+    bound of 5.0 that ScaleRL recommends (arXiv 2510.13786).
+
+    Args:
+        logp: Log-probs under the policy being trained, any shape.
+        old_logp: Log-probs under the policy that sampled.
+        advantages: Credit of every token.
+        clip_low: How far the weight may fall below 1.
+        clip_high: How far it may rise above 1.
+
+    Returns:
+        The shape of the inputs, in at least fp32. The value says little; the gradient is what counts.
+
+    Raises:
+        ValueError: a negative clip range.
+
+    >>> logp, old_logp = torch.tensor([-1.0, -1.0]), torch.tensor([-3.0, -1.5])
+    >>> cispo(logp, old_logp, torch.tensor([1.0, -2.0]), clip_low=1.0, clip_high=4.0)
+    tensor([ 5.0000, -3.2974])
+    """
+    check_clip_range(clip_low, clip_high)
+    weight = bounded_exp(log_ratio(logp, old_logp)).detach().clamp(1 - clip_low, 1 + clip_high)
+    return weight * reinforce(logp, advantages)
+
+
+def sapo(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    *,
+    temperature_positive: float = 1.0,
+    temperature_negative: float = 1.05,
+) -> Tensor:
+    """A soft gate in place of the clip: ``-A * 4 / temperature * sigmoid(temperature * (ratio - 1))``.
+
+    SAPO (arXiv 2511.20347). The gradient's weight is A at ratio 1 and fades smoothly on both sides of it, the faster
+    the higher the temperature.
+
+    Args:
+        logp: Log-probs under the policy being trained, any shape.
+        old_logp: Log-probs under the policy that sampled.
+        advantages: Credit of every token.
+        temperature_positive: Where A > 0.
+        temperature_negative: Elsewhere; higher, because lowering one token raises all others, good or bad.
+
+    Returns:
+        The shape of the inputs, in at least fp32.
+
+    Raises:
+        ValueError: a temperature that is not positive and finite.
+
+    >>> sapo(torch.tensor([1.5, 1.5, 1.0]).log(), torch.zeros(3), torch.tensor([1.0, -1.0, 2.0]))
+    tensor([-2.4898,  2.3936, -4.0000])
+    """
+    for name, value in (("positive", temperature_positive), ("negative", temperature_negative)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"temperature_{name} is {value}; it must be positive and finite")
+    ratio, advantages = bounded_exp(log_ratio(logp, old_logp)), raised(advantages)
+    # Filled, not torch.where of two numbers: that would be fp32 even beside fp64.
+    temperature = torch.full_like(ratio, temperature_negative).masked_fill(advantages > 0, temperature_positive)
+    return -advantages * (4 / temperature) * torch.sigmoid(temperature * (ratio - 1))
+
+
+def value_clipped(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float = 0.5) -> Tensor:
+    """A critic's loss: ``max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2``.
+
+    There is nothing to gain from moving further than ``clip`` from the value the advantages were computed with. It
+    comes from OpenAI's PPO code; the paper (arXiv 1707.06347) has the plain square, which is ``clip=inf``.
+
+    Args:
+        values: Values under the critic being trained, any shape.
+        old_values: Values at the time of the rollout.
+        returns: What the values are to predict.
+        clip: How far a value may move, in units of the reward; inf: anywhere.
+
+    Returns:
+        The shape of the inputs, in at least fp32.
+
+    Raises:
+        ValueError: ``clip`` negative.
+
+    >>> value_clipped(torch.tensor([1.0, 0.2]), torch.zeros(2), torch.tensor([2.0, 0.1]))
+    tensor([1.1250, 0.0050])
+    """
+    if not clip >= 0:
+        raise ValueError(f"clip is {clip}; it must be 0 or a positive distance from the old value")
+    values, old_values, returns = raised(values), raised(old_values), raised(returns)
+    near = values.clamp(old_values - clip, old_values + clip)
+    return torch.maximum((values - returns).square(), (near - returns).square()) / 2
 
 
 def importance_weights(

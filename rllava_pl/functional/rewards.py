@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from rllava_pl.functional._groups import Groups
@@ -33,6 +35,43 @@ def place_rewards(rewards_N: Tensor, mask_NT: Tensor) -> Tensor:
         )
     remaining_NT = mask_NT.flip(1).cumsum(1).flip(1)
     return raised(rewards_N).unsqueeze(1).where(mask_NT & (remaining_NT == 1), 0.0)
+
+
+def overlong_penalty(lengths_N: Tensor, *, max_tokens: int, buffer_tokens: int, scale: float = 1.0) -> Tensor:
+    """Soft punishment of long responses: 0, and from ``max_tokens - buffer_tokens`` on linear down to ``-scale``.
+
+    ``scale * ((max_tokens - buffer_tokens) - length) / buffer_tokens`` inside the buffer, ``-scale`` beyond
+    ``max_tokens``. Soft overlong punishment of DAPO (arXiv 2503.14476), there with 20,480 tokens of which 4,096 are
+    buffer. It shapes rewards and must not decide which groups are informative: filter first, then add it.
+
+    Args:
+        lengths_N: int64, trainable tokens of each sample.
+        max_tokens: Response budget in tokens.
+        buffer_tokens: Last part of the budget; 0: only what is longer than the budget is punished.
+        scale: Size of the full penalty.
+
+    Returns:
+        fp32 (N,), between ``-scale`` and 0.
+
+    Raises:
+        ValueError: ``max_tokens`` not positive, ``buffer_tokens`` outside of 0..max_tokens, ``scale`` negative.
+
+    >>> import torch
+    >>> overlong_penalty(torch.tensor([6, 8, 10, 11]), max_tokens=10, buffer_tokens=4)
+    tensor([ 0.0000, -0.5000, -1.0000, -1.0000])
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; the response budget must be at least 1 token")
+    if not 0 <= buffer_tokens <= max_tokens:
+        raise ValueError(
+            f"buffer_tokens is {buffer_tokens}; it is the last part of max_tokens={max_tokens} and must lie between 0 "
+            f"and {max_tokens}"
+        )
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"scale is {scale}; it must be 0 or a positive finite number, the penalty is its negative")
+    room_N = (max_tokens - buffer_tokens - lengths_N).double()
+    # Lengths are whole numbers: without a buffer, one token too many is a full share already.
+    return (scale * (room_N / max(buffer_tokens, 1)).clamp(-1, 0)).float()
 
 
 def informative_groups(rewards_N: Tensor, group_N: Tensor) -> Tensor:

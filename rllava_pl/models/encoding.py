@@ -1,7 +1,8 @@
-"""Prompts to model inputs: chat template, processor, padding.
+"""Prompts to model inputs: chat template, processor, padding; written responses to token ids.
 
 ``encode`` runs the processor once over a batch and takes the result apart again, one ``PromptInputs`` a prompt, so that
 prompts can be regrouped freely into mini- and micro-batches; ``collate`` pads a selection of them for one forward.
+``encode_response`` turns a demonstration into the ids a policy would have sampled, ``extend`` puts ids behind a prompt.
 """
 
 from __future__ import annotations
@@ -90,6 +91,46 @@ def encode(processor: Processor, prompts: Sequence[Prompt], family: Family | Non
         return_tensors="pt",
     )
     return _take_apart(dict(outputs), [len(prompt.images) for prompt in prompts], family or _family_by_class(processor))
+
+
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, banned_ids: Sequence[int], stop_ids: Sequence[int]
+) -> Tensor:
+    """A written response as if the policy had sampled it: the tokens of the text, then the end token.
+
+    Args:
+        tokenizer: Of the model; it adds no special tokens of its own here.
+        text: Of a demonstration, without an end token.
+        banned_ids: Ids the policy never samples: their log-prob would be that of an impossible token.
+        stop_ids: Ids that end a response. The tokenizer's end token is appended if it is one of them, else the first.
+
+    Returns:
+        int64 (T,), the end token last.
+
+    Raises:
+        ValueError: The text holds a banned token or an end token; names the first.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if misplaced := [i for i in ids if i in banned_ids or i in stop_ids]:
+        token, ends = tokenizer.convert_ids_to_tokens(misplaced[0]), misplaced[0] in stop_ids
+        cause = "ends a response (one is appended here)" if ends else "stands for image content and is never sampled"
+        raise ValueError(
+            f"the response {text[:80]!r} holds the token {token!r}, which {cause}; take it out of the text"
+        )
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in stop_ids else stop_ids[0]
+    return torch.tensor([*ids, end], dtype=torch.int64)
+
+
+def extend(inputs: PromptInputs, ids: Sequence[int]) -> PromptInputs:
+    """A prompt with further text tokens behind it, its images unchanged: what the model reads after those tokens.
+
+    Inputs that run along the tokens (``mm_token_type_ids``) are 0 at text, and so at the new tokens.
+    """
+    return PromptInputs(
+        input_ids_S=torch.cat([inputs.input_ids_S, inputs.input_ids_S.new_tensor(ids)]),
+        tokens={name: torch.nn.functional.pad(x, (0, len(ids))) for name, x in inputs.tokens.items()},
+        images=inputs.images,
+    )
 
 
 def _family_by_class(processor: Processor) -> Family:

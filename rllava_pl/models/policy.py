@@ -4,6 +4,9 @@
 under exactly the distribution the engines sample from: softmax of logits / temperature over the tokens that are not
 banned. A prompt, its images included, is computed once for its whole group where the family allows it
 (``shared_prompt``), else once a response (the plain form); both give the same numbers.
+
+``forward`` is two halves where the family is known: ``hidden`` gives the states that predict the M tokens of the mask,
+``read`` their log-probs. A critic reads the same states and lays its values out with ``spread``.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 from rllava_pl.functional.logprobs import chunked_token_log_probs, token_log_probs
 from rllava_pl.models import shared_prompt
-from rllava_pl.models.encoding import collate, encode, tokenizer_of
+from rllava_pl.models.encoding import collate, encode, encode_response, tokenizer_of
 from rllava_pl.models.families import banned_token_ids, family_of
 from rllava_pl.types import PolicyBatch, PolicyOutput, Prompt, PromptInputs
 
@@ -45,6 +48,8 @@ class Policy(nn.Module):
         self, model: PreTrainedModel, processor: Processor, *, temperature: float = 1.0, share_prompt: bool = True
     ) -> None:
         super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"the policy's temperature is {temperature}; log-probs need a positive one")
         self.model = model
         self.processor = processor
         self.temperature = temperature
@@ -53,8 +58,7 @@ class Policy(nn.Module):
         self.banned_ids = banned_token_ids(model, self.tokenizer)
         self.stop_ids = _stop_ids(model, self.tokenizer)
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_ids[0]
-        self._plain_head = self.family.causal and getattr(model.get_output_embeddings(), "bias", None) is None
-        self.shares_prompt = share_prompt and self._plain_head and shared_prompt.enable(model)
+        self.shares_prompt = share_prompt and shared_prompt.enable(model)
         _turn_off_dropout(model)
 
     @property
@@ -70,6 +74,10 @@ class Policy(nn.Module):
     def encode(self, prompts: Sequence[Prompt]) -> list[PromptInputs]:
         """Prompts as this model reads them; see ``encoding.encode``."""
         return encode(self.processor, prompts, self.family)
+
+    def encode_response(self, text: str) -> Tensor:
+        """Ids (T,) of a demonstration as a response of this policy; see ``encoding.encode_response``."""
+        return encode_response(self.tokenizer, text, banned_ids=self.banned_ids, stop_ids=self.stop_ids)
 
     def decode(self, response_ids: Tensor) -> str:
         """Text of a response without the model's control tokens; for rewards and people."""
@@ -97,23 +105,48 @@ class Policy(nn.Module):
 
     def forward(self, batch: PolicyBatch) -> PolicyOutput:
         """Log-probs and entropies of the response tokens, (N, T) each, 0 where the mask is False."""
-        mask_NT, ids_NT = batch.mask_NT.to(self.device), batch.response_ids_NT.to(self.device)
-        if self.shares_prompt:
-            logp, entropy = self._from_hidden(self._hidden_shared(batch)[mask_NT], ids_NT[mask_NT])
-        elif self._plain_head:
-            logp, entropy = self._from_hidden(self._hidden_plain(batch)[mask_NT], ids_NT[mask_NT])
-        else:
-            inputs = self._repeat_prompts(batch)
-            logits_NTV = self.model(**inputs, use_cache=False, logits_to_keep=ids_NT.shape[1]).logits
-            logp, entropy = self._from_logits(logits_NTV[mask_NT], ids_NT[mask_NT])
-        empty_NT = torch.zeros(mask_NT.shape, dtype=logp.dtype, device=self.device)
-        return PolicyOutput(empty_NT.masked_scatter(mask_NT, logp), empty_NT.masked_scatter(mask_NT, entropy))
+        if self.family.causal:
+            return self.read(self.hidden(batch), batch)
+        mask_NT, ids_M = self._targets(batch)
+        logits_NTV = self.model(**self._repeat_prompts(batch), use_cache=False, logits_to_keep=mask_NT.shape[1]).logits
+        return self._output(self._from_logits(logits_NTV[mask_NT], ids_M), mask_NT)
+
+    def hidden(self, batch: PolicyBatch) -> Tensor:
+        """Final hidden states (M, H) that predict the M tokens whose mask is True, row by row.
+
+        Each knows its prompt with the images and the response before its token, not the token: the state a critic
+        values.
+
+        Raises:
+            ValueError: The family is not known to be causal; what its head reads need not be these states.
+        """
+        if not self.family.causal:
+            raise ValueError(
+                f"no hidden states for the family {self.model.config.model_type!r}: only its logits are known to be "
+                "right; use an algorithm without a critic, or, if it is causal throughout, enter it in models/families.py"
+            )
+        hidden_NTH = self._hidden_shared(batch) if self.shares_prompt else self._hidden_plain(batch)
+        return hidden_NTH[batch.mask_NT.to(self.device)]
+
+    def read(self, hidden_MH: Tensor, batch: PolicyBatch) -> PolicyOutput:
+        """Log-probs and entropies from ``hidden(batch)``; padding never meets the vocabulary."""
+        mask_NT, ids_M = self._targets(batch)
+        return self._output(self._from_hidden(hidden_MH, ids_M), mask_NT)
+
+    def _targets(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
+        """The mask (N, T) and the ids (M,) under it, on the policy's device."""
+        mask_NT = batch.mask_NT.to(self.device)
+        return mask_NT, batch.response_ids_NT.to(self.device)[mask_NT]
+
+    @staticmethod
+    def _output(of_tokens: tuple[Tensor, Tensor], mask_NT: Tensor) -> PolicyOutput:
+        logp_M, entropy_M = of_tokens
+        return PolicyOutput(spread(logp_M, mask_NT), spread(entropy_M, mask_NT))
 
     def _from_hidden(self, hidden_MH: Tensor, ids_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the M tokens that count, (M,) each: padding never meets the vocabulary."""
         head = self.model.get_output_embeddings()
-        adapted = hasattr(head, "lora_A")  # its weight alone is not what it computes
-        if adapted or ids_M.numel() * head.weight.shape[0] <= LOGITS_LIMIT:
+        by_weight = getattr(head, "bias", None) is None and not hasattr(head, "lora_A")  # its weight is all of it
+        if not by_weight or ids_M.numel() * head.weight.shape[0] <= LOGITS_LIMIT:
             return self._from_logits(head(hidden_MH), ids_M)
         logp, entropy = chunked_token_log_probs(
             hidden_MH[None], head.weight, ids_M[None], temperature=self.temperature, banned_ids=self.banned_ids
@@ -185,6 +218,16 @@ class Policy(nn.Module):
                 layer.enable_adapters(True)  # type: ignore[operator]
                 for parameter, flag in zip(layer.parameters(), flags, strict=True):
                     parameter.requires_grad_(flag)
+
+
+def spread(values_M: Tensor, mask_NT: Tensor) -> Tensor:
+    """(M,) values of the tokens whose mask is True, laid out row by row as (N, T); 0 elsewhere. Differentiable.
+
+    >>> spread(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[True, False], [True, True]]))
+    tensor([[1., 0.],
+            [2., 3.]])
+    """
+    return values_M.new_zeros(mask_NT.shape).masked_scatter(mask_NT, values_M)
 
 
 def next_positions(position_ids: Tensor) -> Tensor:

@@ -1,30 +1,31 @@
-"""The RL loop as a LightningModule: rollout, judge, evaluate, credit, update, report."""
+"""The RL loop as a LightningModule: rollout, judge, collect, evaluate, credit, update, report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from rllava_pl.functional.kl import kl_estimate
-from rllava_pl.functional.losses import clipped
-from rllava_pl.functional.reduce import reduce_loss
-from rllava_pl.functional.rewards import informative_groups
+from rllava_pl.functional.kl import AdaptiveKLController, kl_estimate
+from rllava_pl.functional.losses import WeightLevel, WeightMode, clipped, importance_weights
+from rllava_pl.functional.reduce import masked_mean, reduce_loss
 from rllava_pl.functional.seeds import permutation, seed_from
-from rllava_pl.modules.evaluation import Evaluation
-from rllava_pl.modules.experience import assemble, join_rows, microbatches, minibatches, over_ranks
-from rllava_pl.modules.optimization import Optimization
-from rllava_pl.modules.tally import Tally
-from rllava_pl.rewards.base import judge
+from rllava_pl.modules.loop import shaping
+from rllava_pl.modules.loop.evaluation import Evaluation
+from rllava_pl.modules.loop.experience import assemble, join_rows, microbatches, minibatches, over_ranks
+from rllava_pl.modules.loop.observation import Observation
+from rllava_pl.modules.loop.optimization import Counts
+from rllava_pl.rewards.base import Judgement, judge
 from rllava_pl.strategies import updates
 from rllava_pl.strategies.collectives import world_size
-from rllava_pl.types import Experience, PolicyBatch, PolicyOutput, PromptBatch, Rollout
+from rllava_pl.types import Experience, PolicyBatch, PolicyOutput, PromptBatch, Request, Rollout
 
 
-class RLModule(Optimization, Evaluation):
+class RLModule(Observation, Evaluation):
     """One RL algorithm on a vision-language model; one ``training_step`` is one pass of the loop.
 
     Subclasses say how credit is assigned (``advantages``) and, where it is not PPO's clipped surrogate, how the policy
@@ -48,10 +49,23 @@ class RLModule(Optimization, Evaluation):
         aggregation: How per-token losses become one number, over the mini-batch of all ranks.
         clip_low: Ratios below 1 - clip_low are not pushed further down.
         clip_high: Ratios above 1 + clip_high are not pushed further up.
+        dual_clip: Bounds the ratio of tokens with negative advantage (arXiv 1912.09729), above 1; null: no bound.
         kl_loss_coef: Weight of the KL divergence to the reference policy in the loss; 0 loads no reference.
         kl_reward_coef: Weight of the KL divergence (k1, summed over the response) subtracted from the reward.
         kl_estimator: Form of the KL term in the loss.
+        kl_target: The KL coefficients are adapted so that the divergence (token mean of k1) stays near this; 0: fixed.
+        kl_horizon: Samples in which an adapted coefficient can at most change by a fifth.
         entropy_coef: Weight of the entropy bonus.
+        overlong_buffer: Part of the budget, at its end, in which length is punished linearly; 0: no punishment.
+        overlong_scale: The punishment where the budget ends.
+        mask_truncated: Truncated responses count in their group's baseline but are not trained.
+        max_refills: Further batches of prompts asked, by the same policy, to replace groups whose answers all earned
+            the same (dynamic sampling); 0: every batch is taken as it is.
+        informative_share: Part of a batch that must be informative for it to be full.
+        informative_component: The reward component that decides whether a group is informative.
+        engine_correction: How importance weights between engine and trainer are bounded, by token or by sequence; idle
+            where the engine computes with the trainer's own weights and arithmetic.
+        engine_correction_cap: Largest such weight.
         val_samples: Samples drawn of each prompt in validation and test beside the greedy one; 0: greedy only.
         seed: Of sampling and of the order of mini-batches; the CLI links it to ``seed_everything``.
     """
@@ -59,10 +73,12 @@ class RLModule(Optimization, Evaluation):
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def training_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """One pass: sample, judge, evaluate, assign credit, update, report."""
+        """One pass: sample, judge, collect, evaluate, assign credit, update, report."""
         self._check_batch(prompts)
         rollouts = self.rollout(prompts)
-        experience = self.judge(rollouts)
+        experience = self.collect(self.judge(rollouts), wanted=len(prompts))
+        if experience is None:  # the batch is not full: the same policy goes on with the next prompts
+            return
         experience = self.evaluate(experience)
         experience = self.credit(experience)
         for minibatch in self.minibatches(experience):
@@ -72,39 +88,50 @@ class RLModule(Optimization, Evaluation):
     def rollout(self, prompts: PromptBatch) -> list[Rollout]:
         """``group_size`` completions of every prompt from the engine."""
         with self.phase("rollout"):
-            requests = self.requests(list(prompts), samples=self.group_size, stream="train")
             self.rollout_version = self.weight_version
-            return self.engine.generate(requests, self.sampling)
+            return self.sample(self.requests(list(prompts), samples=self.group_size, stream="train"))
 
     def judge(self, rollouts: Sequence[Rollout]) -> Experience:
         """Rewards; groups with a sample that could not be scored are dropped and counted."""
         with self.phase("reward"):
-            judgement = judge(self.rewards, rollouts)
+            judgement = self.score_rollouts(rollouts)
             device = self.policy.device
             unscored = torch.tensor(sum(judgement.causes.values()), device=device)
             self.tally.add("unscored_samples", unscored, 1 / world_size())  # a total, not a mean over ranks
-            return assemble(rollouts, judgement, self.group_size, device)
+            return assemble(rollouts, judgement, self.group_size + self.extra_members, device)
+
+    def collect(self, experience: Experience, wanted: int) -> Experience | None:
+        """With dynamic sampling, the groups worth training on once there are enough of them; else all at once."""
+        self.observe_samples(experience)
+        rounds = self.collection.rounds
+        batch = self.collection.add(experience, wanted)
+        if batch is not None and self.collection.max_refills:
+            self.tally.add("refills", torch.tensor(rounds, device=self.policy.device))
+        return batch
 
     def evaluate(self, experience: Experience) -> Experience:
-        """Log-probs of the sampled tokens under the sampling policy and the reference, as far as they are needed.
+        """Log-probs of the sampled tokens under the sampling policy and the reference, and a critic's values.
 
         Old log-probs are the engine's where it shares weights and arithmetic with the trainer (``engine.exact``). Else
         they are computed here; with a single update a rollout not even that: the update's own forward gives them.
         """
         with self.phase("evaluate"):
-            old = ref = None
-            if self.engine.exact:
-                old = experience.engine_logp_NT
-            elif self.updates_per_rollout > 1 or self.kl_reward_coef:
+            if self.engine.exact and not self.needs_values:
+                experience = experience.replace(old_logp_NT=experience.engine_logp_NT)
+            elif self.evaluates_old_logp:
                 old = self.score(self.trainer.strategy.model, experience)
+                experience = experience.replace(old_logp_NT=old.logp_NT, values_NT=old.values_NT)
             if self.needs_reference:
                 with self.policy.adapters_off():
                     ref = self.score(self.reference or self.trainer.strategy.model, experience)
-            return experience.replace(old_logp_NT=old, ref_logp_NT=ref)
+                experience = experience.replace(ref_logp_NT=ref.logp_NT)
+            return experience
 
     def credit(self, experience: Experience) -> Experience:
         """Advantages, from the rollout batch of all ranks."""
-        everyone, own = over_ranks(self.penalise(experience))
+        experience = self.shape(experience)
+        everyone, own = over_ranks(experience)
+        self.adapt_kl(everyone)
         advantages = self.advantages(everyone)
         advantages_NT = advantages[:, None].expand(everyone.mask_NT.shape) if advantages.ndim == 1 else advantages
         width = experience.mask_NT.shape[1]
@@ -120,34 +147,21 @@ class RLModule(Optimization, Evaluation):
     def update(self, minibatch: Experience) -> None:
         """One optimizer step; the loss is normalised by counts of the whole mini-batch over all ranks."""
         with self.phase("update"):
-            loss_count, token_count = self.denominators(minibatch).unbind()
-            if token_count == 0:  # nothing to learn from on any rank: all ranks leave together
+            counts = self.denominators(minibatch)
+            if counts.tokens == 0:  # nothing to learn from on any rank: all ranks leave together
+                self.tally.add("skipped_updates", counts.tokens + 1, 1 / world_size())
                 return
             pieces = microbatches(minibatch, self.micro_batch_size)
             for k, piece in enumerate(pieces):
                 with updates.micro_batch(self.trainer.strategy, last=k == len(pieces) - 1):
-                    loss = self.loss(self.trainer.strategy.model(piece.batch), piece, loss_count, token_count)
+                    loss = self.loss(self.trainer.strategy.model(piece.batch), piece, counts)
                     self.manual_backward(loss * world_size())  # gradients are averaged over ranks, the loss is a sum
             self.step()
 
     def report(self, experience: Experience) -> None:
         """Log the pass: means over all ranks, and seconds a phase."""
-        tally, counted_N = self.tally, experience.mask_NT.any(1)  # a silenced group counts nowhere
-        truncated = [rollout.finish_reason == "length" for rollout in experience.rollouts]
-        samples = {
-            "reward": experience.rewards_N,
-            **{f"reward/{name}": values_N for name, values_N in experience.components.items()},
-            "response_tokens": experience.lengths_N,
-            "truncated_fraction": torch.tensor(truncated, device=counted_N.device),
-            "informative_groups": informative_groups(experience.rewards_N, experience.group_N),
-        }
-        for name, values_N in samples.items():
-            tally.add_masked(name, values_N.float(), counted_N)
-        metrics = {f"train/{name}": value for name, value in tally.means().items()}
-        metrics |= {f"time/{name}_seconds": value for name, value in self.seconds.items()}
-        self.publish(metrics)
-        self.tally = Tally()
-        self.seconds.clear()
+        self.observe_credit(experience)
+        self.publish_metrics()
         self.rollouts_done += 1
 
     # -- what an algorithm decides -----------------------------------------------------------------------------------
@@ -158,9 +172,11 @@ class RLModule(Optimization, Evaluation):
 
     def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
         """Loss of every token, to be minimised, before aggregation; by default the clipped surrogate of PPO."""
-        return clipped(
-            logp_NT, batch.old_logp_NT, batch.advantages_NT, clip_low=self.clip_low, clip_high=self.clip_high
-        )
+        return clipped(logp_NT, batch.old_logp_NT, batch.advantages_NT, **self.clip_range, dual_clip=self.dual_clip)
+
+    def sample(self, requests: list[Request]) -> list[Rollout]:
+        """Responses to the requests, in order; ``group_size`` + ``extra_members`` of each prompt."""
+        return self.engine.generate(requests, self.sampling)
 
     # -- its parts ---------------------------------------------------------------------------------------------------
 
@@ -168,49 +184,87 @@ class RLModule(Optimization, Evaluation):
         """Log-probs and entropies of the response tokens; what sharding wrappers wrap."""
         return self.policy(batch)
 
+    @property
+    def clip_range(self) -> dict[str, float]:
+        """The two knobs of most losses, by name."""
+        return {"clip_low": self.clip_low, "clip_high": self.clip_high}
+
     @torch.no_grad()
-    def score(self, policy: torch.nn.Module, experience: Experience) -> Tensor:
-        """Log-probs (N, T) of an experience under ``policy``, without gradients."""
-        pieces = microbatches(experience, self.micro_batch_size)
-        logp = [policy(piece.batch).logp_NT for piece in pieces]
-        return join_rows(logp, experience.mask_NT.shape[1])[: len(experience)]
+    def score(self, policy: torch.nn.Module, experience: Experience) -> PolicyOutput:
+        """Log-probs, and values where there is a critic, of an experience under ``policy``, without gradients."""
+        outputs = [policy(piece.batch) for piece in microbatches(experience, self.micro_batch_size)]
+        rows, width = len(experience), experience.mask_NT.shape[1]
+        columns = [None if parts[0] is None else join_rows(parts, width)[:rows] for parts in zip(*outputs, strict=True)]
+        return PolicyOutput(*columns)
 
-    def penalise(self, experience: Experience) -> Experience:
-        """Subtract the KL divergence to the reference from the reward: r - β · Σ_t m·(log π_old - log π_ref)."""
-        if not self.kl_reward_coef:
-            return experience
-        divergence_N = ((experience.old_logp_NT - experience.ref_logp_NT) * experience.mask_NT).sum(1)
-        return experience.replace(rewards_N=experience.rewards_N - self.kl_reward_coef * divergence_N)
+    def score_rollouts(self, rollouts: Sequence[Rollout]) -> Judgement:
+        """What the rewards say."""
+        return judge(self.rewards, rollouts)
 
-    def loss(self, output: PolicyOutput, batch: Experience, loss_count: Tensor, token_count: Tensor) -> Tensor:
+    def shape(self, experience: Experience) -> Experience:
+        """Penalties: length, truncation, KL divergence. Only the advantages see them."""
+        if self.overlong_buffer:
+            punishment_N = shaping.overlong(
+                experience,
+                max_tokens=self.sampling.max_tokens,
+                buffer_tokens=self.overlong_tokens,
+                scale=self.overlong_scale,
+            )
+            self.tally.add_masked("overlong_penalty", punishment_N, experience.own_mask_NT.any(1))
+            experience = experience.replace(rewards_N=experience.rewards_N + punishment_N)
+        if self.mask_truncated:
+            experience = shaping.without_truncated(experience)
+        return shaping.penalised(experience, kl_coef=self.kl_reward_coef * self.kl_controller.coef)
+
+    def adapt_kl(self, everyone: Experience) -> None:
+        """Move an adaptive KL coefficient by the divergence of the whole rollout batch."""
+        if isinstance(self.kl_controller, AdaptiveKLController):
+            divergence_NT = everyone.old_logp_NT - everyone.ref_logp_NT  # type: ignore[operator]
+            observed = float(masked_mean(divergence_NT, everyone.own_mask_NT))
+            self.kl_controller.update(observed, int(everyone.own_mask_NT.any(1).sum()))
+            self.tally.add("kl_factor", torch.tensor(self.kl_controller.coef, device=self.policy.device))
+
+    def loss(self, output: PolicyOutput, batch: Experience, counts: Counts) -> Tensor:
         """This micro-batch's share of the mini-batch's loss: policy + KL - entropy bonus."""
-        logp_NT, mask_NT = output.logp_NT, batch.mask_NT
-        if batch.old_logp_NT is None:
-            batch = batch.replace(old_logp_NT=logp_NT.detach())
-        loss_NT = self.policy_loss(logp_NT, batch)
+        logp_NT = output.logp_NT
+        old_logp_NT = logp_NT.detach() if batch.old_logp_NT is None else batch.old_logp_NT
+        batch = batch.replace(old_logp_NT=old_logp_NT, entropy_NT=output.entropy_NT.detach())
+        loss_NT = self.correct(self.policy_loss(logp_NT, batch), batch)
         if self.kl_loss_coef:
-            loss_NT = loss_NT + self.kl_loss_coef * kl_estimate(logp_NT, batch.ref_logp_NT, self.kl_estimator)
-        limit = self.sampling.max_tokens
-        loss = reduce_loss(loss_NT, mask_NT, self.aggregation, denominator=loss_count, max_tokens=limit)
-        self.observe(output, batch, loss)
+            kl_NT = kl_estimate(logp_NT, batch.ref_logp_NT, self.kl_estimator).masked_fill(batch.demo_mask_NT, 0.0)
+            loss_NT = loss_NT + self.kl_loss_coef * self.kl_controller.coef * kl_NT
+        loss = self.aggregate(loss_NT, batch, counts)
+        self.observe_tokens(output, batch, loss, self.cut_off(logp_NT, batch))
         if self.entropy_coef:
-            bonus = reduce_loss(output.entropy_NT, mask_NT, "token-mean", denominator=token_count)
+            bonus = reduce_loss(output.entropy_NT, batch.mask_NT, "token-mean", denominator=counts.tokens)
             loss = loss - self.entropy_coef * bonus
         return loss
 
-    @torch.no_grad()
-    def observe(self, output: PolicyOutput, batch: Experience, loss: Tensor) -> None:
-        """Token statistics of one micro-batch, for the report."""
-        logp_NT, mask_NT, tally = output.logp_NT, batch.mask_NT, self.tally
-        log_ratio_NT = logp_NT - batch.old_logp_NT
-        outside_NT = (log_ratio_NT.exp() < 1 - self.clip_low) | (log_ratio_NT.exp() > 1 + self.clip_high)
-        tally.add("loss", loss, 0)  # a sum over micro-batches and ranks; counted once an optimizer step
-        tally.add_masked("clip_fraction", outside_NT.float(), mask_NT)
-        tally.add_masked("entropy", output.entropy_NT, mask_NT)
-        if batch.ref_logp_NT is not None:
-            tally.add_masked("kl", kl_estimate(logp_NT, batch.ref_logp_NT, "k3"), mask_NT)
-        if self.first_update:  # the policy still is the one that sampled: what differs is the engine's arithmetic
-            tally.add_masked("engine_mismatch_kl", kl_estimate(batch.engine_logp_NT, logp_NT, "k3"), mask_NT)
+    def correct(self, loss_NT: Tensor, batch: Experience) -> Tensor:
+        """Weigh by the ratio between the trainer's and the engine's probabilities, where they are not the same."""
+        if self.engine_correction == "none" or self.engine.exact:
+            return loss_NT
+        level, mode = self.engine_correction.split("-")
+        weights_NT = importance_weights(
+            batch.old_logp_NT,
+            batch.engine_logp_NT,
+            batch.own_mask_NT,
+            level=cast(WeightLevel, level),
+            mode=cast(WeightMode, mode),
+            cap=self.engine_correction_cap,
+        )
+        self.tally.add_masked("engine_weight", weights_NT, batch.own_mask_NT)
+        return loss_NT * weights_NT.masked_fill(batch.demo_mask_NT, 1.0)
+
+    def cut_off(self, logp_NT: Tensor, batch: Experience) -> Tensor:
+        """Bool (N, T): tokens with credit whose gradient the loss holds at 0; what clipping means, whatever the loss.
+
+        The loss is taken once more of the log-probs alone, without the model behind them.
+        """
+        with torch.enable_grad():
+            leaf_NT = logp_NT.detach().requires_grad_()
+            (gradient_NT,) = torch.autograd.grad(self.policy_loss(leaf_NT, batch).sum(), leaf_NT)
+        return (gradient_NT == 0) & (batch.advantages_NT != 0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -220,8 +274,3 @@ class RLModule(Optimization, Evaluation):
             yield
         finally:
             self.seconds[name] += perf_counter() - start
-
-    @property
-    def first_update(self) -> bool:
-        """True until the first optimizer step on the present rollout batch."""
-        return self.weight_version == self.rollout_version

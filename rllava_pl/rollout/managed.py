@@ -75,7 +75,8 @@ def check_rollouts(requests: Sequence[Request], rollouts: Sequence[Rollout], ver
 
     Raises:
         RuntimeError: Naming the prompt: wrong number or order of rollouts, other prompt tokens than the trainer's,
-            stale weights, lengths that differ, log-probs that are positive or not finite.
+            stale weights, lengths that differ, given tokens that are missing or not marked as a demonstration's,
+            log-probs that are positive or not finite.
     """
     expected = [request for request in requests for _ in request.seeds]
     if len(rollouts) != len(expected):
@@ -103,6 +104,18 @@ def _fault(request: Request, rollout: Rollout, version: int) -> str:
     if not shape == rollout.engine_logprobs.shape == rollout.response_mask.shape:
         lengths = {len(rollout.response_ids), len(rollout.engine_logprobs), len(rollout.response_mask)}
         return f"ids, log-probs and mask have different lengths: {sorted(lengths)}"
+    return _prefix_fault(request.prefix_ids, rollout)
+
+
+def _prefix_fault(prefix_ids: tuple[int, ...], rollout: Rollout) -> str:
+    ids_T, demo_mask, given = rollout.response_ids, rollout.demo_mask, len(prefix_ids)
+    if not given and demo_mask is None:
+        return ""
+    if (begins := tuple(ids_T[:given].tolist())) != prefix_ids:
+        return f"the response begins with the tokens {list(begins)} instead of the given ones {list(prefix_ids)}"
+    marked = torch.zeros_like(ids_T, dtype=torch.bool) if demo_mask is None else demo_mask
+    if not torch.equal(marked, torch.arange(len(ids_T)) < given):
+        return f"demo_mask must be True at the {given} given tokens and nowhere else, or they count as sampled"
     return ""
 
 

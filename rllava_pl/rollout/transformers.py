@@ -5,7 +5,8 @@ log-probs are those of exactly the distribution that is trained (temperature, ba
 the old log-probs and no second pass is needed.
 
 Randomness is a function of counters: row n draws its t-th token with the uniform number u(seed_n, t) by inverting the
-cumulative distribution, so a sample depends on its seed alone and not on what else is in the batch.
+cumulative distribution, so a sample depends on its seed alone and not on what else is in the batch. Tokens given with
+a request (``prefix_ids``) are read with the prompt and draw no number.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from rllava_pl.functional.seeds import uniforms
+from rllava_pl.models.encoding import extend
 from rllava_pl.models.policy import Policy, next_positions
-from rllava_pl.types import Request, Rollout, Sampling, Turn
+from rllava_pl.types import PromptInputs, Request, Rollout, Sampling, Turn
 
 
 class TransformersEngine:
@@ -66,33 +68,49 @@ class TransformersEngine:
         row_of_N = [p for p, request in enumerate(requests) for _ in request.seeds]
         seeds_N = torch.tensor([seed for request in requests for seed in request.seeds], device=self.policy.device)
         sampler = _Sampler(self.policy, sampling, seeds_N)
+        contexts = [self._context(request) for request in requests]
         if _expandable(self.policy):
-            self._decode(requests, torch.tensor(row_of_N, device=self.policy.device), sampler)
+            self._decode(contexts, torch.tensor(row_of_N, device=self.policy.device), sampler)
         else:
-            self._generate(requests, row_of_N, sampler)
+            self._generate([contexts[p] for p in row_of_N], sampler)
         return [
-            self._rollout(requests[p], ids, logp, mask, stopped)
-            for p, ids, logp, mask, stopped in zip(row_of_N, *sampler.result(), strict=True)
+            self._rollout(requests[p], ids, logp, stopped)
+            for p, ids, logp, stopped in zip(row_of_N, *sampler.result(), strict=True)
         ]
 
-    def _rollout(self, request: Request, ids_T: Tensor, logp_T: Tensor, mask_T: Tensor, stopped: bool) -> Rollout:
+    def _context(self, request: Request) -> PromptInputs:
+        """What sampling starts from: the prompt and the tokens given with it."""
+        if not request.prefix_ids:
+            return request.inputs
+        if misplaced := {*self.policy.banned_ids, *self.policy.stop_ids}.intersection(request.prefix_ids):
+            tokens = self.policy.tokenizer.convert_ids_to_tokens(sorted(misplaced))
+            raise ValueError(
+                f"prefix_ids of prompt {request.prompt.uid!r} hold {tokens}; a response goes on behind text only, not "
+                "behind an end token or a token that stands for image content"
+            )
+        return extend(request.inputs, request.prefix_ids)
+
+    def _rollout(self, request: Request, sampled_ids: Tensor, sampled_logp: Tensor, stopped: bool) -> Rollout:
+        given = len(request.prefix_ids)
+        ids_T = torch.cat([sampled_ids.new_tensor(request.prefix_ids), sampled_ids])
         return Rollout(
             prompt=request.prompt,
             group=request.group,
             prompt_ids=request.inputs.input_ids_S,
             inputs=request.inputs,
             response_ids=ids_T,
-            engine_logprobs=logp_T,
-            response_mask=mask_T,
+            engine_logprobs=torch.nn.functional.pad(sampled_logp, (given, 0)),
+            response_mask=torch.ones_like(ids_T, dtype=torch.bool),
             finish_reason="stop" if stopped else "length",
             weight_version=self.version,
             text=self.policy.decode(ids_T),
-            turns=(Turn(0, ids_T.shape[0]),),
+            turns=(Turn(given, len(ids_T)),),
+            demo_mask=torch.arange(len(ids_T)) < given if given else None,
         )
 
-    def _decode(self, requests: Sequence[Request], row_of_N: Tensor, sampler: _Sampler) -> None:
+    def _decode(self, contexts: Sequence[PromptInputs], row_of_N: Tensor, sampler: _Sampler) -> None:
         """Prefill every prompt once, expand the cache to its samples, then draw token after token."""
-        model, inputs = self.policy.model, self.policy.collate([request.inputs for request in requests])
+        model, inputs = self.policy.model, self.policy.collate(contexts)
         padded = not bool(inputs["attention_mask"].all())
         out = model(**inputs, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
@@ -116,11 +134,11 @@ class TransformersEngine:
             tokens = sampler.draw(out.logits[:, -1])
             position = position + 1
 
-    def _generate(self, requests: Sequence[Request], row_of_N: Sequence[int], sampler: _Sampler) -> None:
+    def _generate(self, contexts_N: Sequence[PromptInputs], sampler: _Sampler) -> None:
         """Fallback through the model's own ``generate``, where caches cannot be expanded: the prompt once a sample."""
         from transformers import LogitsProcessorList
 
-        inputs = self.policy.collate([requests[p].inputs for p in row_of_N])
+        inputs = self.policy.collate(contexts_N)
         del inputs["position_ids"]  # generate derives them itself
         self.policy.model.generate(
             **inputs,
@@ -137,6 +155,8 @@ class _Sampler:
 
     def __init__(self, policy: Policy, sampling: Sampling, seeds_N: Tensor) -> None:
         self.sampling = sampling
+        self.temperature = sampling.temperature or policy.temperature
+        """Of the log-probs: those of a greedy response are the policy's, as the trainer scores it."""
         self.seeds_N = seeds_N
         self.banned = torch.tensor(policy.banned_ids, dtype=torch.int64, device=policy.device)
         self.stops = torch.tensor(policy.stop_ids, device=policy.device)
@@ -156,8 +176,7 @@ class _Sampler:
 
     def draw(self, logits_NV: Tensor) -> Tensor:
         """One token for every row of the batch; rows that have ended get the pad id."""
-        temperature = self.sampling.temperature or 1.0
-        scores = (logits_NV.float() / temperature).index_fill(1, self.banned, float("-inf"))
+        scores = (logits_NV.float() / self.temperature).index_fill(1, self.banned, float("-inf"))
         logp_NV = scores.log_softmax(-1)
         token = logp_NV.argmax(-1) if self.sampling.temperature == 0 else self._invert(logp_NV)
         ended = self.stopped_N[self.alive]
@@ -191,13 +210,12 @@ class _Sampler:
         token = self.draw(scores)
         return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
 
-    def result(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], list[bool]]:
-        """Of every row, on the host and without padding: ids, log-probs, mask (all True), and whether it met an end."""
+    def result(self) -> tuple[Sequence[Tensor], Sequence[Tensor], list[bool]]:
+        """Of every row, on the host and without padding: ids and log-probs drawn, and whether it met an end."""
         lengths = self.length_N.tolist()
         drawn_NT = torch.arange(self.sampling.max_tokens, device=self.length_N.device) < self.length_N[:, None]
         ids, logp = self.ids_NT[drawn_NT].cpu(), self.logp_NT[drawn_NT].cpu()
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        return ids.split(lengths), logp.split(lengths), mask.split(lengths), self.stopped_N.tolist()
+        return ids.split(lengths), logp.split(lengths), self.stopped_N.tolist()
 
 
 def _expandable(policy: Policy) -> bool:

@@ -50,6 +50,24 @@ def test_the_question_has_one_slot(data):
     assert message.parts[1] == "Which digit is it?"
 
 
+def test_demonstrations_change_neither_pictures_nor_order(data):
+    shown = DigitsDataModule(demonstrations=0.25)
+    shown.setup("fit")
+    # 301 of 1,205 on average, standard deviation sqrt(1205 * 3/16) = 15
+    assert abs(sum(bool(prompt.target) for prompt in shown.train_prompts) - 301) < 60
+    for before, after in zip(data.train_prompts, shown.train_prompts, strict=True):
+        assert (before.uid, before.answer, before.target) == (after.uid, after.answer, "")
+        assert before.images[0].tobytes() == after.images[0].tobytes()
+        if after.target:
+            assert after.target == f"<answer>{after.answer}</answer>" != after.rejected
+
+
+def test_validation_and_test_digits_always_carry_both_responses(data):
+    for prompt in (*data.val_prompts, *data.test_prompts):
+        assert prompt.target == f"<answer>{prompt.answer}</answer>"
+        assert prompt.rejected in {f"<answer>{digit}</answer>" for digit in range(10)} - {prompt.target}
+
+
 def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(digits_file, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "rllava-pl\[demo\]"'):

@@ -227,6 +227,52 @@ def test_added_slots_are_counted(tmp_path, rows):
     assert audit[0].messages[0].parts == (IMAGE, "Which color?")
 
 
+def responses(path: Path, write: str) -> str:
+    """Three rows, the last one without a pair, as JSON lines, CSV or Parquet."""
+    table: list[dict[str, object]] = [
+        {"prompt": f"Question {k}", "chosen": f"good {k}", "rejected": f"bad {k}"} for k in range(2)
+    ]
+    if write == "jsonl":
+        return jsonl(path / "a.jsonl", [*table, {"prompt": "Question 2"}])
+    if write == "csv":
+        lines = ["prompt,chosen,rejected", *(",".join(map(str, row.values())) for row in table), "Question 2,,"]
+        (path / "a.csv").write_text("\n".join(lines))
+        return str(path / "a.csv")
+    from datasets import Dataset
+
+    chats = [row | {n: [{"role": "assistant", "content": row[n]}] for n in ("chosen", "rejected")} for row in table]
+    chats.append({"prompt": "Question 2", "chosen": None, "rejected": []})
+    Dataset.from_list(chats).to_parquet(path / "a.parquet")
+    return str(path / "a.parquet")
+
+
+@pytest.mark.parametrize("write", ["jsonl", "csv", "parquet"])
+def test_targets_and_pairs_reach_the_prompts(tmp_path, write):
+    options = {"train": responses(tmp_path, write), "columns": {"target": "chosen"}, "require_answer": False}
+    data = PromptDataModule(**options)
+    data.setup("fit")
+    assert [(p.target, p.rejected) for p in data.train_prompts] == [("good 0", "bad 0"), ("good 1", "bad 1"), ("", "")]
+    assert data.train_prompts[0].metadata == {}
+    assert data.train_prompts.filled == {"target": 2, "rejected": 2}
+    for required, field in (("require_target", "chosen"), ("require_rejected", "rejected")):
+        audit = PromptDataModule(**options, **{required: True}).audit("train")
+        assert [(r.row, r.field, r.code) for r in audit.rejections] == [(2, field, "E01")]
+
+
+def test_a_mapped_response_that_no_training_row_has_is_a_slip(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", [row | {"chosen": "good"} for row in texts(2)])
+    data = PromptDataModule(train=source, val=jsonl(tmp_path / "b.jsonl", texts(2)), columns={"target": "chosen"})
+    data.setup("fit")  # rows for validation may be without
+    with pytest.raises(ValueError, match="columns maps target to 'chosne', but no row of the train split has text"):
+        PromptDataModule(train=source, columns={"target": "chosne"}).setup("fit")
+
+
+def test_equal_responses_are_named_with_their_row(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", [row | {"target": "4", "rejected": "4"} for row in texts(1)])
+    with pytest.raises(DataError, match=r"row 0, rejected: equals the target; .* \(E20 pair of equal responses\)"):
+        PromptDataModule(train=source).setup("fit")
+
+
 def test_an_image_that_vanishes_after_the_audit_names_its_row(tmp_path, rows):
     data = PromptDataModule(train=as_jsonl(tmp_path, rows), columns=COLUMNS)
     data.setup("fit")

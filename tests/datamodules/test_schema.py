@@ -142,7 +142,10 @@ def test_e01_a_mapped_column_that_is_not_there_lists_those_that_are():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"columns": {"question": "q"}}, "unknown field 'question'; fields are id, prompt, messages, images, answer"),
+        (
+            {"columns": {"question": "q"}},
+            "unknown field 'question'; fields are id, prompt, messages, images, answer, target, rejected",
+        ),
         ({"columns": {"prompt": "p", "messages": "m"}}, "both prompt and messages"),
         ({"template": "no place"}, r"template 'no place' must contain \{prompt\} exactly once"),
     ],
@@ -150,3 +153,126 @@ def test_e01_a_mapped_column_that_is_not_there_lists_those_that_are():
 def test_wrong_schemas_are_refused_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
         RowSchema(**options)
+
+
+def test_a_list_too_deep_to_write_down_again_is_a_bad_row_and_no_crash():
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    assert code_of(ROW | {"answer": deep}) == "E02 answer"
+    assert RowSchema().parse(ROW | {"notes": deep}, "t:0").metadata == {}
+
+
+PAIR = ROW | {"target": "good", "rejected": "bad"}
+
+
+def responses_of(row: dict[str, object], **options: object) -> tuple[str, str]:
+    parsed = RowSchema(**options).parse(row, "t:0")
+    return parsed.target, parsed.rejected
+
+
+def test_rows_without_responses_have_none():
+    assert responses_of(ROW) == ("", "")
+    assert responses_of(ROW | {"target": None, "rejected": ""}) == ("", "")
+    assert responses_of(ROW, columns={"target": "chosen"}) == ("", "")
+
+
+def test_responses_are_fields_and_no_metadata():
+    parsed = RowSchema({"target": "chosen"}).parse(ROW | {"chosen": "good", "rejected": "bad", "target": "x"}, "t:0")
+    assert (parsed.target, parsed.rejected) == ("good", "bad")
+    assert parsed.metadata == {"target": "x"}  # chosen is the target, so this is a column like any other
+
+
+def test_a_column_that_is_mapped_to_another_field_is_no_response_as_well():
+    assert responses_of({"prompt": "Which?", "target": 4}, columns={"answer": "target"}) == ("", "")
+    # Unless it is said: here the label itself is imitated.
+    both = RowSchema({"answer": "label", "target": "label"}).parse({"prompt": "Which?", "label": "4"}, "t:0")
+    assert (both.answer, both.target) == ("4", "4")
+
+
+@pytest.mark.parametrize("name", ["target", "rejected"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"require_answer": False}, None),
+        ({"require_answer": False, "require_rejected": True}, "is missing; a pair is a target and a rejected response"),
+    ],
+)
+def test_a_pair_needs_both_responses(name, options, message):
+    row = {"prompt": "Which?", name: "4"}
+    if message is None:
+        assert "4" in responses_of(row, **options)
+        return
+    with pytest.raises(RowError, match=message) as caught:
+        RowSchema(**options).parse(row, "t:0")
+    assert (caught.value.code, caught.value.field) == ("E01", {"target": "rejected", "rejected": "target"}[name])
+
+
+def test_e01_missing_target_says_which_option_allows_it():
+    for row in (ROW, ROW | {"target": ""}, ROW | {"target": []}):
+        with pytest.raises(RowError, match="is missing; set require_target: false if rows may do without") as caught:
+            RowSchema({"target": "target"}, require_target=True).parse(row, "t:0")
+        assert (caught.value.code, caught.value.field) == ("E01", "target")
+    assert responses_of({"prompt": "Which?", "target": "4"}, require_target=True, require_answer=False) == ("4", "")
+
+
+@pytest.mark.parametrize("rejected", ["good", " good\n", ["good"], [{"role": "assistant", "content": "good"}]])
+def test_e20_equal_responses_are_no_pair(rejected):
+    with pytest.raises(RowError, match="equals the target; one response of a pair must be better") as caught:
+        RowSchema().parse(PAIR | {"rejected": rejected}, "t:0")
+    assert (caught.value.code, caught.value.field) == ("E20", "rejected")
+
+
+@pytest.mark.parametrize("name", ["target", "rejected"])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (4, "E02 {}"),
+        (float("nan"), "E02 {}"),
+        (b"4", "E02 {}"),
+        ([4, "5"], "E02 {}[0]"),
+        (" \n", "E03 {}"),
+        ("a\ud800", "E04 {}"),
+        (["a\0"], "E04 {}[0]"),
+        ([{"role": "user", "content": "4"}], "E17 {}"),
+        ([{"role": "assistant", "content": 4}], "E02 {}[0].content"),
+    ],
+)
+def test_bad_responses(name, value, expected):
+    assert code_of(PAIR | {name: value}) == expected.format(name)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "expected"),
+    [
+        ("Which? <think>", "<think>It is 4.</think>4", "It is 4.</think>4"),
+        ("Which? <think>\n", "<think>\nIt is 4.</think>4", "It is 4.</think>4"),  # the line break is given, too
+        ("Which? <think>\n", "\n<think>It is 4.</think>4", "It is 4.</think>4"),
+        ("Which? <think>", "<think>\nIt is 4.</think>4", "\nIt is 4.</think>4"),
+        ("Which? <think>", "<think><think>4", "<think>4"),  # one, not all
+        ("Which? <think>", "It is 4.</think>4", "It is 4.</think>4"),
+        ("Which? <think>", "", ""),
+        ("Which?", "<think>It is 4.</think>4", "<think>It is 4.</think>4"),
+        ("Use <think> tags.", "<think>It is 4.</think>4", "<think>It is 4.</think>4"),
+        ("Which?", "\n<think>It is 4.</think>4", "\n<think>It is 4.</think>4"),
+        ("Use <think> tags. <think>\n", "<think>\nIt is 4.</think>4", "It is 4.</think>4"),
+        ("Which? </think>", "<think>It is 4.</think>4", "<think>It is 4.</think>4"),
+    ],
+)
+def test_a_think_tag_that_the_prompt_opened_is_not_opened_again(prompt, response, expected):
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    for row in ({"prompt": prompt}, {"messages": chat, "images": ["a"]}):
+        assert responses_of(row | {"answer": "4", "target": response})[0] == expected
+        assert responses_of(row | {"answer": "4", "rejected": response})[1] == expected
+
+
+def test_the_template_may_open_the_think_tag_and_an_image_may_end_the_prompt():
+    row = ROW | {"target": "<think>It is 4.</think>4"}
+    assert responses_of(row, template="{prompt}\n<think>\n")[0] == "It is 4.</think>4"
+    assert responses_of(row | {"prompt": "<think><image>", "images": ["a"]})[0] == "<think>It is 4.</think>4"
+
+
+def test_e03_nothing_but_the_think_tag_that_the_prompt_opened():
+    with pytest.raises(RowError, match="has nothing behind the <think> that the prompt ends with already") as caught:
+        RowSchema(template="{prompt} <think>").parse(ROW | {"target": "<think>\n"}, "t:0")
+    assert (caught.value.code, caught.value.field) == ("E03", "target")

@@ -81,6 +81,43 @@ def test_where_is_the_side_the_shape_stands_at():
         assert (far < 0) == (prompt.answer in ("left", "top"))
 
 
+@pytest.mark.parametrize("task", NAMES)
+def test_demonstrations_change_neither_pictures_nor_order(task):
+    plain, shown = DrawnPrompts(task, "train", 100), DrawnPrompts(task, "train", 100, demonstrations=0.5)
+    assert not any(p.target or p.rejected for p in plain)
+    assert 30 < sum(bool(p.target) for p in shown) < 70  # 50 on average, standard deviation 5
+    for before, after in zip(plain, shown, strict=True):
+        assert before.images[0].tobytes() == after.images[0].tobytes()
+        assert (before.uid, before.messages, before.answer) == (after.uid, after.messages, after.answer)
+        assert bool(after.target) == bool(after.rejected)
+
+
+def test_a_demonstration_is_the_answer_in_tags_and_the_rejected_one_another_answer():
+    tagged = {f"<answer>{color}</answer>" for color in COLORS}
+    for prompt in DrawnPrompts("color", "train", 30, demonstrations=1.0):
+        assert prompt.target == f"<answer>{prompt.answer}</answer>"
+        assert prompt.rejected in tagged - {prompt.target}
+
+
+def test_demonstrations_are_drawn_by_task_split_and_index():
+    drawn = {
+        (task, split): [bool(p.target) for p in DrawnPrompts(task, split, 64, demonstrations=0.5)]
+        for task, split in (("color", "train"), ("color", "test"), ("count", "train"))
+    }
+    assert len({tuple(draw) for draw in drawn.values()}) == 3
+    assert drawn["color", "train"][:8] == [bool(p.target) for p in DrawnPrompts("color", "train", 8, 0.5)]
+
+
+def test_validation_and_test_prompts_always_carry_both_responses():
+    data = SyntheticVisionDataModule(train_size=60, val_size=12, test_size=12)
+    data.setup("fit")
+    assert not any(p.target or p.rejected for p in data.train_prompts)
+    assert all(p.target and p.rejected for p in (*data.val_prompts, *data.test_prompts))
+    data = SyntheticVisionDataModule(train_size=60, demonstrations=1.0)
+    data.setup("fit")
+    assert all(p.target and p.rejected for p in data.train_prompts)
+
+
 def test_out_of_range_raises_so_that_iteration_ends():
     assert len(list(DrawnPrompts("color", "val", 3))) == 3
     with pytest.raises(IndexError, match="prompt 3 of 3"):

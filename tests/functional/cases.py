@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from torch import Tensor
 SHAPES = [(1, 1), (1, 6), (5, 1), (2, 3), (3, 4), (4, 5), (3, 8), (6, 4), (2, 9), (5, 7)]
 PER_SHAPE = 100
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
+# x = logp - old as fp32 rounds it, |x| <= 20, is off by up to 1e-6, which exp turns into a relative error
+RATIO_RTOL = {torch.float32: 4e-6, torch.float64: 1e-10}
 
 
 class Case(NamedTuple):
@@ -69,3 +72,55 @@ def assert_near(actual: Tensor, expected: Tensor, *, dtype: torch.dtype, rtol: f
     assert actual.dtype == dtype
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance if rtol is None else rtol)
+
+
+class Mixed(NamedTuple):
+    """Rollouts and demonstrations in one batch: (N, T) each, ``rewards`` (N,)."""
+
+    logp: Tensor
+    old: Tensor
+    advantages: Tensor
+    mask: Tensor
+    demo: Tensor
+    rewards: Tensor
+    entropy: Tensor
+
+
+def mixed_cases(dtype: torch.dtype, seed: int = 0) -> Iterator[Mixed]:
+    """:func:`cases` with demonstrations: whole rows, hints at their start, holes, none; some stand at masked tokens.
+
+    A twentieth of the log-probs lies far below the rest and a twentieth is exactly 0.
+    """
+    rng = generator(seed + 1)
+    rewards = torch.tensor([-1.0, 0.0, 0.9, 1.0, 1.1], dtype=torch.float64)
+    for logp, old, advantages, mask in cases(torch.float64, seed):
+        kind, start, rare, scattered = (
+            torch.rand(shape, generator=rng) for shape in [(len(logp), 1)] * 2 + [logp.shape] * 2
+        )
+        hint = torch.arange(logp.shape[1]) < start * logp.shape[1]
+        demo = (kind > 0.75) | (hint & (kind > 0.5)) | ((scattered < 0.5) & (kind > 0.25) & (kind <= 0.5))
+        logp = torch.where(rare < 0.05, 20 * logp, logp.masked_fill(rare > 0.95, 0.0))
+        entropy = 3 * torch.rand(logp.shape, generator=rng, dtype=torch.float64)
+        drawn = rewards[torch.randint(len(rewards), (len(logp),), generator=rng)]
+        floats = (x.to(dtype) for x in (logp, old, advantages))
+        yield Mixed(*floats, mask, demo, drawn.to(dtype), entropy.to(dtype))
+
+
+def pairs(dtype: torch.dtype, seed: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """1,000 quadruples (N,) of summed log-probs: chosen and rejected, then both under a reference; some far apart."""
+    rng = generator(seed)
+    for size in range(1, 11):
+        distance = torch.where(torch.rand((100, 1, size), generator=rng) < 0.1, 1000.0, 5.0)
+        reference = -300 * torch.rand((100, 2, size), generator=rng, dtype=torch.float64)
+        policy = reference + distance * torch.randn((100, 2, size), generator=rng, dtype=torch.float64)
+        yield from map(tuple, torch.cat([policy, reference], 1).to(dtype).unbind())
+
+
+def rows(*tensors: Tensor) -> Iterator[tuple[list[float], ...]]:
+    """(N, T) tensors row by row, as Python numbers: what the slow references loop over."""
+    yield from zip(*(tensor.tolist() for tensor in tensors), strict=True)
+
+
+def slow_ratio(log_ratio: float) -> float:
+    """``exp(clamp(log ratio, -20, 20))`` of a Python number."""
+    return math.exp(min(max(log_ratio, -20.0), 20.0))

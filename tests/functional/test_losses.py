@@ -1,4 +1,4 @@
-"""Per-token policy losses and the weights that correct for the engine."""
+"""PPO's clipped loss and the weights that correct for the engine; other losses in the files beside this one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from rllava_pl.functional.losses import clipped, importance_weights
-from tests.functional.cases import assert_near, cases, generator, matrix
+from tests.functional.cases import RATIO_RTOL, assert_near, cases, generator, matrix, slow_ratio
 
 DTYPES = [torch.float32, torch.float64]
-# x = logp - old as fp32 rounds it, |x| <= 20, is off by up to 1e-6, which exp turns into a relative error
-RATIO_RTOL = {torch.float32: 4e-6, torch.float64: 1e-10}
 SETTINGS = [(0.2, 0.2, None), (0.2, 0.28, 3.0), (1.0, math.inf, None), (0.0, 0.0, 1.5)]
 
 
 def slow_clipped(x: float, advantage: float, low: float, high: float, dual: float | None) -> float:
-    ratio = math.exp(min(max(x, -20.0), 20.0))
+    ratio = slow_ratio(x)
     loss = max(-advantage * ratio, -advantage * min(max(ratio, 1 - low), 1 + high))
     return min(loss, -advantage * dual) if dual is not None and advantage < 0 else loss
 
@@ -31,7 +29,7 @@ def slow_weights(old: Tensor, engine: Tensor, mask: Tensor, level: str, mode: st
         row = []
         for difference, keep in zip(differences, kept, strict=True):
             chosen = total if level == "sequence" else difference
-            weight = math.exp(min(max(chosen, -20.0), 20.0))
+            weight = slow_ratio(chosen)
             bounded = min(weight, cap) if mode == "truncate" else weight * (weight <= cap)
             row.append(bounded if keep else 0.0)
         result.append(row)

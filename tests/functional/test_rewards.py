@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 
-from rllava_pl.functional.rewards import informative_groups, place_rewards
+from rllava_pl.functional.rewards import informative_groups, overlong_penalty, place_rewards
 from tests.functional.cases import cases, generator, grouped_rewards
 
 
@@ -74,3 +77,70 @@ def test_wrong_shapes_are_named():
         place_rewards(torch.zeros(2), mask.long())
     with pytest.raises(ValueError, match=r"^group_N has shape \(2,\), the values have \(3,\); both must be \(N,\)"):
         informative_groups(torch.zeros(3), torch.zeros(2, dtype=torch.int64))
+
+
+def test_known_penalties_of_long_responses():
+    # the buffer runs from 16384 to 20480: its start, its middle, its end, one token beyond
+    lengths = torch.tensor([0, 16384, 18432, 20480, 20481, 10**6])
+    actual = overlong_penalty(lengths, max_tokens=20480, buffer_tokens=4096)
+    assert actual.dtype == torch.float32
+    assert actual.tolist() == [0, 0, -0.5, -1, -1, -1]
+    assert overlong_penalty(lengths, max_tokens=20480, buffer_tokens=4096, scale=0.5)[2].item() == -0.25
+
+
+def slow_penalty(length: int, budget: int, buffer: int) -> Fraction:
+    if length <= budget - buffer:
+        return Fraction(0)
+    return Fraction(budget - buffer - length, buffer) if length <= budget else Fraction(-1)
+
+
+def test_penalties_equal_a_slow_loop():
+    rng = generator(4)
+    for _ in range(1000):
+        budget = int(torch.randint(1, 40, (), generator=rng))
+        buffer = int(torch.randint(0, budget + 1, (), generator=rng))
+        scale = float(torch.rand((), generator=rng))
+        lengths = torch.randint(0, 2 * budget, (9,), generator=rng)
+        actual = overlong_penalty(lengths, max_tokens=budget, buffer_tokens=buffer, scale=scale)
+        expected = [scale * float(slow_penalty(length, budget, buffer)) for length in lengths.tolist()]
+        assert actual.tolist() == pytest.approx(expected, rel=1e-7)
+
+
+def test_penalties_need_no_buffer_and_no_rows():
+    hard = overlong_penalty(torch.tensor([0, 9, 10, 11]), max_tokens=10, buffer_tokens=0, scale=2.0)
+    assert hard.tolist() == [0, 0, 0, -2]
+    assert overlong_penalty(torch.zeros(0, dtype=torch.int64), max_tokens=10, buffer_tokens=4).shape == (0,)
+
+
+def test_a_penalty_is_single_precision_whatever_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        penalty = overlong_penalty(torch.tensor([9]), max_tokens=10, buffer_tokens=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert penalty.dtype == torch.float32
+    assert penalty.item() == pytest.approx(-2 / 3)
+
+
+def test_penalties_leave_the_lengths_alone():
+    lengths = torch.tensor([3, 9])
+    overlong_penalty(lengths, max_tokens=10, buffer_tokens=4)
+    assert lengths.tolist() == [3, 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0; the response budget must be at least 1 token$"),
+        (
+            {"buffer_tokens": 11},
+            "buffer_tokens is 11; it is the last part of max_tokens=10 and must lie between 0 and 10$",
+        ),
+        ({"buffer_tokens": -1}, "buffer_tokens is -1; it is the last part of max_tokens=10"),
+        ({"scale": -1.0}, "scale is -1.0; it must be 0 or a positive finite number, the penalty is its negative$"),
+        ({"scale": math.nan}, "scale is nan; it must be 0 or a positive finite number"),
+    ],
+)
+def test_wrong_penalties_are_named(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        overlong_penalty(torch.tensor([3]), **{"max_tokens": 10, "buffer_tokens": 4} | options)

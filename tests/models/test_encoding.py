@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rllava_pl.models.encoding import split_images
+from rllava_pl.models.encoding import extend, split_images
 from rllava_pl.models.policy import Policy
+from rllava_pl.types import PromptInputs
 from tests.models.conftest import FAMILIES, prompts
 
 
@@ -69,3 +70,64 @@ def test_slots_and_images_must_agree(load: Callable[..., Policy]) -> None:
 
 def test_no_prompts_no_inputs(load: Callable[..., Policy]) -> None:
     assert load("idefics3").encode([]) == []
+
+
+def test_extended_inputs_are_text_behind_the_prompt() -> None:
+    pixels = torch.ones(1, 3)
+    inputs = PromptInputs(
+        torch.tensor([7, 9, 8]), {"mm_token_type_ids": torch.tensor([0, 1, 0])}, {"pixel_values": pixels}
+    )
+    longer = extend(inputs, [20, 21])
+    assert longer.input_ids_S.tolist() == [7, 9, 8, 20, 21] and longer.input_ids_S.dtype == torch.int64
+    assert longer.tokens["mm_token_type_ids"].tolist() == [0, 1, 0, 0, 0]
+    assert longer.images["pixel_values"] is pixels
+    assert len(inputs) == 3 and len(inputs.tokens["mm_token_type_ids"]) == 3
+    assert extend(inputs, ()).input_ids_S.tolist() == [7, 9, 8] and extend(inputs, ()).input_ids_S.dtype == torch.int64
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_demonstration_is_its_text_and_the_end_token(load: Callable[..., Policy], family: str) -> None:
+    policy = load(family)
+    ids = policy.encode_response("<answer>red</answer>")
+    assert ids.dtype == torch.int64
+    assert ids[-1] == policy.tokenizer.eos_token_id and policy.tokenizer.eos_token_id in policy.stop_ids
+    assert policy.tokenizer.decode(ids[:-1]) == "<answer>red</answer>" == policy.decode(ids)
+    assert policy.encode_response("").tolist() == [policy.tokenizer.eos_token_id]
+
+
+def test_no_special_tokens_are_added_to_a_demonstration(load: Callable[..., Policy]) -> None:
+    """A tokenizer that puts its start token before every text, as Llama's do, must not put it into a response."""
+    from tokenizers.processors import TemplateProcessing
+
+    policy = load("idefics3")
+    start = policy.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    expected = policy.encode_response("red")
+    policy.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+    )
+    assert policy.tokenizer("red")["input_ids"][0] == start
+    assert torch.equal(policy.encode_response("red"), expected)
+
+
+def test_the_end_of_a_demonstration_is_one_that_ends_a_response(load: Callable[..., Policy]) -> None:
+    policy = load("idefics3")
+    eos = policy.tokenizer.eos_token_id
+    policy.stop_ids = [30, eos]
+    assert policy.encode_response("red")[-1] == eos
+    policy.stop_ids = [30, 31]  # the tokenizer's end token ends nothing here: it would never stop the engine
+    assert policy.encode_response("red")[-1] == 30
+
+
+@pytest.mark.parametrize(
+    ("family", "token"), [("idefics3", "<image>"), ("llava", "<image>"), ("qwen2_vl", "<|image_pad|>")]
+)
+def test_a_demonstration_without_sense_names_its_token(load: Callable[..., Policy], family: str, token: str) -> None:
+    policy = load(family)
+    with pytest.raises(
+        ValueError, match=r"the response .* holds the token .* image content and is never sampled"
+    ) as banned:
+        policy.encode_response(f"It is {token} red")
+    assert repr(token) in str(banned.value)
+    message = r"holds the token '<\|im_end\|>', which ends a response \(one is appended here\); take it out of the text"
+    with pytest.raises(ValueError, match=message):
+        policy.encode_response("<answer>red</answer><|im_end|>")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from rllava_pl.models import VLM, LoRA
-from rllava_pl.models.policy import Policy, next_positions
+from rllava_pl.models.encoding import extend
+from rllava_pl.models.policy import Policy, next_positions, spread
 from rllava_pl.types import PolicyBatch
 from tests.models.conftest import FAMILIES, prompts, random_batch
 
@@ -22,7 +23,7 @@ Result = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 def log_probs_and_gradients(policy: Policy, batch: PolicyBatch) -> Result:
     policy.zero_grad()
-    logp, entropy = policy(batch)
+    logp, entropy, _ = policy(batch)
     upstream = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1))
     ((logp + 0.1 * entropy) * upstream).sum().backward()
     gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
@@ -109,6 +110,67 @@ def test_large_vocabularies_go_through_slices_with_the_same_result(
         torch.testing.assert_close(sliced[2][name], gradient, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("share_prompt", [True, False], ids=["shared", "plain"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_those_that_predict_each_token(
+    load: Callable[..., Policy], family: str, share_prompt: bool
+) -> None:
+    """Row by row, each response read alone behind its prompt without its last token."""
+    policy = load(family, share_prompt=share_prompt)
+    batch = random_batch(policy, IMAGES["mixed"])
+    expected = []
+    with torch.no_grad():
+        for row, (ids_T, mask_T) in enumerate(zip(batch.response_ids_NT, batch.mask_NT, strict=True)):
+            tokens = int(mask_T.sum())
+            alone = policy.collate([extend(batch.inputs[row // 3], ids_T[: tokens - 1].tolist())])
+            expected.append(policy.model.base_model(**alone, use_cache=False).last_hidden_state[0, -tokens:])
+        hidden_MH = policy.hidden(batch)
+    torch.testing.assert_close(hidden_MH, torch.cat(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [5, 1])
+@pytest.mark.parametrize("share_prompt", [True, False], ids=["shared", "plain"])
+def test_forward_reads_the_hidden_states(load: Callable[..., Policy], share_prompt: bool, tokens: int) -> None:
+    policy = load("qwen2_vl", share_prompt=share_prompt)
+    batch = random_batch(policy, IMAGES["mixed"], tokens=tokens)
+    with torch.no_grad():
+        whole, halves = policy(batch), policy.read(policy.hidden(batch), batch)
+    assert torch.equal(whole.logp_NT, halves.logp_NT) and torch.equal(whole.entropy_NT, halves.entropy_NT)
+    assert whole.values_NT is None
+
+
+def test_masked_tokens_inside_a_response_have_no_state_and_no_log_prob(load: Callable[..., Policy]) -> None:
+    policy = load("idefics3")
+    batch = random_batch(policy, [1, 1])
+    holes = batch.mask_NT.clone()
+    holes[::2, 1] = False
+    with torch.no_grad():
+        every, some = policy(batch).logp_NT, PolicyBatch(batch.inputs, 3, batch.response_ids_NT, holes)
+        assert len(policy.hidden(some)) == int(holes.sum())
+        torch.testing.assert_close(policy(some).logp_NT, every.masked_fill(~holes, 0.0), atol=1e-6, rtol=0)
+
+
+def test_nothing_to_train_is_no_state_and_still_a_graph(load: Callable[..., Policy]) -> None:
+    """A silenced micro-batch goes through the model, so that every rank can call backward."""
+    policy = load("idefics3")
+    batch = random_batch(policy, [1, 1])
+    silent = PolicyBatch(batch.inputs, 3, batch.response_ids_NT, torch.zeros_like(batch.mask_NT))
+    assert policy.hidden(silent).shape == (0, policy.model.config.get_text_config().hidden_size)
+    logp, entropy, _ = policy(silent)
+    assert not logp.any() and not entropy.any()
+    (logp + entropy).sum().backward()
+
+
+def test_values_are_spread_row_by_row_with_gradients() -> None:
+    """Weights 1, 2, 4 at the three tokens: the gradient of their weighted sum."""
+    values_M = torch.tensor([5.0, 6.0, 7.0], requires_grad=True)
+    values_NT = spread(values_M, torch.tensor([[False, True, False], [True, False, True], [False, False, False]]))
+    assert values_NT.tolist() == [[0, 5, 0], [6, 0, 7], [0, 0, 0]]
+    (values_NT * torch.tensor([[9.0, 1.0, 9.0], [2.0, 9.0, 4.0], [9.0, 9.0, 9.0]])).sum().backward()
+    assert values_M.grad.tolist() == [1, 2, 4]
+    assert spread(torch.zeros(0, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.bool)).dtype == torch.float64
+
+
 def test_temperature_and_bans_define_the_distribution(load: Callable[..., Policy]) -> None:
     """At temperature 2 with bans, log π of all allowed tokens at one position sums to one."""
     policy = load("idefics3")
@@ -134,6 +196,13 @@ def test_no_visual_token_can_be_sampled(load: Callable[..., Policy], family: str
     assert not set(policy.stop_ids) & set(policy.banned_ids)
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_policy_needs_a_positive_temperature(load: Callable[..., Policy], temperature: float) -> None:
+    policy = load("idefics3")
+    with pytest.raises(ValueError, match=f"the policy's temperature is {temperature}; log-probs need a positive one"):
+        Policy(policy.model, policy.processor, temperature=temperature)
+
+
 def test_the_layout_without_the_attention_is_never_used(load: Callable[..., Policy]) -> None:
     """With another attention the packed row would let every token see every other: the plain form must take over."""
     policy = load("idefics3", attn_implementation="eager")
@@ -156,6 +225,9 @@ def test_an_unknown_family_trains_in_the_plain_form(
     assert not policy.shares_prompt and not policy.family.causal
     got = log_probs_and_gradients(policy, batch)
     torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[1], expected[1], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"no hidden states for the family 'idefics3': .* without a critic"):
+        policy.hidden(batch)
 
 
 @pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
@@ -196,10 +268,10 @@ def test_adapters_off_is_the_base_model_bit_for_bit(load: Callable[..., Policy])
     assert trainable and all("lora_" in name for name in trainable)
 
 
-def test_a_text_only_language_model_is_a_policy_too(tiny_path: Callable[[str], str], tmp_path: Path) -> None:
+def text_only(tiny_path: Callable[[str], str]) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
+    """A random language model without eyes, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_path("qwen2_vl"))
-    template = tokenizer.chat_template.replace("part['type'] == 'image'", "False")
-    tokenizer.chat_template = template
+    tokenizer.chat_template = tokenizer.chat_template.replace("part['type'] == 'image'", "False")
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -210,9 +282,29 @@ def test_a_text_only_language_model_is_a_policy_too(tiny_path: Callable[[str], s
         initializer_range=0.1,
         eos_token_id=tokenizer.eos_token_id,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    return AutoModelForCausalLM.from_config(config), tokenizer
+
+
+def test_a_text_only_language_model_is_a_policy_too(tiny_path: Callable[[str], str], tmp_path: Path) -> None:
+    for part in text_only(tiny_path):
+        part.save_pretrained(tmp_path)
     policy = VLM(str(tmp_path)).load()
     assert_same(policy, random_batch(policy, [0, 0, 0]))
     with pytest.raises(ValueError, match="prompt 'test:0' carries images, but the model reads text only"):
         policy.encode(prompts([1]))
+
+
+def test_a_head_with_a_bias_is_asked_for_its_logits(
+    tiny_path: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices multiply with the head's weight alone: a bias of 5 on one token would be lost."""
+    monkeypatch.setattr("rllava_pl.models.policy.LOGITS_LIMIT", 0)
+    model, tokenizer = text_only(tiny_path)
+    model.lm_head.bias = torch.nn.Parameter(5.0 * (torch.arange(len(tokenizer)) == 30))
+    policy = Policy(model, tokenizer, share_prompt=False)
+    batch = PolicyBatch(tuple(policy.encode(prompts([0]))), 1, torch.tensor([[30, 40]]), torch.ones(1, 2) > 0)
+    context = policy.collate([extend(batch.inputs[0], [30])])
+    with torch.no_grad():
+        logits_TV = model(**context).logits[0, -2:].index_fill(1, torch.tensor(policy.banned_ids), float("-inf"))
+        expected = logits_TV.log_softmax(-1).gather(1, torch.tensor([[30], [40]]))[:, 0]
+        torch.testing.assert_close(policy(batch).logp_NT[0], expected, atol=1e-5, rtol=0)

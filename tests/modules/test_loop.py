@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 
 from rllava_pl.modules import GRPO, RLOO, RLModule
-from rllava_pl.modules.experience import assemble, microbatches, minibatches
+from rllava_pl.modules.loop.experience import assemble, microbatches, minibatches
 from rllava_pl.rewards import AnswerTagReward, BaseReward
 from rllava_pl.rewards.base import judge
 from rllava_pl.types import Experience, PromptBatch, Rollout, Sampling, Score

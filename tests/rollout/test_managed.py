@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rllava_pl.rollout.managed import ManagedEngine
+from rllava_pl.rollout.managed import ManagedEngine, check_rollouts
 from rllava_pl.types import Message, Prompt, PromptInputs, Request, Rollout, Sampling
 
 
-def request(uid: str, group: int, samples: int = 2) -> Request:
+def request(uid: str, group: int, samples: int = 2, prefix_ids: tuple[int, ...] = ()) -> Request:
     prompt = Prompt(uid, (Message("user", ("Which digit is it?",)),))
-    return Request(prompt, PromptInputs(torch.arange(4)), group, tuple(range(samples)))
+    return Request(prompt, PromptInputs(torch.arange(4)), group, tuple(range(samples)), prefix_ids)
 
 
 class Scripted:
@@ -108,6 +108,59 @@ def test_a_wrong_answer_of_the_engine_names_the_prompt(
 ) -> None:
     with pytest.raises(RuntimeError, match=message):
         managed(Scripted(spoil)).generate([request("a", 0), request("b", 1)], Sampling())
+
+
+def begun(**fields: object) -> Rollout:
+    """An answer to prompt "a" that begins with the given tokens 7 and 8 and goes on with one of the policy's own."""
+    asked = request("a", 0)
+    rollout = Rollout(
+        asked.prompt,
+        asked.group,
+        asked.inputs.input_ids_S,
+        asked.inputs,
+        response_ids=torch.tensor([7, 8, 1]),
+        engine_logprobs=torch.tensor([0.0, 0.0, -1.0]),
+        response_mask=torch.ones(3, dtype=torch.bool),
+        finish_reason="stop",
+        weight_version=0,
+        demo_mask=torch.tensor([True, True, False]),
+    )
+    return dataclasses.replace(rollout, **fields)
+
+
+def test_a_response_may_begin_with_the_given_tokens() -> None:
+    check_rollouts([request("a", 0, samples=1, prefix_ids=(7, 8))], [begun()], version=0)
+
+
+PREFIX_FAULTS = {
+    "left out": (
+        {"response_ids": torch.tensor([1, 2, 3])},
+        r"with the tokens \[1, 2\] instead of the given ones \[7, 8\]",
+    ),
+    "other order": ({"response_ids": torch.tensor([8, 7, 1])}, r"with the tokens \[8, 7\] instead of the given ones"),
+    "too short": (
+        {name: x[:1] for name, x in vars(begun()).items() if isinstance(x, torch.Tensor) and name != "prompt_ids"},
+        r"with the tokens \[7\] instead of the given ones \[7, 8\]",
+    ),
+    "not marked": ({"demo_mask": None}, "demo_mask must be True at the 2 given tokens and nowhere else"),
+    "marked in part": (
+        {"demo_mask": torch.tensor([True, False, False])},
+        "demo_mask must be True at the 2 given tokens",
+    ),
+    "marked too far": ({"demo_mask": torch.ones(3, dtype=torch.bool)}, "demo_mask must be True at the 2 given tokens"),
+    "of another length": ({"demo_mask": torch.tensor([True, True])}, "demo_mask must be True at the 2 given tokens"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), PREFIX_FAULTS.values(), ids=PREFIX_FAULTS.keys())
+def test_given_tokens_that_did_not_come_back_name_the_prompt(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"rollout of prompt 'a': .*{message}"):
+        check_rollouts([request("a", 0, samples=1, prefix_ids=(7, 8))], [begun(**fields)], version=0)
+
+
+def test_tokens_nobody_gave_cannot_be_a_demonstration() -> None:
+    with pytest.raises(RuntimeError, match="demo_mask must be True at the 0 given tokens and nowhere else"):
+        check_rollouts([request("a", 0, samples=1)], [begun()], version=0)
 
 
 def test_nothing_asked_nothing_returned() -> None:

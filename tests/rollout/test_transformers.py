@@ -8,17 +8,39 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from rllava_pl.functional.seeds import uniforms
+from rllava_pl.models.encoding import extend
 from rllava_pl.models.policy import Policy
 from rllava_pl.rollout.transformers import TransformersEngine
-from rllava_pl.types import PolicyBatch, Prompt, Request, Rollout, Sampling
+from rllava_pl.types import PolicyBatch, Prompt, Request, Rollout, Sampling, Turn
 from tests.models.conftest import FAMILIES, prompts
 
 SAMPLING = Sampling(max_tokens=6)
+HINTS = ("", "<answer>red", "", "It is ")
+"""Texts given with the prompts of 0, 1, 3 and 2 images; two of them begin with nothing."""
 
 
 def requests(policy: Policy, batch: Sequence[Prompt], samples: int = 3, first_seed: int = 100) -> list[Request]:
     seeds = [tuple(first_seed + 10 * p + g for g in range(samples)) for p in range(len(batch))]
     return [Request(q, x, p, seeds[p]) for p, (q, x) in enumerate(zip(batch, policy.encode(batch), strict=True))]
+
+
+def hinted(policy: Policy, batch: Sequence[Request]) -> list[Request]:
+    """The requests with their hints, which are without an end token."""
+    hints = [tuple(policy.encode_response(hint).tolist()[:-1]) for hint in HINTS]
+    return [dataclasses.replace(request, prefix_ids=hint) for request, hint in zip(batch, hints, strict=True)]
+
+
+def scored(policy: Policy, rollouts: Sequence[Rollout], group_size: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the engine and of the trainer, (N, T) each."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids, mask, logp = (
+        pad([getattr(r, name) for r in rollouts], batch_first=True)
+        for name in ("response_ids", "response_mask", "engine_logprobs")
+    )
+    with torch.no_grad():
+        batch = PolicyBatch(tuple(r.inputs for r in rollouts[::group_size]), group_size, ids, mask)
+        return logp, policy(batch).logp_NT
 
 
 def same(a: Rollout, b: Rollout) -> bool:
@@ -34,14 +56,62 @@ def test_engine_log_probs_are_the_trainers(load: Callable[..., Policy], family: 
     policy.temperature = temperature
     batch = requests(policy, prompts([0, 1, 3, 2]))
     rollouts = TransformersEngine(policy).generate(batch, dataclasses.replace(SAMPLING, temperature=temperature))
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids, mask, logp = (
-        pad([getattr(r, name) for r in rollouts], batch_first=True)
-        for name in ("response_ids", "response_mask", "engine_logprobs")
-    )
-    with torch.no_grad():
-        scored = policy(PolicyBatch(tuple(request.inputs for request in batch), 3, ids, mask)).logp_NT
-    torch.testing.assert_close(scored, logp, atol=1e-5, rtol=0)
+    engine, trainer = scored(policy, rollouts)
+    torch.testing.assert_close(trainer, engine, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_given_tokens_are_read_and_not_sampled(load: Callable[..., Policy], family: str, temperature: float) -> None:
+    policy = load(family)
+    policy.temperature = temperature
+    batch = hinted(policy, requests(policy, prompts([0, 1, 3, 2])))
+    rollouts = TransformersEngine(policy).generate(batch, dataclasses.replace(SAMPLING, temperature=temperature))
+    given_N = torch.tensor([len(request.prefix_ids) for request in batch]).repeat_interleave(3)
+    assert given_N[3] != given_N[9] and min(given_N[3], given_N[9]) > 0
+    for n, (rollout, given) in enumerate(zip(rollouts, given_N.tolist(), strict=True)):
+        request, tokens = batch[n // 3], len(rollout.response_ids)
+        assert rollout.prompt_ids is request.inputs.input_ids_S and rollout.inputs is request.inputs
+        assert tuple(rollout.response_ids[:given].tolist()) == request.prefix_ids
+        assert given < tokens <= given + 6 and (rollout.finish_reason == "length") <= (tokens == given + 6)
+        assert rollout.turns == (Turn(given, tokens),)
+        assert rollout.response_mask.tolist() == [True] * tokens
+        assert given or rollout.demo_mask is None
+        assert not given or rollout.demo_mask.tolist() == [True] * given + [False] * (tokens - given)
+        assert rollout.text == policy.decode(rollout.response_ids) and rollout.text.startswith(HINTS[n // 3])
+    engine, trainer = scored(policy, rollouts)
+    sampled = torch.arange(engine.shape[1]) >= given_N[:, None]
+    torch.testing.assert_close(engine, trainer.masked_fill(~sampled, 0.0), atol=1e-5, rtol=0)
+    assert trainer[3, 0] < 0  # given tokens are scored by the trainer
+
+
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
+def test_the_first_number_of_a_seed_draws_the_first_sampled_token(load: Callable[..., Policy], family: str) -> None:
+    """Against a loop that reads prompt, given and drawn tokens anew for every token."""
+    policy = load(family)
+    batch = hinted(policy, requests(policy, prompts([0, 1, 3, 2]), samples=1))
+    for request, rollout in zip(batch, TransformersEngine(policy).generate(batch, SAMPLING), strict=True):
+        response = list(request.prefix_ids)
+        for t in range(len(rollout.response_ids) - len(response)):
+            with torch.no_grad():
+                logits_V = policy.model(**policy.collate([extend(request.inputs, response)])).logits[0, -1].double()
+            cumulative_V = logits_V.index_fill(0, torch.tensor(policy.banned_ids), -torch.inf).softmax(-1).cumsum(-1)
+            u = float(uniforms(torch.tensor(request.seeds), t))
+            response.append(int((cumulative_V <= u).sum()))
+        assert rollout.response_ids.tolist() == response
+
+
+@pytest.mark.parametrize("name", ["the end token", "an image token"])
+def test_nothing_can_follow_an_end_or_a_picture_that_is_none(load: Callable[..., Policy], name: str) -> None:
+    policy = load("idefics3")
+    token = policy.stop_ids[0] if name == "the end token" else policy.model.config.image_token_id
+    first, second = requests(policy, prompts([1, 1]))
+    broken = dataclasses.replace(second, prefix_ids=(20, token))
+    word = {"the end token": r"<\|im_end\|>", "an image token": "<image>"}[name]
+    with pytest.raises(
+        ValueError, match=rf"prefix_ids of prompt 'test:1' hold \['{word}'\]; a response goes on behind"
+    ):
+        TransformersEngine(policy).generate([first, broken], SAMPLING)
 
 
 @pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
@@ -85,12 +155,12 @@ def test_the_fallback_through_generate_draws_the_same_samples(
     load: Callable[..., Policy], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = load(family)
-    batch = requests(policy, prompts([1, 2, 1]))
+    batch = hinted(policy, requests(policy, prompts([0, 1, 3, 2])))
     expected = TransformersEngine(policy).generate(batch, SAMPLING)
     monkeypatch.setattr("rllava_pl.rollout.transformers._expandable", lambda _: False)
     fallback = TransformersEngine(policy).generate(batch, SAMPLING)
     for a, b in zip(expected, fallback, strict=True):
-        assert same(a, b) and a.finish_reason == b.finish_reason
+        assert same(a, b) and (a.finish_reason, a.turns, a.text) == (b.finish_reason, b.turns, b.text)
 
 
 def test_greedy_takes_the_most_likely_token(load: Callable[..., Policy]) -> None:
@@ -104,6 +174,20 @@ def test_greedy_takes_the_most_likely_token(load: Callable[..., Policy]) -> None
     )[:, inputs["input_ids"].shape[1] :]
     for rollout, ids in zip(greedy, suppressed, strict=True):
         assert rollout.response_ids.tolist() == ids[: len(rollout.response_ids)].tolist()
+
+
+def test_greedy_log_probs_are_those_of_the_policy(load: Callable[..., Policy]) -> None:
+    """The most likely tokens are the same at every temperature, their log-probs are not."""
+    policy = load("idefics3")
+    batch, greedy = requests(policy, prompts([1, 2]), samples=1), dataclasses.replace(SAMPLING, temperature=0.0)
+    at_one = TransformersEngine(policy).generate(batch, greedy)
+    policy.temperature = 0.7
+    rollouts = TransformersEngine(policy).generate(batch, greedy)
+    engine, trainer = scored(policy, rollouts, group_size=1)
+    torch.testing.assert_close(trainer, engine, atol=1e-5, rtol=0)
+    for cool, warm in zip(rollouts, at_one, strict=True):
+        assert torch.equal(cool.response_ids, warm.response_ids)
+        assert not torch.allclose(cool.engine_logprobs, warm.engine_logprobs, atol=1e-3)
 
 
 def test_frequencies_follow_the_probabilities(load: Callable[..., Policy]) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from rllava_pl.strategies.collectives import sum_over_ranks
+
+Derived = Callable[[float, float], float]
+"""A metric of the means of x and of x²."""
 
 
 class Tally:
@@ -17,6 +22,7 @@ class Tally:
     def __init__(self) -> None:
         self._sums: dict[str, list[Tensor]] = {}
         self._counts: dict[str, list[Tensor]] = {}
+        self._derived: dict[str, Derived] = {}
 
     def add(self, name: str, total: Tensor, count: Tensor | float = 1) -> None:
         """Add a 0-dim sum and the number of things in it."""
@@ -27,6 +33,20 @@ class Tally:
         """Add the elements of ``x`` where ``mask`` is True."""
         self.add(name, x.detach().masked_fill(~mask, 0.0).sum(), mask.sum())
 
+    def add_spread(self, name: str, x: Tensor, mask: Tensor) -> None:
+        """Standard deviation of the elements of ``x`` where ``mask`` is True: sqrt(mean x² - (mean x)²)."""
+        self._add_moments(name, x, mask, lambda first, second: max(second - first * first, 0.0) ** 0.5)
+
+    def add_effective_size(self, name: str, weights: Tensor, mask: Tensor) -> None:
+        """Effective sample size of importance weights as a part of the samples: (mean w)² / mean w², in (0, 1]."""
+        self._add_moments(name, weights, mask, lambda first, second: first * first / second if second else 0.0)
+
+    def _add_moments(self, name: str, x: Tensor, mask: Tensor, derived: Derived) -> None:
+        x = x.detach().double()
+        self.add_masked(name, x, mask)
+        self.add_masked(_square(name), x.square(), mask)
+        self._derived[name] = derived
+
     def means(self) -> dict[str, float]:
         """Means over everything added on all ranks; 0 for a name with count 0. Collective."""
         if not self._sums:
@@ -34,4 +54,17 @@ class Tally:
         sums = torch.stack([torch.stack([x.double() for x in parts]).sum() for parts in self._sums.values()])
         counts = torch.stack([torch.stack([x.double() for x in parts]).sum() for parts in self._counts.values()])
         totals = sum_over_ranks(torch.stack([sums, counts]))
-        return dict(zip(self._sums, (totals[0] / totals[1].clamp(min=1e-12)).tolist(), strict=True))
+        means = dict(zip(self._sums, (totals[0] / totals[1].clamp(min=1e-12)).tolist(), strict=True))
+        for name, derived in self._derived.items():
+            means[name] = derived(means[name], means.pop(_square(name)))
+        return means
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._sums.clear()
+        self._counts.clear()
+        self._derived.clear()
+
+
+def _square(name: str) -> str:
+    return f"{name}²"

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 
 from rllava_pl.functional.seeds import seed_from
-from rllava_pl.modules.options import Options
+from rllava_pl.modules.loop.options import Options
 from rllava_pl.rollout.lifecycle import RolloutCallback, TransformersRollout
 from rllava_pl.strategies import updates
 from rllava_pl.strategies.collectives import rank
 from rllava_pl.types import Prompt, PromptBatch, Request
 
-Checkpoint = dict[str, dict[str, torch.Tensor]]
+Checkpoint = dict[str, Any]
 
 
 class Lifecycle(Options):
@@ -66,6 +67,8 @@ class Lifecycle(Options):
         """Keep what training changes; frozen weights and the reference come from the policy's own checkpoint again."""
         frozen = self._frozen_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint["kl_factor"] = self.kl_controller.coef
+        checkpoint["collection"] = self.collection.state() if self.collection.max_refills else []
 
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Fill in the frozen weights, so that loading stays strict about everything else."""
@@ -78,6 +81,8 @@ class Lifecycle(Options):
         self.configure_model()
         present = self.state_dict()
         checkpoint["state_dict"] |= {name: present[name] for name in self._frozen_names()}
+        self.kl_controller.coef = checkpoint.get("kl_factor", 1.0)
+        self.collection.restore(checkpoint.get("collection", []), rank())
 
     def _frozen_names(self) -> set[str]:
         kept = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -98,11 +103,12 @@ class Lifecycle(Options):
     def requests(self, prompts: Sequence[Prompt], *, samples: int, stream: str) -> list[Request]:
         """What to ask of the engine; a sample's seed is a function of run, stream, rollout, prompt and its number."""
         seen: Counter[str] = Counter()
-        rollout, requests = self.rollout_index, []
+        rollout, round_, requests = self.rollout_index, self.collection.rounds, []
+        stream = f"{stream}/{round_}" if round_ else stream
         for p, (prompt, inputs) in enumerate(zip(prompts, self.policy.encode(prompts), strict=True)):
             first = seen[prompt.uid] * samples  # the same row twice in a batch must not give the same samples twice
             counters = range(first, first + samples)
             seeds = tuple(seed_from(self.seed, stream, rollout, prompt.uid, g) for g in counters)
-            requests.append(Request(prompt, inputs, group=(rank() << 32) + p, seeds=seeds))
+            requests.append(Request(prompt, inputs, group=(rank() << 32) + (round_ << 20) + p, seeds=seeds))
             seen[prompt.uid] += 1
         return requests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def assemble(rollouts: Sequence[Rollout], judgement: Judgement, group_size: int, device: torch.device) -> Experience:
-    """Padded tensors of all groups whose every sample was scored.
+    """Padded tensors of all groups whose every sample was scored; ``group_size`` rollouts to a prompt.
 
     A group with an unscored sample is left out whole: a baseline over the rest would be of another size, and a made-up
     reward would be learnt from. If nothing is left, one group stays with an empty mask, so that this rank can still
@@ -42,16 +43,49 @@ def _pad(rollouts: Sequence[Rollout], judgement: Judgement, group_size: int, dev
         group_N=torch.tensor([rollout.group for rollout in rollouts], device=device),
         response_ids_NT=pad([rollout.response_ids for rollout in rollouts], batch_first=True).to(device),
         mask_NT=pad([rollout.response_mask for rollout in rollouts], batch_first=True).to(device),
+        demo_mask_NT=pad([_demo_mask(rollout) for rollout in rollouts], batch_first=True).to(device),
         engine_logp_NT=pad([rollout.engine_logprobs for rollout in rollouts], batch_first=True).to(device),
         rewards_N=torch.tensor(rewards, dtype=torch.float32, device=device),
         components={k: torch.tensor(v, dtype=torch.float32, device=device) for k, v in judgement.components.items()},
     )
 
 
+def _demo_mask(rollout: Rollout) -> Tensor:
+    return torch.zeros_like(rollout.response_mask) if rollout.demo_mask is None else rollout.demo_mask
+
+
+def interleaved(samples: Sequence[Rollout], extras: Sequence[Rollout], group_size: int) -> list[Rollout]:
+    """Each prompt's ``group_size`` samples, followed by its extra row."""
+    groups = (samples[p * group_size : (p + 1) * group_size] for p in range(len(extras)))
+    return [rollout for group, extra in zip(groups, extras, strict=True) for rollout in (*group, extra)]
+
+
+def join(parts: Sequence[Experience]) -> Experience:
+    """One experience of several, their prompts in order, all as wide as the widest; they must have the same fields."""
+    width = max(part.mask_NT.shape[1] for part in parts)
+
+    def stacked(name: str) -> Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        if tensors[0] is None:
+            return None
+        rows = [torch.nn.functional.pad(x, (0, width - x.shape[1])) if x.ndim == 2 else x for x in tensors]
+        return torch.cat(rows)
+
+    names = [f.name for f in dataclasses.fields(Experience) if f.name.endswith(("_N", "_NT"))]
+    components = {name: torch.cat([part.components[name] for part in parts]) for name in parts[0].components}
+    return parts[0].replace(
+        rollouts=tuple(rollout for part in parts for rollout in part.rollouts),
+        inputs=tuple(inputs for part in parts for inputs in part.inputs),
+        components=components,
+        **{name: stacked(name) for name in names},
+    )
+
+
 def silenced(experience: Experience) -> Experience:
     """The same with nothing to train: it weighs nothing in any loss, but can be sent through the model."""
+    nothing_NT = torch.zeros_like(experience.mask_NT)
     return experience.replace(
-        mask_NT=torch.zeros_like(experience.mask_NT), rewards_N=torch.zeros_like(experience.rewards_N)
+        mask_NT=nothing_NT, demo_mask_NT=nothing_NT, rewards_N=torch.zeros_like(experience.rewards_N)
     )
 
 
@@ -73,21 +107,25 @@ def minibatches(experience: Experience, parts: int, order: Sequence[int]) -> lis
     return [experience.select(part.tolist()) if len(part) else silenced(experience.select([0])) for part in cuts]
 
 
-def microbatches(experience: Experience, size: int) -> list[Experience]:
-    """Pieces of at most ``size`` samples for one forward and backward each, the same number of them on every rank.
+def split(experience: Experience, size: int) -> list[Experience]:
+    """Pieces of at most ``size`` samples for one forward each; 0 takes everything at once.
 
-    Whole groups as long as they fit, since a group shares its prompt; else equal parts of a group, which is exact but
-    computes the prompt once a part. ``size`` 0 takes everything at once.
+    Whole groups as long as they fit, since a group shares its prompt; else parts of a group, which is exact but
+    computes the prompt once a part.
     """
     group, prompts = experience.group_size, len(experience.inputs)
     if size == 0 or size >= len(experience):
-        pieces = [experience]
-    elif size >= group:
+        return [experience]
+    if size >= group:
         step = size // group
-        pieces = [experience.select(range(p, min(p + step, prompts))) for p in range(0, prompts, step)]
-    else:
-        members = [range(g, g + size) for g in range(0, group, size)]
-        pieces = [experience.select([p], part) for p in range(prompts) for part in members]
+        return [experience.select(range(p, min(p + step, prompts))) for p in range(0, prompts, step)]
+    members = [range(g, min(g + size, group)) for g in range(0, group, size)]
+    return [experience.select([p], part) for p in range(prompts) for part in members]
+
+
+def microbatches(experience: Experience, size: int) -> list[Experience]:
+    """The pieces of ``split`` for one forward and backward each, the same number of them on every rank."""
+    pieces = split(experience, size)
     missing = int(max_over_ranks(torch.tensor(len(pieces), device=experience.mask_NT.device))) - len(pieces)
     return pieces + [silenced(pieces[0])] * missing
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torchmetrics import MeanMetric, Metric
 
-from rllava_pl.modules.lifecycle import Lifecycle
+from rllava_pl.modules.loop.lifecycle import Lifecycle
 from rllava_pl.rewards.base import Judgement, judge
 from rllava_pl.strategies.collectives import world_size
 from rllava_pl.types import Prompt, PromptBatch, Rollout, RolloutBatch
@@ -31,6 +31,11 @@ class Scores:
         for name, values in named.items():
             if values:  # a rank may have run out of rows, but takes part in every sync of the engine
                 self._means[name + suffix].update(torch.tensor(values, dtype=torch.float64).nan_to_num(0.0))
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        """Add numbers of one name."""
+        if values.numel():
+            self._means[name].update(values.double())
 
     def compute(self) -> dict[str, float]:
         """Means over all ranks, by name; collective."""

@@ -10,14 +10,18 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from rllava_pl.functional.kl import KLEstimator
+from rllava_pl.functional.kl import AdaptiveKLController, FixedKLController, KLEstimator
 from rllava_pl.functional.reduce import ReduceMode
 from rllava_pl.models.policy import Policy
 from rllava_pl.models.vlm import VLM
-from rllava_pl.modules.tally import Tally
+from rllava_pl.modules.loop.collection import Collection
+from rllava_pl.modules.loop.diagnosis import Diagnosis
+from rllava_pl.modules.loop.tally import Tally
 from rllava_pl.rewards.base import BaseReward
 from rllava_pl.rollout.managed import ManagedEngine
 from rllava_pl.types import PromptBatch, Reward, Sampling
+
+EngineCorrection = Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
 
 
 class Options(LightningModule):
@@ -25,6 +29,16 @@ class Options(LightningModule):
 
     needs_groups: ClassVar[bool] = False
     """True for algorithms that compare the completions of a prompt with each other."""
+    needs_rewards: ClassVar[bool] = True
+    """False for algorithms that learn from given responses alone."""
+    needs_old_logp: ClassVar[bool] = False
+    """True for losses that must know log-probs before the first update of a rollout batch."""
+    needs_values: ClassVar[bool] = False
+    """True for algorithms with a critic, whose forward gives values."""
+    extra_members: ClassVar[int] = 0
+    """Rows of a group beside its ``group_size`` completions, such as a greedy answer or a demonstration."""
+    demonstrations_apart: ClassVar[bool] = False
+    """True where the loss of demonstration tokens has a denominator of its own (their mean)."""
     rollouts_done: Tensor
     updates_done: Tensor
     policy: Policy
@@ -49,10 +63,21 @@ class Options(LightningModule):
         aggregation: ReduceMode = "token-mean",
         clip_low: float = 0.2,
         clip_high: float = 0.2,
+        dual_clip: float | None = None,
         kl_loss_coef: float = 0.0,
         kl_reward_coef: float = 0.0,
         kl_estimator: KLEstimator = "k3",
+        kl_target: float = 0.0,
+        kl_horizon: int = 10_000,
         entropy_coef: float = 0.0,
+        overlong_buffer: float = 0.0,
+        overlong_scale: float = 1.0,
+        mask_truncated: bool = False,
+        max_refills: int = 0,
+        informative_share: float = 1.0,
+        informative_component: str = "accuracy",
+        engine_correction: EngineCorrection = "token-truncate",
+        engine_correction_cap: float = 2.0,
         val_samples: int = 0,
         seed: int = 0,
     ) -> None:
@@ -73,15 +98,21 @@ class Options(LightningModule):
         self.final_lr_ratio = final_lr_ratio
         self.max_grad_norm = max_grad_norm
         self.aggregation = aggregation
-        self.clip_low, self.clip_high = clip_low, clip_high
+        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
         self.kl_loss_coef, self.kl_reward_coef = kl_loss_coef, kl_reward_coef
         self.kl_estimator = kl_estimator
+        self.kl_controller = AdaptiveKLController(1.0, kl_target, kl_horizon) if kl_target else FixedKLController(1.0)
         self.entropy_coef = entropy_coef
+        self.overlong_buffer, self.overlong_scale = overlong_buffer, overlong_scale
+        self.mask_truncated = mask_truncated
+        self.collection = Collection(max_refills, informative_share, informative_component)
+        self.engine_correction, self.engine_correction_cap = engine_correction, engine_correction_cap
         self.val_samples = val_samples
         self.seed = seed
         self._check_options()
         self.reference: Policy | None = None
         self.tally = Tally()
+        self.diagnosis = Diagnosis()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.rollout_version = -1
         self.register_buffer("rollouts_done", torch.zeros((), dtype=torch.int64))
@@ -107,10 +138,27 @@ class Options(LightningModule):
         """Whether any KL term is on."""
         return bool(self.kl_loss_coef or self.kl_reward_coef)
 
+    @property
+    def evaluates_old_logp(self) -> bool:
+        """Whether the sampling policy's log-probs must be known before the update, whose first forward gives them."""
+        adaptive = isinstance(self.kl_controller, AdaptiveKLController)
+        return (
+            self.needs_old_logp
+            or self.needs_values
+            or self.updates_per_rollout > 1
+            or bool(self.kl_reward_coef)
+            or adaptive
+        )
+
+    @property
+    def overlong_tokens(self) -> int:
+        """Width of the stretch before the budget's end in which length is punished."""
+        return max(1, round(self.overlong_buffer * self.sampling.max_tokens))
+
     def _check_options(self) -> None:
         """Refuse options that contradict each other, with the arithmetic."""
         name, group, micro = type(self).__name__, self.group_size, self.micro_batch_size
-        if not self.rewards:
+        if not self.rewards and self.needs_rewards:
             raise ValueError(f"{name}: no reward given, so nothing to learn from; e.g. rewards: [AnswerTagReward]")
         if group < (2 if self.needs_groups else 1):
             raise ValueError(f"{name} compares the completions of a prompt: group_size must be >= 2, is {group}")
@@ -123,6 +171,12 @@ class Options(LightningModule):
             raise ValueError(f"minibatches ({self.num_minibatches}) and epochs ({self.epochs}) must be at least 1")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: all completions of a prompt would be equal")
+        if not 0 <= self.overlong_buffer < 1:
+            raise ValueError(
+                f"overlong_buffer is {self.overlong_buffer}; it is a part of the budget, from 0 (off) to 1"
+            )
+        if isinstance(self.kl_controller, AdaptiveKLController) and not self.needs_reference:
+            raise ValueError("kl_target adapts the KL coefficient, but kl_loss_coef and kl_reward_coef are both 0")
         if self.lr_schedule != "constant" and self.max_rollouts < 1:
             raise ValueError(f"lr_schedule {self.lr_schedule!r} decays over max_rollouts, which is {self.max_rollouts}")
 

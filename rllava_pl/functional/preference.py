@@ -1,0 +1,66 @@
+"""Learning from pairs: of two responses to one prompt, which one is better."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rllava_pl.functional._numerics import raised
+
+
+def dpo(
+    chosen_logp_N: Tensor,
+    rejected_logp_N: Tensor,
+    ref_chosen_logp_N: Tensor,
+    ref_rejected_logp_N: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Direct preference optimisation: ``-(1 - e) * log sigmoid(h) - e * log sigmoid(-h)``, one value a pair.
+
+    ``h = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))``, e the label smoothing. DPO (arXiv 2305.18290);
+    e > 0 assumes that this share of the labels is flipped and gives the margin a finite optimum. The loss is ln 2 at
+    h = 0 and grows linearly with a wrong margin, so no log-prob makes it overflow.
+
+    Args:
+        chosen_logp_N: (N,), log-prob of the better response: the sum over its tokens, not the mean.
+        rejected_logp_N: (N,), of the worse one.
+        ref_chosen_logp_N: (N,), of the better one under the reference.
+        ref_rejected_logp_N: (N,), of the worse one under the reference.
+        beta: How dearly a distance from the reference is paid; the smaller, the farther the policy goes.
+        label_smoothing: Share of labels assumed wrong, in [0, 0.5].
+
+    Returns:
+        The loss and the implicit rewards ``beta * (chosen - ref_chosen)`` and ``beta * (rejected - ref_rejected)``,
+        (N,) each and in at least fp32, the rewards detached.
+
+    Raises:
+        ValueError: ``beta`` not positive, ``label_smoothing`` outside of [0, 0.5], or inputs of unequal shapes.
+
+    >>> import torch
+    >>> chosen, rejected, reference = torch.tensor([-10.0]), torch.tensor([-12.0]), torch.tensor([-11.0])
+    >>> dpo(chosen, rejected, reference, reference, beta=0.5)
+    (tensor([0.3133]), tensor([0.5000]), tensor([-0.5000]))
+    """
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta is {beta}; it must be a positive finite number, e.g. 0.1")
+    if not 0 <= label_smoothing <= 0.5:
+        raise ValueError(
+            f"label_smoothing is {label_smoothing}; it must lie between 0 and 0.5, above it the rejected one would win"
+        )
+    _check_pairs(chosen_logp_N, rejected_logp_N, ref_chosen_logp_N, ref_rejected_logp_N)
+    chosen_reward_N = beta * (raised(chosen_logp_N) - raised(ref_chosen_logp_N))
+    rejected_reward_N = beta * (raised(rejected_logp_N) - raised(ref_rejected_logp_N))
+    margin_N = chosen_reward_N - rejected_reward_N
+    loss_N = -(1 - label_smoothing) * logsigmoid(margin_N) - label_smoothing * logsigmoid(-margin_N)
+    return loss_N, chosen_reward_N.detach(), rejected_reward_N.detach()
+
+
+def _check_pairs(*logps: Tensor) -> None:
+    if len({x.shape for x in logps}) > 1:
+        names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip(names, logps, strict=True))
+        raise ValueError(f"log-probs have the shapes {shapes}; all four must be (N,), one sum a response")

@@ -1,0 +1,68 @@
+"""CHORD: harmonised on- and off-policy learning."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rllava_pl.functional import advantages, demonstrations
+from rllava_pl.functional.demonstrations import ChordWeighting
+from rllava_pl.modules.demonstrations import BesideGroupModule
+from rllava_pl.types import Experience
+
+
+class CHORD(BesideGroupModule):
+    """CHORD (arXiv 2508.11408): imitation as a second loss, weighed as a whole by μ and token by token by φ.
+
+    (1 - μ)·GRPO over the samples, mean over their tokens, - μ·φ·log π over the demonstrations, mean over theirs;
+    φ = p(1 - p) spares tokens that are known and tokens that are out of reach. With ``mu_decay_steps`` μ rises to
+    ``mu`` over ``mu_warmup_steps`` rollouts and falls by a cosine to ``mu_valley``; without, it is constant.
+
+    Args:
+        mu: μ, or its peak.
+        weighting: "phi": p(1 - p); "p": p; "none": 1, which is CHORD-μ.
+        mu_warmup_steps: Rollouts of linear rise.
+        mu_decay_steps: Rollouts of decay; 0: constant.
+        mu_valley: Where the decay ends.
+        scale_by_std: Divide by the group's standard deviation.
+    """
+
+    def __init__(
+        self,
+        *args,  # noqa: ANN002
+        mu: float = 0.1,
+        weighting: ChordWeighting = "phi",
+        mu_warmup_steps: int = 0,
+        mu_decay_steps: int = 0,
+        mu_valley: float = 0.02,
+        scale_by_std: bool = True,
+        **kwargs,  # noqa: ANN003
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.mu, self.weighting, self.scale_by_std = mu, weighting, scale_by_std
+        self.mu_warmup_steps, self.mu_decay_steps, self.mu_valley = mu_warmup_steps, mu_decay_steps, mu_valley
+
+    @property
+    def present_mu(self) -> float:
+        """μ of this rollout."""
+        if not self.mu_decay_steps:
+            return self.mu
+        phases = {"warmup_steps": self.mu_warmup_steps, "decay_steps": self.mu_decay_steps}
+        return demonstrations.chord_mu(self.rollout_index, **phases, peak=self.mu, valley=self.mu_valley)
+
+    def advantages(self, experience: Experience) -> Tensor:
+        """(r - mean) / std over the samples of a prompt, (N,)."""
+        return advantages.grpo(experience.rewards_N, experience.group_N, scale_by_std=self.scale_by_std)
+
+    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
+        """(1 - μ)·clipped, and -μ·φ·log π on demonstrations."""
+        return demonstrations.chord(
+            logp_NT,
+            batch.old_logp_NT,
+            batch.advantages_NT,
+            batch.mask_NT,
+            batch.demo_mask_NT,
+            mu=self.present_mu,
+            weighting=self.weighting,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+        )

@@ -1,0 +1,86 @@
+"""Direct preference optimization."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rllava_pl.functional import preference
+from rllava_pl.models.vlm import VLM
+from rllava_pl.modules.loop.optimization import Counts
+from rllava_pl.modules.supervised import SupervisedModule
+from rllava_pl.rewards.base import BaseReward
+from rllava_pl.types import Experience, PolicyOutput, Request, Reward, Rollout
+
+
+class DPO(SupervisedModule):
+    """DPO (arXiv 2305.18290): the better response of a pair gains on the worse one, measured from the reference.
+
+    h = β·[(log π(c) - log π_ref(c)) - (log π(r) - log π_ref(r))], sums over response tokens; loss = -log σ(h), mean
+    over the pairs of the mini-batch on all ranks. Needs prompts with ``target`` (chosen) and ``rejected``; both
+    responses share the prompt's forward, its images included.
+
+    Args:
+        policy: The model to train.
+        rewards: For validation and test alone; may be empty.
+        beta: β; paper: 0.1.
+        label_smoothing: Probability that a pair is labelled the wrong way round.
+    """
+
+    def __init__(
+        self,
+        policy: VLM,
+        rewards: list[BaseReward | Reward] | None = None,
+        *,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        **kwargs,  # noqa: ANN003
+    ) -> None:
+        super().__init__(policy, rewards or [], group_size=2, aggregation="sequence-mean-token-sum", **kwargs)
+        self.beta, self.label_smoothing = beta, label_smoothing
+
+    @property
+    def needs_reference(self) -> bool:
+        """Always."""
+        return True
+
+    def sample(self, requests: list[Request]) -> list[Rollout]:
+        """Chosen and rejected of each prompt."""
+        return [self.given(r, text) for r in requests for text in (r.prompt.target, r.prompt.rejected)]
+
+    def advantages(self, experience: Experience) -> Tensor:
+        """There is no credit but the comparison itself, (N,)."""
+        return torch.zeros_like(experience.rewards_N)
+
+    def loss(self, output: PolicyOutput, batch: Experience, counts: Counts) -> Tensor:
+        """This micro-batch's share of the mean over pairs; each half of a pair counts as one sequence."""
+        loss_P, margin_P = self.compare(output.logp_NT, batch)
+        loss = loss_P.sum() / (counts.loss / 2).clamp(min=1)
+        self.observe_tokens(output, batch, loss, torch.zeros_like(batch.mask_NT))
+        pairs_P = batch.mask_NT.any(1)[::2]
+        self.tally.add_masked("margin", margin_P, pairs_P)
+        self.tally.add_masked("pair_accuracy", (margin_P > 0).float(), pairs_P)
+        return loss
+
+    def compare(self, logp_NT: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+        """Loss and margin between the two implicit rewards of each pair, (P,) each."""
+        sums_N = (logp_NT * batch.mask_NT).sum(1)
+        ref_N = (batch.ref_logp_NT * batch.mask_NT).sum(1)
+        loss_P, chosen_P, rejected_P = preference.dpo(
+            sums_N[::2], sums_N[1::2], ref_N[::2], ref_N[1::2], beta=self.beta, label_smoothing=self.label_smoothing
+        )
+        return loss_P * batch.mask_NT.any(1)[::2], chosen_P - rejected_P
+
+    def examine_given(self, experience: Experience) -> None:
+        """``val/pair_accuracy`` and ``val/margin``: how often and by how much the better response is preferred."""
+        logp_NT = self.given_logp(self.policy, experience)
+        with self.policy.adapters_off():
+            experience = experience.replace(ref_logp_NT=self.given_logp(self.reference or self.policy, experience))
+        _, margin_P = self.compare(logp_NT, experience)
+        self.scores.add("margin", margin_P)
+        self.scores.add("pair_accuracy", (margin_P > 0).float())
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.micro_batch_size % 2:
+            raise ValueError(f"micro_batch_size is {self.micro_batch_size}; a pair stays together, so it must be even")

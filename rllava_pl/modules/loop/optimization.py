@@ -1,0 +1,90 @@
+"""From gradients to new weights: denominators, clipping, optimizer and learning rate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from rllava_pl.functional.reduce import loss_denominator, reduce_loss
+from rllava_pl.functional.schedules import lr_factor
+from rllava_pl.modules.loop.options import Options
+from rllava_pl.strategies import updates
+from rllava_pl.strategies.collectives import sum_over_ranks, world_size
+from rllava_pl.types import Experience
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+
+class Counts(NamedTuple):
+    """Divisors of a mini-batch's losses, over all ranks; 0-dim each."""
+
+    loss: Tensor
+    """Of the policy loss, by its aggregation."""
+    tokens: Tensor
+    """Trainable tokens: of the entropy bonus and of a critic's loss."""
+    demonstrations: Tensor
+    """Tokens that demonstrations gave."""
+
+
+class Optimization(Options):
+    """The optimizer steps of ``RLModule``."""
+
+    def denominators(self, minibatch: Experience) -> Counts:
+        """Counts of the mini-batch over all ranks."""
+        mask_NT = minibatch.own_mask_NT if self.demonstrations_apart else minibatch.mask_NT
+        rows = mask_NT[mask_NT.any(1)]  # rows that only keep a rank in step must not count
+        count = loss_denominator(rows, self.aggregation, max_tokens=self.sampling.max_tokens)
+        counts = [count, minibatch.mask_NT.sum().to(count.dtype), minibatch.demo_mask_NT.sum().to(count.dtype)]
+        return Counts(*sum_over_ranks(torch.stack(counts)).unbind())
+
+    def aggregate(self, loss_NT: Tensor, batch: Experience, counts: Counts) -> Tensor:
+        """One number of per-token losses; demonstrations that stand apart add the mean over their own tokens.
+
+        With one denominator for both, the weight of a demonstration would depend on how long it happens to be.
+        """
+        mask_NT = batch.own_mask_NT if self.demonstrations_apart else batch.mask_NT
+        limit = self.sampling.max_tokens
+        loss = reduce_loss(loss_NT, mask_NT, self.aggregation, denominator=counts.loss, max_tokens=limit)
+        if self.demonstrations_apart:
+            loss = loss + reduce_loss(loss_NT, batch.demo_mask_NT, "token-mean", denominator=counts.demonstrations)
+        return loss
+
+    def step(self) -> None:
+        """Clip, step, schedule; one optimizer step whatever the number of micro-batches."""
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = updates.clip_gradients(self.trainer.strategy, parameters, self.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        cast(LambdaLR, self.lr_schedulers()).step()
+        self.updates_done += 1
+        self.tally.add("grad_norm", norm)
+        self.tally.add("loss", torch.zeros_like(norm), 1 / world_size())
+
+    def parameter_groups(self) -> list[tuple[list[torch.nn.Parameter], float]]:
+        """What is trained, each group with the factor of its learning rate."""
+        return [([p for p in self.policy.parameters() if p.requires_grad], 1.0)]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over all trainable parameters, its learning rate scheduled by optimizer steps."""
+        groups = self.parameter_groups()
+        optimizer = self.optimizer([{"params": parameters} for parameters, _ in groups])
+        for group, (_, lr_factor_of_group) in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] *= lr_factor_of_group
+        total = self.max_rollouts * self.updates_per_rollout
+
+        def factor(step: int) -> float:
+            return lr_factor(
+                step,
+                schedule=self.lr_schedule,
+                warmup_steps=self.warmup_steps,
+                total_steps=total,
+                final_ratio=self.final_lr_ratio,
+            )
+
+        return [optimizer], [LambdaLR(optimizer, factor)]

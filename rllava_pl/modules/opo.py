@@ -1,0 +1,38 @@
+"""On-policy RL with the optimal reward baseline."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from rllava_pl.functional import advantages, losses
+from rllava_pl.modules.base import RLModule
+from rllava_pl.types import Experience
+
+
+class OPO(RLModule):
+    """OPO (arXiv 2505.23585): exactly on-policy, with the baseline of least variance.
+
+    A_i = r_i - Σ_j l_j·r_j / Σ_j l_j over the group, l the response lengths: the optimal baseline if the squared norm
+    of a sample's gradient grows with its length. loss = -A·log π, mean over tokens; no clipping, no KL, no entropy
+    bonus, and one optimizer step a rollout.
+    """
+
+    needs_groups: ClassVar[bool] = True
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.updates_per_rollout != 1:
+            raise ValueError(
+                f"OPO is on-policy, so a rollout serves one update: minibatches ({self.num_minibatches}) x epochs "
+                f"({self.epochs}) must be 1"
+            )
+
+    def advantages(self, experience: Experience) -> Tensor:
+        """Reward minus the length-weighted mean of the group, (N,)."""
+        return advantages.opo(experience.rewards_N, experience.group_N, experience.lengths_N)
+
+    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
+        """-A·log π."""
+        return losses.reinforce(logp_NT, batch.advantages_NT)
