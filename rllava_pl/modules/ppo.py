@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from rllava_pl.functional.advantages import gae
+from rllava_pl.functional.reduce import reduce_loss
 from rllava_pl.modules.actor_critic import ActorCritic
-from rllava_pl.types import Experience
+from rllava_pl.modules.loop.optimization import Counts
+from rllava_pl.types import Experience, PolicyOutput
 
 
 class PPO(ActorCritic):
@@ -21,6 +23,8 @@ class PPO(ActorCritic):
         lam: λ of the advantages.
         lam_critic: λ of the returns; VAPO (arXiv 2504.05118) decouples the two and takes 1. Null: the same.
         length_adaptive: α of VAPO's λ_i = 1 - 1/(α·l_i), clamped to [0, 1], l_i the response's length; 0: off.
+        imitation_coef: Weight of VAPO's -log π on right responses, mean over their tokens; 0: off.
+        success_threshold: A response with at least this reward is right.
         group_size: Completions of each prompt.
         kl_reward_coef: Weight of the KL divergence in the reward.
     """
@@ -32,6 +36,8 @@ class PPO(ActorCritic):
         lam: float = 1.0,
         lam_critic: float | None = None,
         length_adaptive: float = 0.0,
+        imitation_coef: float = 0.0,
+        success_threshold: float = 1.0,
         group_size: int = 1,
         kl_reward_coef: float = 0.001,
         **kwargs,  # noqa: ANN003
@@ -40,6 +46,7 @@ class PPO(ActorCritic):
         self.gamma, self.lam = gamma, lam
         self.lam_critic = lam if lam_critic is None else lam_critic
         self.length_adaptive = length_adaptive
+        self.imitation_coef, self.success_threshold = imitation_coef, success_threshold
 
     def estimate(self, everyone: Experience) -> tuple[Tensor, Tensor]:
         """Whitened advantages, and returns."""
@@ -50,3 +57,16 @@ class PPO(ActorCritic):
         advantages_NT, _ = gae(*states, gamma=self.gamma, lam=lam)
         _, returns_NT = gae(*states, gamma=self.gamma, lam=self.lam_critic, whiten=False)
         return advantages_NT, returns_NT
+
+    def credit(self, experience: Experience) -> Experience:
+        """Advantages and returns, and which tokens belong to right responses."""
+        right_NT = experience.mask_NT & (experience.rewards_N >= self.success_threshold)[:, None]
+        return super().credit(experience).replace(selected_NT=right_NT)
+
+    def loss(self, output: PolicyOutput, batch: Experience, counts: Counts) -> Tensor:
+        """Policy and value loss, and the imitation of right responses."""
+        loss = super().loss(output, batch, counts)
+        if not self.imitation_coef:
+            return loss
+        nll = reduce_loss(-output.logp_NT, batch.selected_NT, "token-mean", denominator=counts.selected)
+        return loss + self.imitation_coef * nll

@@ -29,6 +29,8 @@ class Counts(NamedTuple):
     """Trainable tokens: of the entropy bonus and of a critic's loss."""
     demonstrations: Tensor
     """Tokens that demonstrations gave."""
+    selected: Tensor
+    """Tokens that a loss treats apart."""
 
 
 class Optimization(Options):
@@ -39,7 +41,9 @@ class Optimization(Options):
         mask_NT = minibatch.own_mask_NT if self.demonstrations_apart else minibatch.mask_NT
         rows = mask_NT[mask_NT.any(1)]  # rows that only keep a rank in step must not count
         count = loss_denominator(rows, self.aggregation, max_tokens=self.sampling.max_tokens)
-        counts = [count, minibatch.mask_NT.sum().to(count.dtype), minibatch.demo_mask_NT.sum().to(count.dtype)]
+        selected_NT = torch.zeros_like(minibatch.mask_NT) if minibatch.selected_NT is None else minibatch.selected_NT
+        masks = (minibatch.mask_NT, minibatch.demo_mask_NT, selected_NT)
+        counts = [count, *(mask.sum().to(count.dtype) for mask in masks)]
         return Counts(*sum_over_ranks(torch.stack(counts)).unbind())
 
     def aggregate(self, loss_NT: Tensor, batch: Experience, counts: Counts) -> Tensor:
