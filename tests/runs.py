@@ -8,11 +8,15 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 
+from rllava_pl import modules
 from rllava_pl.datamodules import SyntheticVisionDataModule
 from rllava_pl.models import TinyVLM
 from rllava_pl.modules import GRPO, RLModule
 from rllava_pl.rewards import AnswerTagReward
 from rllava_pl.types import Sampling
+
+ALGORITHMS = [x for name in modules.__all__ if (x := getattr(modules, name)) is not RLModule]
+"""Every algorithm of the package, found where users find it."""
 
 CACHE = Path(tempfile.gettempdir()) / "rllava_pl-tests"
 """Models are functions of their recipe, so that a cache over test runs is safe and saves seconds."""
@@ -32,16 +36,36 @@ def tiny(family: str = "idefics3", *, warmup_steps: int = 40, **options: object)
 
 
 def module(algorithm: type[RLModule] = GRPO, policy: TinyVLM | None = None, **options: object) -> RLModule:
-    """A module for short runs: 4 completions a prompt, 2 updates a rollout, AdamW 1e-3."""
+    """A module for short runs: 4 completions a prompt, 2 updates a rollout, AdamW 1e-3; less where it says no."""
     defaults: dict[str, object] = {
-        "group_size": 4,
         "sampling": Sampling(max_tokens=6),
         "max_rollouts": 4,
-        "minibatches": 2,
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0),
         "seed": 1,
     }
-    return algorithm(policy or tiny(), [AnswerTagReward()], **(defaults | options))
+    if algorithm.needs_rewards:  # else the number of given responses is the size of a group
+        defaults["group_size"] = 4
+    rewards, policy = [AnswerTagReward()], policy or tiny()
+    try:
+        return algorithm(policy, rewards, **(defaults | {"minibatches": 2} | options))
+    except ValueError as error:
+        if "minibatches" in options or "a rollout serves one update" not in str(error):
+            raise
+        return algorithm(policy, rewards, **(defaults | options))
+
+
+def share_of_targets(algorithm: type[RLModule]) -> float:
+    """Prompts with a target that suit the algorithm: all where it learns from nothing else, some elsewhere."""
+    return 0.5 if algorithm.needs_rewards else 1.0
+
+
+def accepts(algorithm: type[RLModule], **options: object) -> bool:
+    """Whether a module of ``module`` takes these options together."""
+    try:
+        module(algorithm, **options)
+    except ValueError:
+        return False
+    return True
 
 
 def data(batch_size: int = 4, train_size: int = 24, **options: object) -> SyntheticVisionDataModule:

@@ -82,15 +82,27 @@ def encode(processor: Processor, prompts: Sequence[Prompt], family: Family | Non
         check_images(prompt)
     texts = [prompt_text(processor, prompt) for prompt in prompts]
     images = [image for prompt in prompts for image in prompt.images]
-    bos = tokenizer_of(processor).bos_token
     outputs = processor(
         text=texts,
         **({"images": images} if images else {}),
         padding=True,
-        add_special_tokens=not (bos and texts[0].startswith(bos)),  # some templates write BOS themselves
+        add_special_tokens=_adds_special_tokens(processor, texts[0]),
         return_tensors="pt",
     )
     return _take_apart(dict(outputs), [len(prompt.images) for prompt in prompts], family or _family_by_class(processor))
+
+
+def unexpanded_ids(processor: Processor, prompt: Prompt) -> list[int]:
+    """Token ids with one placeholder an image, for engines that expand them by themselves."""
+    text = prompt_text(processor, prompt)
+    ids: list[int] = tokenizer_of(processor)(text, add_special_tokens=_adds_special_tokens(processor, text))["input_ids"]
+    return ids
+
+
+def _adds_special_tokens(processor: Processor, text: str) -> bool:
+    """Whether the tokenizer has to write BOS: some chat templates do it themselves."""
+    bos = tokenizer_of(processor).bos_token
+    return not (bos and text.startswith(bos))
 
 
 def encode_response(

@@ -123,7 +123,7 @@ class Policy(nn.Module):
         if not self.family.causal:
             raise ValueError(
                 f"no hidden states for the family {self.model.config.model_type!r}: only its logits are known to be "
-                "right; use an algorithm without a critic, or, if it is causal throughout, enter it in models/families.py"
+                "right; use an algorithm without a critic, or enter the family in models/families.py if it is causal"
             )
         hidden_NTH = self._hidden_shared(batch) if self.shares_prompt else self._hidden_plain(batch)
         return hidden_NTH[batch.mask_NT.to(self.device)]

@@ -96,8 +96,7 @@ class RLModule(Observation, Evaluation):
         with self.phase("reward"):
             judgement = self.score_rollouts(rollouts)
             device = self.policy.device
-            unscored = torch.tensor(sum(judgement.causes.values()), device=device)
-            self.tally.add("unscored_samples", unscored, 1 / world_size())  # a total, not a mean over ranks
+            self.tally.add_total("unscored_samples", torch.tensor(sum(judgement.causes.values()), device=device))
             return assemble(rollouts, judgement, self.group_size + self.extra_members, device)
 
     def collect(self, experience: Experience, wanted: int) -> Experience | None:
@@ -149,7 +148,7 @@ class RLModule(Observation, Evaluation):
         with self.phase("update"):
             counts = self.denominators(minibatch)
             if counts.tokens == 0:  # nothing to learn from on any rank: all ranks leave together
-                self.tally.add("skipped_updates", counts.tokens + 1, 1 / world_size())
+                self.tally.add_total("skipped_updates", torch.ones_like(counts.tokens) / world_size())
                 return
             pieces = microbatches(minibatch, self.micro_batch_size)
             for k, piece in enumerate(pieces):
@@ -210,7 +209,8 @@ class RLModule(Observation, Evaluation):
                 buffer_tokens=self.overlong_tokens,
                 scale=self.overlong_scale,
             )
-            self.tally.add_masked("overlong_penalty", punishment_N, experience.own_mask_NT.any(1))
+            counted_N = experience.own_mask_NT.any(1) & (experience.group_N >= 0)  # not what stands beside a group
+            self.tally.add_masked("overlong_penalty", punishment_N, counted_N)
             experience = experience.replace(rewards_N=experience.rewards_N + punishment_N)
         if self.mask_truncated:
             experience = shaping.without_truncated(experience)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from rllava_pl.functional.reduce import ReduceMode
+from rllava_pl.functional.seeds import seed_from
 from rllava_pl.modules.grpo import GRPO
 from rllava_pl.modules.loop.experience import over_ranks
+from rllava_pl.strategies.collectives import row_gatherer
 from rllava_pl.types import Experience
 
 
@@ -41,6 +44,21 @@ class CovarianceModule(GRPO):
     def update(self, minibatch: Experience) -> None:
         """Choose, then update."""
         everyone, own = over_ranks(minibatch)
-        selected_NT = self.select_tokens(everyone)[own, : minibatch.mask_NT.shape[1]]
+        order_N = _order_over_ranks(minibatch)
+        selected_NT = torch.empty_like(everyone.mask_NT)
+        selected_NT[order_N] = self.select_tokens(everyone.map(lambda x: x[order_N]))
+        selected_NT = selected_NT[own, : minibatch.mask_NT.shape[1]]
         self.tally.add_masked("selected_fraction", selected_NT.float(), minibatch.mask_NT)
         super().update(minibatch.replace(selected_NT=selected_NT))
+
+
+def _order_over_ranks(minibatch: Experience) -> Tensor:
+    """(N,): the rows of all ranks in an order that depends on prompts and samples alone.
+
+    Draws and ties go by position, which would otherwise differ with the number of ranks.
+    """
+    rows = enumerate(minibatch.rollouts)
+    keys = [seed_from(rollout.prompt.uid, row % minibatch.group_size) for row, rollout in rows]
+    device = minibatch.mask_NT.device
+    gather, _ = row_gatherer(len(keys), device)
+    return gather(torch.tensor(keys, dtype=torch.int64, device=device)).argsort(stable=True)

@@ -35,6 +35,10 @@ class SupervisedModule(DemonstrationModule):
             ref = self.score(self.reference or self.trainer.strategy.model, experience)
             return experience.replace(ref_logp_NT=ref.logp_NT)
 
+    def correct(self, loss_NT: Tensor, batch: Experience) -> Tensor:
+        """No engine has sampled anything, so there is nothing to correct."""
+        return loss_NT
+
     def observe_samples(self, experience: Experience) -> None:
         """Lengths; there is no reward and no group."""
         self.tally.add_masked("response_tokens", experience.lengths_N.float(), experience.mask_NT.any(1))

@@ -266,7 +266,7 @@ def test_phi_keeps_its_precision_where_the_policy_is_sure():
     everywhere = torch.tensor([[True]])
     loss = chord(logp, logp, torch.ones(1, 1), everywhere, everywhere, mu=1.0)
     # p * (1 - p) * 1e-6 with 1 - p = 1e-6; as 1 - exp(logp) fp32 would be off by 5 percent
-    assert loss.item() == pytest.approx(1e-12, rel=1e-5)
+    assert loss.item() == pytest.approx(1e-12, rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"shaping": None}])
@@ -327,7 +327,7 @@ def test_without_demonstrations_the_clipped_loss_remains(loss, options, scale):
 @EVERY_VARIANT
 @pytest.mark.parametrize("garbage", [1e30, -1e30, math.nan, math.inf])
 def test_what_a_branch_does_not_read_influences_nothing(loss, options, garbage):
-    for case in drawn(torch.float32)[::50]:
+    for case in drawn(torch.float32)[::100]:
         own, demo = case.mask & ~case.demo, case.mask & case.demo
         credit = {luffy: case.mask, srft: demo}.get(loss, own)
         loud = Mixed(
@@ -339,9 +339,12 @@ def test_what_a_branch_does_not_read_influences_nothing(loss, options, garbage):
             case.rewards.masked_fill(~own.any(1), garbage),
             case.entropy.masked_fill(~case.mask, garbage),
         )
-        value, gradient = value_and_gradient(loss, loud, options)
-        assert_same((value, gradient), value_and_gradient(loss, case, options))
-        assert (value[~case.mask] == 0).all() and (gradient[~case.mask] == 0).all()
+        expected = value_and_gradient(loss, case, options)
+        # one at a time as well: what is NaN in one place may hide it in another
+        for changed in (loud, *(case._replace(**{name: getattr(loud, name)}) for name in Mixed._fields)):
+            value, gradient = value_and_gradient(loss, changed, options)
+            assert_same((value, gradient), expected)
+            assert (value[~case.mask] == 0).all() and (gradient[~case.mask] == 0).all()
 
 
 @EVERY_VARIANT

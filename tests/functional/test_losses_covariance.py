@@ -163,8 +163,21 @@ def test_the_draw_is_a_function_of_the_generator():
     before = torch.get_rng_state()
     draw(2)
     assert torch.equal(torch.get_rng_state(), before)  # the global one is left alone
-    inside = clip_cov(logp, old, credit, mask, ratio=0.02, generator=generator(0))
-    torch.testing.assert_close(inside, clip_cov(logp, old, credit, mask, selected_NT=draw(0)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "option", [{"clip_low": 0.1}, {"clip_high": 0.1}, {"ratio": 0.04}, {"lower": 0.5}, {"upper": 1.5}, {}]
+)
+def test_without_a_selection_the_losses_choose_with_their_own_options(option):
+    logp, old, credit, mask = torch.randn(4, 20, 30, generator=generator(41)).unbind(0)
+    mask = mask > -1
+    plain = clip_cov_select(logp, old, credit, mask, ratio=0.02, generator=generator(0))
+    selected = clip_cov_select(logp, old, credit, mask, **{"ratio": 0.02, **option}, generator=generator(0))
+    assert torch.equal(selected, plain) == (not option)  # the option matters
+    actual = clip_cov(logp, old, credit, mask, **{"ratio": 0.02, **option}, generator=generator(0))
+    clip = {name: value for name, value in option.items() if name.startswith("clip")}
+    expected = clip_cov(logp, old, credit, mask, **clip, selected_NT=selected)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_selection_ignores_padding_and_garbage():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rllava_pl.functional.losses import gmpo, gspo
-from tests.functional.cases import RATIO_RTOL, assert_near, cases, matrix, rows, slow_ratio
+from tests.functional.cases import RATIO_RTOL, assert_near, cases, generator, matrix, rows, slow_ratio
 
 DTYPES = [torch.float32, torch.float64]
 EVERY_TOKEN = torch.ones(1, 3, dtype=torch.bool)
@@ -85,12 +85,13 @@ def test_gspo_clips_a_response_as_a_whole():
     assert (gradient[1] < 0).all()
 
 
-def test_gspo_ratio_keeps_its_digits_beside_log_probs_of_any_size():
-    # powers of two, so that fp32 holds logp, old and their difference exactly: the mean is 2^-12
-    old = torch.tensor([[-32.0, -0.5, -1.0]])
-    logp = old + torch.tensor([[2**-12]])
-    loss = gspo(logp, old, torch.ones(1, 3), EVERY_TOKEN)
-    torch.testing.assert_close(loss, torch.full((1, 3), -math.exp(2**-12)), atol=1e-7, rtol=0)
+def test_gspo_has_one_value_a_row_beside_log_probs_of_any_size():
+    logp, old = -30 * torch.rand(2, 5, 100, generator=generator(21))
+    old = logp + 1e-5 * old  # a mean ratio within the range, which is narrower than fp32 is exact at -30
+    everything = torch.ones(5, 100, dtype=torch.bool)
+    loss = gspo(logp, old, torch.ones(5, 100), everything)
+    assert (loss == loss[:, :1]).all()
+    torch.testing.assert_close(loss[:, 0].double(), -(logp.double() - old.double()).mean(1).exp(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 
-from rllava_pl import modules
-from rllava_pl.modules import RLModule
+from rllava_pl.modules import SFT, Recipe, RLModule
 from tests import runs
 from tests.models.conftest import FAMILIES
-
-ALGORITHMS = [
-    x for x in vars(modules).values() if isinstance(x, type) and issubclass(x, RLModule) and x is not RLModule
-]
 
 
 def weights(module: RLModule) -> dict[str, torch.Tensor]:
@@ -42,14 +38,26 @@ def test_a_family_trains_three_rollouts_and_reloads(tmp_path: Path, family: str)
     assert any("vis" in name for name in changed) and any("layers.1" in name for name in changed)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.__name__)
+@pytest.mark.parametrize("algorithm", runs.ALGORITHMS, ids=lambda algorithm: algorithm.__name__)
 def test_an_algorithm_trains_and_moves_the_policy(tmp_path: Path, algorithm: type[RLModule]) -> None:
-    module = runs.module(algorithm, max_rollouts=2)
+    module, start = runs.module(algorithm, max_rollouts=2), runs.module(algorithm)
+    start.configure_model()
     trainer = runs.trainer(tmp_path)
-    trainer.fit(module, runs.data())
-    assert module.weight_version == 4
-    assert torch.isfinite(trainer.callback_metrics["train/loss"])
-    assert (algorithm.__doc__ or "").count("arXiv") >= 1
+    trainer.fit(module, runs.data(demonstrations=runs.share_of_targets(algorithm)))
+    assert module.rollout_index == 2 and module.weight_version == 2 * module.updates_per_rollout
+    assert all(torch.isfinite(value) for value in trainer.callback_metrics.values())
+    before, after = weights(start), weights(module)
+    assert all(torch.isfinite(after[name]).all() for name in after)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("algorithm", runs.ALGORITHMS, ids=lambda algorithm: algorithm.__name__)
+def test_an_algorithm_says_what_it_is_and_what_its_knobs_mean(algorithm: type[RLModule]) -> None:
+    doc = inspect.getdoc(algorithm)
+    if algorithm not in (Recipe, SFT):  # a combination of the user's, and the oldest of all: no paper to name
+        assert "arXiv" in doc
+    knobs = [p.name for p in inspect.signature(algorithm.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert [name for name in knobs if f"{name}:" not in doc] == []
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ class Archive:
         if isinstance(value, (list, tuple)):
             return {KIND: type(value).__name__, "items": [self.pack(item) for item in value]}
         if isinstance(value, Mapping):
-            return {KIND: "mapping", **{str(key): self.pack(item) for key, item in value.items()}}
+            return {KIND: "mapping", "entries": {str(key): self.pack(item) for key, item in value.items()}}
         if isinstance(value, Image.Image):
             return {KIND: "Image", "pixels": torch.from_numpy(np.array(value.convert("RGB")))}
         if type(value).__name__ in CLASSES and dataclasses.is_dataclass(value):
@@ -73,9 +73,8 @@ class Archive:
             return items if kind == "list" else tuple(items)
         if kind == "Image":
             return Image.fromarray(entries["pixels"].numpy())  # type: ignore[union-attr]
-        values = {key: self.unpack(value) for key, value in entries.items()}
-        if kind == "mapping":
-            return values
+        if kind == "mapping":  # a level of their own: its keys come from the data and may be any text
+            return {key: self.unpack(value) for key, value in entries["entries"].items()}  # type: ignore[union-attr]
         if kind not in CLASSES:
             raise ValueError(f"the checkpoint holds {kind!r}, which this version does not know")
-        return CLASSES[kind](**values)
+        return CLASSES[kind](**{key: self.unpack(value) for key, value in entries.items()})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rllava_pl.strategies.collectives import sum_over_ranks
+from rllava_pl.strategies.collectives import sum_over_ranks, world_size
 
 Derived = Callable[[float, float], float]
 """A metric of the means of x and of x²."""
@@ -28,6 +28,10 @@ class Tally:
         """Add a 0-dim sum and the number of things in it."""
         self._sums.setdefault(name, []).append(total.detach())
         self._counts.setdefault(name, []).append(torch.as_tensor(count, dtype=torch.float64, device=total.device))
+
+    def add_total(self, name: str, total: Tensor) -> None:
+        """Add to a metric that is the sum over everything and over all ranks, not a mean."""
+        self.add(name, total, 0 if name in self._sums else 1 / world_size())
 
     def add_masked(self, name: str, x: Tensor, mask: Tensor) -> None:
         """Add the elements of ``x`` where ``mask`` is True."""

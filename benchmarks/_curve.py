@@ -1,0 +1,26 @@
+"""The validation curve of a run, kept by a callback that any config can name."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Curve(Callback):
+    """Keeps what every validation measured, and ends the run when that is good enough.
+
+    Args:
+        monitor: The metric that can end the run, the larger the better.
+        stop_at: Enough of it; above 1: the run goes on to its last rollout.
+    """
+
+    def __init__(self, monitor: str = "val/accuracy", stop_at: float = 2.0) -> None:
+        self.monitor, self.stop_at = monitor, stop_at
+        self.points: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One more point: rollouts and updates so far, and every metric of the validation split."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        counts = {"rollouts": pl_module.rollout_index, "updates": pl_module.weight_version}
+        self.points.append(counts | metrics)
+        if metrics[self.monitor] >= self.stop_at:
+            trainer.should_stop = True

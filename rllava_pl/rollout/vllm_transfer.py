@@ -1,0 +1,100 @@
+"""How weights reach a vLLM engine: one backend for its weight-transfer API, in one process, in several, and over HTTP.
+
+vLLM loads this module through the entry-point group ``vllm.general_plugins``, in the trainer's process, in the engine's
+and in every worker's. A bucket of weights is a list of ``(name, tensor)`` where trainer and engine share a process, and
+one safetensors blob (base64 in JSON, or bytes) everywhere else: no pickle travels.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+BACKEND = "rllava_pl"
+"""Name under which vLLM knows the backend: ``--weight-transfer-config '{"backend": "rllava_pl"}'``."""
+BUCKET_BYTES = 64 << 20
+
+Bucket = Sequence[tuple[str, Tensor]]
+
+
+def buckets(named_tensors: Iterable[tuple[str, Tensor]], limit_bytes: int = BUCKET_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
+    """Consecutive tensors in lists of at most ``limit_bytes``; a larger tensor stands alone.
+
+    The order stays: vLLM's loader keeps a layer in memory until it is complete.
+    """
+    bucket: list[tuple[str, Tensor]] = []
+    filled = 0
+    for name, tensor in named_tensors:
+        if bucket and filled + tensor.nbytes > limit_bytes:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append((name, tensor))
+        filled += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def to_text(bucket: Bucket) -> str:
+    """A bucket as base64 of safetensors, for JSON."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in bucket}  # safetensors shares nothing
+    return base64.b64encode(save(tensors)).decode("ascii")
+
+
+def from_text(text: str) -> list[tuple[str, Tensor]]:
+    """The inverse of ``to_text``."""
+    from safetensors.torch import load
+
+    return list(load(base64.b64decode(text, validate=True)).items())
+
+
+def register() -> None:
+    """Make the backend known to vLLM; called by vLLM itself, several times in one process."""
+    from dataclasses import dataclass
+
+    from vllm.distributed.weight_transfer import base, factory
+
+    @dataclass
+    class InitInfo(base.WeightTransferInitInfo):
+        """Nothing to agree on."""
+
+    @dataclass
+    class UpdateInfo(base.WeightTransferUpdateInfo):
+        """One bucket."""
+
+        weights: list[tuple[str, torch.Tensor]] | str
+
+    class Receiver(base.WeightTransferEngine[InitInfo, UpdateInfo]):
+        """The worker's end: unpacks a bucket and hands it to vLLM's own layer-by-layer loader."""
+
+        init_info_cls, update_info_cls = InitInfo, UpdateInfo
+
+        def init_transfer_engine(self, init_info: InitInfo) -> None:
+            """Nothing to open."""
+
+        def start_weight_update(self) -> None:
+            """Layers take their weights apart again, as after loading from disk."""
+            from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: UpdateInfo) -> None:
+            """Load one bucket."""
+            weights = update_info.weights
+            self.model.load_weights(from_text(weights) if isinstance(weights, str) else weights)
+
+        def finish_weight_update(self) -> None:
+            """Pack the layers for their kernels."""
+            from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+            finalize_layerwise_reload(self.model, self.model_config)
+
+        def shutdown(self) -> None:
+            """Nothing to close."""
+
+    if BACKEND not in factory.WeightTransferEngineFactory._registry:
+        factory.WeightTransferEngineFactory.register_engine(BACKEND, Receiver)
