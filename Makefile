@@ -15,10 +15,10 @@ BENCH_BIN := $(BENCH_VENV)/bin
 PINNED := -c constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: help install quickstart test quick lint format coverage bench clean
+.PHONY: help install quickstart test quick lint format coverage bench bench-algorithms clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed  ## make .venv with the tested set of constraints.txt
 
@@ -46,6 +46,9 @@ coverage: $(VENV)/.installed-test  ## the whole test suite with a coverage repor
 
 bench: $(BENCH_VENV)/.installed-bench  ## step time against a plain loop and TRL, in an environment of its own
 	$(BENCH_BIN)/python benchmarks/step_time.py $(ARGS)
+
+bench-algorithms: $(VENV)/.installed  ## what every algorithm reaches; options: make bench-algorithms ARGS="--methods dapo"
+	$(BIN)/python benchmarks/algorithms.py $(ARGS)
 
 clean:  ## remove the environments, caches and build results; runs are kept
 	rm -rf $(VENV) $(BENCH_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage

@@ -18,9 +18,12 @@ class Curve(Callback):
         self.points: list[dict[str, float]] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """One more point: rollouts and updates so far, and every metric of the validation split."""
+        """One more point: rollouts, updates and batches of prompts so far, and every metric of the validation split.
+
+        Dynamic sampling may ask several batches of prompts for one rollout batch.
+        """
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         counts = {"rollouts": pl_module.rollout_index, "updates": pl_module.weight_version}
-        self.points.append(counts | metrics)
+        self.points.append(counts | {"batches": trainer.fit_loop.total_batch_idx + 1} | metrics)
         if metrics[self.monitor] >= self.stop_at:
             trainer.should_stop = True

@@ -1,7 +1,7 @@
 """Every algorithm learns the colour task: what it reaches, and after how many rollouts.
 
-    python benchmarks/algorithms.py                                  # all of configs/algorithms (`make bench-algorithms`)
-    python benchmarks/algorithms.py --methods dapo gspo --seeds 1    # some of them
+    python benchmarks/algorithms.py                                # all (`make bench-algorithms`)
+    python benchmarks/algorithms.py --methods dapo gspo --seeds 1  # some of them
     python benchmarks/algorithms.py --methods grpo --model.kl_loss_coef=0.01 --output kl.json
 
 A run is `python -m rllava_pl fit --config tiny/colour --config algorithms/<method>` in a process of its own, validated
@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -143,23 +143,23 @@ def train(task: Task) -> Run:
 
 def table(runs: Sequence[Run], level: float) -> str:
     """What a person wants to see: a line a method, its seeds side by side."""
-    by_method = {method: [run for run in runs if run.method == method] for method in dict.fromkeys(r.method for r in runs)}
-    seeds = len(next(iter(by_method.values()), []))
-    head = f"{'':22}{'test accuracy':{6 * seeds + 2}}{f'rollouts to {level:g}':{max(6 * seeds, 15) + 2}}updates  CPU s"
-    lines = [head, *(line(method, found, level) for method, found in by_method.items() if method not in SUPERVISED)]
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.method, []).append(run)
+    width = 7 * max(len(found) for found in by_method.values())
+    head = f"{'':22}{'test accuracy':{width}}  {f'rollouts to {level:g}':{width}}  updates  CPU s a run"
+    lines = [head, *(line(method, found, level) for method, found in by_method.items())]
     lines += [compared(method, by_method[method], by_method[REFERENCE], level) for method in _guided(by_method)]
-    for method, names in SUPERVISED.items():
-        if found := by_method.get(method, []):
-            lines.append(f"{method:22}{objective(found, names)}")
+    lines += [objective(method, by_method[method]) for method in SUPERVISED if method in by_method]
     return "\n".join(lines)
 
 
 def line(method: str, runs: Sequence[Run], level: float) -> str:
     """Seeds side by side; the last two columns are means."""
-    accuracies = "".join(f"{run.test['accuracy']:6.3f}" for run in runs)
-    reached = "".join(f"{_count(run.reached(level)):>6}" for run in runs)
+    accuracies = "".join(f"{run.test['accuracy']:7.3f}" for run in runs)
+    reached = "".join(f"{_count(run.reached(level)):>7}" for run in runs)
     updates = _count(mean(run.reached(level, "updates") for run in runs))
-    return f"{method:20}{accuracies}  {reached:>15}  {updates:>7}  {mean(run.cpu_seconds for run in runs):5.0f}"
+    return f"{method:22}{accuracies}  {reached}  {updates:>7}  {mean(run.cpu_seconds for run in runs):5.0f}"
 
 
 def compared(method: str, runs: Sequence[Run], others: Sequence[Run], level: float) -> str:
@@ -170,10 +170,11 @@ def compared(method: str, runs: Sequence[Run], others: Sequence[Run], level: flo
     return f"{method + ' / ' + REFERENCE:22}rollouts to {level:g}, seed by seed: {each}"
 
 
-def objective(runs: Sequence[Run], names: Iterable[str]) -> str:
+def objective(method: str, runs: Sequence[Run]) -> str:
     """What a supervised method is judged by, on the test split."""
+    names = SUPERVISED[method]
     parts = [f"{name.replace('_', ' ')} {' '.join(f'{run.test[name]:.3f}' for run in runs)}" for name in names]
-    return f"test {', '.join(parts)}; {mean(run.updates for run in runs):.0f} updates"
+    return f"{method:22}test {', '.join(parts)}; {mean(run.updates for run in runs):.0f} updates"
 
 
 def _guided(by_method: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -206,9 +207,13 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
 
 
 def _limit_threads(threads: int) -> None:
-    """For the runs' processes, before any of them loads torch or tokenizers."""
+    """For the runs' processes, before any of them loads torch or tokenizers; and errors are to be raised there."""
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
-    os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "RLLAVA_PL_DEBUG": "1"}  # raise errors, do not print them
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "RLLAVA_PL_DEBUG": "1",
+    }  # raise errors, do not print them
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 :func:`reinforce`                   the policy gradient itself; with advantage 1, the loss of supervised fine-tuning
 :func:`clipped`                     nothing to gain beyond a range of the token's ratio: PPO, GRPO, DAPO
 :func:`cispo`                       every token keeps its gradient, with a weight that is bounded
-:func:`sapo`                        a weight that fades smoothly away from ratio 1
+:func:`sapo`                        a gate that closes smoothly away from ratio 1
 :func:`gspo`, :func:`gmpo`          one ratio a response: the geometric mean of those of its tokens
 :func:`clip_cov`, :func:`kl_cov`    spare or hold back the tokens that cost entropy; chosen by ``..._select``
 :func:`value_clipped`               for a critic
@@ -149,8 +149,8 @@ def sapo(
 ) -> Tensor:
     """A soft gate in place of the clip: ``-A * 4 / temperature * sigmoid(temperature * (ratio - 1))``.
 
-    SAPO (arXiv 2511.20347). The gradient's weight is A at ratio 1 and fades smoothly on both sides of it, the faster
-    the higher the temperature.
+    SAPO (arXiv 2511.20347). The gradient with respect to the ratio is A at ratio 1 and fades smoothly on both sides of
+    it, the faster the higher the temperature.
 
     Args:
         logp: Log-probs under the policy being trained, any shape.

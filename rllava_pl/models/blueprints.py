@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rllava_pl.models.processors import image_only
@@ -31,6 +31,8 @@ class Blueprint:
     """Attributes of the tokenizer by which the processor finds its tokens."""
     config: MakeConfig
     processor: MakeProcessor
+    video: Mapping[str, object] = field(default_factory=dict)
+    """Settings of a video processor, for engines that ask for one even where no video is ever shown."""
 
 
 def _text(tokenizer: PreTrainedTokenizerFast, **special: object) -> dict[str, object]:
@@ -151,11 +153,19 @@ def _qwen_processor(class_name: str) -> MakeProcessor:
     return processor
 
 
-def _qwen(class_name: str, config: MakeConfig) -> Blueprint:
+def _qwen(class_name: str, config: MakeConfig, video_class: str = "Qwen2VLVideoProcessor") -> Blueprint:
     names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
     tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     slot = "<|vision_start|><|image_pad|><|vision_end|>"
-    return Blueprint(slot, tokens, tuple(zip(names, tokens, strict=True)), config, _qwen_processor(class_name))
+    area = IMAGE_SIZE * IMAGE_SIZE
+    video = {
+        "video_processor_type": video_class,
+        "patch_size": PATCH_SIZE,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "size": {"shortest_edge": area, "longest_edge": area},
+    }
+    return Blueprint(slot, tokens, tuple(zip(names, tokens, strict=True)), config, _qwen_processor(class_name), video)
 
 
 _MLP = {"out_hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN}
@@ -178,6 +188,7 @@ BLUEPRINTS = {
             {**_MLP, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
             head_dim=HIDDEN // HEADS,
         ),
+        "Qwen3VLVideoProcessor",
     ),
 }
 """By family; the keys are those of ``families.FAMILIES``."""

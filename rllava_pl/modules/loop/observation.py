@@ -24,8 +24,9 @@ class Observation(Optimization, Lifecycle):
             **{f"reward/{name}": values_N for name, values_N in experience.components.items()},
             "response_tokens": own_NT.sum(1),
             "truncated_fraction": truncated(experience),
-            "informative_groups": self.collection.informative(experience),
         }
+        if self.group_size > 1:  # a completion without others to compare with says nothing about its prompt
+            samples["informative_groups"] = self.collection.informative(experience)
         for name, values_N in samples.items():
             self.tally.add_masked(name, values_N.float(), counted_N)
 
@@ -51,6 +52,10 @@ class Observation(Optimization, Lifecycle):
             tally.add_masked("kl", kl_estimate(logp_NT, batch.ref_logp_NT, "k3"), own_NT)
         if self.first_update:  # the policy still is the one that sampled: what differs is the engine's arithmetic
             tally.add_masked("engine_mismatch_kl", kl_estimate(batch.engine_logp_NT, logp_NT, "k3"), own_NT)
+            if not self.engine.exact:
+                gap_NT = (batch.engine_logp_NT - logp_NT).abs()
+                tally.add_masked("engine_gap_mean", gap_NT, own_NT)
+                tally.add_largest("engine_gap_max", gap_NT, own_NT)
 
     def publish_metrics(self) -> None:
         """Metrics to loggers, advice to the log; the next rollout begins from nothing. Collective."""

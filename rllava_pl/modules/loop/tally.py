@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rllava_pl.strategies.collectives import sum_over_ranks, world_size
+from rllava_pl.strategies.collectives import max_over_ranks, sum_over_ranks, world_size
 
 Derived = Callable[[float, float], float]
 """A metric of the means of x and of x²."""
@@ -23,6 +23,7 @@ class Tally:
         self._sums: dict[str, list[Tensor]] = {}
         self._counts: dict[str, list[Tensor]] = {}
         self._derived: dict[str, Derived] = {}
+        self._largest: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, total: Tensor, count: Tensor | float = 1) -> None:
         """Add a 0-dim sum and the number of things in it."""
@@ -45,6 +46,10 @@ class Tally:
         """Effective sample size of importance weights as a part of the samples: (mean w)² / mean w², in (0, 1]."""
         self._add_moments(name, weights, mask, lambda first, second: first * first / second if second else 0.0)
 
+    def add_largest(self, name: str, x: Tensor, mask: Tensor) -> None:
+        """The largest of the elements of ``x`` where ``mask`` is True; they are at least 0."""
+        self._largest.setdefault(name, []).append(x.detach().masked_fill(~mask, 0.0).max())
+
     def _add_moments(self, name: str, x: Tensor, mask: Tensor, derived: Derived) -> None:
         x = x.detach().double()
         self.add_masked(name, x, mask)
@@ -59,6 +64,8 @@ class Tally:
         counts = torch.stack([torch.stack([x.double() for x in parts]).sum() for parts in self._counts.values()])
         totals = sum_over_ranks(torch.stack([sums, counts]))
         means = dict(zip(self._sums, (totals[0] / totals[1].clamp(min=1e-12)).tolist(), strict=True))
+        for name, parts in self._largest.items():
+            means[name] = float(max_over_ranks(torch.stack(parts).max()))
         for name, derived in self._derived.items():
             means[name] = derived(means[name], means.pop(_square(name)))
         return means
@@ -68,6 +75,7 @@ class Tally:
         self._sums.clear()
         self._counts.clear()
         self._derived.clear()
+        self._largest.clear()
 
 
 def _square(name: str) -> str:

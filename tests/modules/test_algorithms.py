@@ -1,0 +1,252 @@
+"""Each named algorithm is what its paper says: defaults, advantages and loss against one table.
+
+The table repeats the numbers on purpose; it takes nothing from the modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from rllava_pl.functional import advantages as credit
+from rllava_pl.functional import demonstrations as fusion
+from rllava_pl.functional import losses
+from rllava_pl.modules import Recipe, RLModule
+from rllava_pl.rewards import AnswerTagReward
+from rllava_pl.types import Experience, Sampling
+from tests import runs
+
+TOKENS, ROWS, ROW_SUMS, BUDGET = "token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum", "constant"
+INF = float("inf")
+NAMED = {algorithm.__name__: algorithm for algorithm in runs.ALGORITHMS if algorithm is not Recipe}
+"""A Recipe has the defaults of the functions it is made of."""
+
+
+def column(advantages_N: Tensor) -> Callable[[Experience], Tensor]:
+    return lambda _: advantages_N
+
+
+def group(*, std: bool) -> Callable[[Experience], Tensor]:
+    return lambda e: credit.grpo(e.rewards_N, e.group_N, scale_by_std=std)
+
+
+def surrogate(function: Callable[..., Tensor], **knobs: float) -> Callable[[Tensor, Experience], Tensor]:
+    return lambda logp, e: function(logp, e.old_logp_NT, e.advantages_NT, **knobs)
+
+
+def masked(function: Callable[..., Tensor], **knobs: float) -> Callable[[Tensor, Experience], Tensor]:
+    return lambda logp, e: function(logp, e.old_logp_NT, e.advantages_NT, e.mask_NT, **knobs)
+
+
+def chosen(function: Callable[..., Tensor], **knobs: float) -> Callable[[Tensor, Experience], Tensor]:
+    return lambda logp, e: masked(function, selected_NT=e.selected_NT, **knobs)(logp, e)
+
+
+def mixed(function: Callable[..., Tensor], **knobs: object) -> Callable[[Tensor, Experience], Tensor]:
+    return lambda logp, e: function(logp, e.old_logp_NT, e.advantages_NT, e.mask_NT, e.demo_mask_NT, **knobs)
+
+
+def reinforce(logp: Tensor, e: Experience) -> Tensor:
+    return -e.advantages_NT * logp
+
+
+CLIPPED = surrogate(losses.clipped, clip_low=0.2, clip_high=0.2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One algorithm of the literature."""
+
+    advantages: Callable[[Experience], Tensor] | None
+    loss: Callable[[Tensor, Experience], Tensor] | None
+    aggregation: str
+    kl_loss: tuple[str, float] = ("k3", 0.0)
+    kl_reward: float = 0.0
+    entropy: float = 0.0
+    group_size: int = 8
+    extra_rows: int = 0
+
+
+TABLE = {
+    "GRPO": Row(group(std=True), CLIPPED, ROWS, kl_loss=("k3", 0.04)),
+    "DrGRPO": Row(group(std=False), CLIPPED, BUDGET),
+    "DAPO": Row(group(std=True), surrogate(losses.clipped, clip_low=0.2, clip_high=0.28), TOKENS),
+    "RLOO": Row(lambda e: credit.rloo(e.rewards_N, e.group_N), CLIPPED, TOKENS, kl_reward=0.001),
+    "ReinforcePP": Row(
+        lambda e: credit.reinforce_pp(e.token_rewards_NT, e.mask_NT, gamma=1.0)[0], CLIPPED, TOKENS, kl_reward=0.001
+    ),
+    "ReinforcePPBaseline": Row(
+        lambda e: credit.reinforce_pp_baseline(e.rewards_N, e.group_N, e.mask_NT),
+        CLIPPED,
+        TOKENS,
+        kl_loss=("k2", 0.001),
+    ),
+    # Rows 2 and 5 are the greedy answers, with rewards 0.5 and 0: 1 - .5, 0 - .5, 0 and 1 - 0, 1 - 0, 0.
+    "ReMax": Row(
+        column(torch.tensor([0.5, -0.5, 0.0, 1.0, 1.0, 0.0])), CLIPPED, TOKENS, kl_reward=0.001, extra_rows=1
+    ),
+    "OPO": Row(lambda e: credit.opo(e.rewards_N, e.group_N, e.lengths_N), reinforce, TOKENS),
+    "GPG": Row(lambda e: credit.gpg(e.rewards_N, e.group_N, f_norm=1.0), reinforce, TOKENS),
+    "GMPO": Row(group(std=True), masked(losses.gmpo, clip_low=0.4, clip_high=0.4), ROWS),
+    "GSPO": Row(group(std=True), masked(losses.gspo, clip_low=3e-4, clip_high=4e-4), ROWS),
+    "ClipCov": Row(group(std=True), chosen(losses.clip_cov, clip_low=1.0, clip_high=1.0), TOKENS),
+    "KLCov": Row(group(std=True), chosen(losses.kl_cov, beta=1.0), TOKENS),
+    "PassAtK": Row(lambda e: credit.pass_at_k(e.rewards_N, e.group_N, scale_by_std=True), CLIPPED, TOKENS),
+    "CISPO": Row(group(std=True), surrogate(losses.cispo, clip_low=1.0, clip_high=4.0), TOKENS),
+    "SAPO": Row(group(std=True), surrogate(losses.sapo, temperature_positive=1.0, temperature_negative=1.05), ROWS),
+    "PPO": Row(None, CLIPPED, TOKENS, kl_reward=0.001, group_size=1),
+    "DPO": Row(column(torch.zeros(6)), None, ROW_SUMS, group_size=2),
+    "SFT": Row(column(torch.ones(6)), reinforce, TOKENS, group_size=1),
+    "LUFFY": Row(group(std=False), mixed(fusion.luffy, shaping=0.1, clip=None), BUDGET, entropy=0.001),
+    "SRFT": Row(
+        group(std=False),
+        lambda logp, e: fusion.srft(
+            logp, e.advantages_NT, e.mask_NT, e.demo_mask_NT, e.rewards_N, e.entropy_NT,
+            sft_scale=0.5, rl_scale=0.1, success_threshold=1.0, shaping=0.1,
+        ),
+        BUDGET,
+    ),
+    "UFT": Row(
+        group(std=True),
+        mixed(fusion.uft, hint_coef=0.001, clip_low=0.2, clip_high=0.2),
+        TOKENS,
+        kl_loss=("k3", 0.001),
+    ),
+    "HPT": Row(
+        group(std=False),
+        mixed(fusion.hpt, sft_coef=1.0, rl_coef=1.0, clip_low=1.0, clip_high=INF),
+        BUDGET,
+        entropy=0.001,
+        extra_rows=1,
+    ),
+    "CHORD": Row(
+        group(std=True),
+        mixed(fusion.chord, mu=0.1, weighting="phi", clip_low=0.2, clip_high=0.2),
+        TOKENS,
+        extra_rows=1,
+    ),
+}  # fmt: skip
+
+
+def by_default(algorithm: type[RLModule], **options: object) -> RLModule:
+    return algorithm(None, [AnswerTagReward()], **options)
+
+
+@pytest.fixture
+def experience() -> Experience:
+    """Two groups of three rows; ratios from e^-1 to e^0.5, a row that is partly masked, a row partly demonstrated."""
+    generator = torch.Generator().manual_seed(0)
+    mask_NT = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    demo_mask_NT = torch.zeros_like(mask_NT)
+    demo_mask_NT[2, :3] = demo_mask_NT[5] = True
+    rewards_N = torch.tensor([1.0, 0.0, 0.5, 1.0, 1.0, 0.0])
+    old_logp_NT = -torch.rand(6, 4, generator=generator) - 0.5
+    return Experience(
+        rollouts=(),
+        inputs=(),
+        group_size=3,
+        group_N=torch.tensor([4, 4, 4, 7, 7, 7]),
+        response_ids_NT=torch.zeros(6, 4, dtype=torch.int64),
+        mask_NT=mask_NT,
+        demo_mask_NT=demo_mask_NT & mask_NT,
+        engine_logp_NT=old_logp_NT,
+        rewards_N=rewards_N,
+        old_logp_NT=old_logp_NT,
+        token_rewards_NT=torch.randn(6, 4, generator=generator) * mask_NT,
+        values_NT=torch.randn(6, 4, generator=generator) * mask_NT,
+        advantages_NT=(rewards_N - 0.4)[:, None].expand(6, 4).contiguous(),
+        selected_NT=torch.rand(6, 4, generator=generator) < 0.3,
+        entropy_NT=torch.rand(6, 4, generator=generator),
+    )
+
+
+def test_the_table_has_every_algorithm_but_the_one_that_is_put_together_by_the_user() -> None:
+    assert set(TABLE) == set(NAMED)
+
+
+@pytest.mark.parametrize("algorithm", NAMED.values(), ids=NAMED)
+def test_defaults(algorithm: type[RLModule]) -> None:
+    module, row = by_default(algorithm), TABLE[algorithm.__name__]
+    assert module.aggregation == row.aggregation
+    assert (module.kl_loss_coef, module.kl_reward_coef) == (row.kl_loss[1], row.kl_reward)
+    if module.kl_loss_coef:
+        assert module.kl_estimator == row.kl_loss[0]
+    assert (module.entropy_coef, module.group_size, module.extra_members) == (
+        row.entropy, row.group_size, row.extra_rows
+    )  # fmt: skip
+    assert module.max_grad_norm == 1.0 and module.updates_per_rollout == 1
+    assert module.needs_reference == bool(row.kl_loss[1] or row.kl_reward or algorithm.__name__ == "DPO")
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.advantages is not None])
+def test_advantages(name: str, experience: Experience) -> None:
+    row, extra = TABLE[name], NAMED[name].extra_members
+    module = by_default(NAMED[name], **({"group_size": 3 - extra} if extra else {}))
+    torch.testing.assert_close(module.advantages(experience), row.advantages(experience), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.loss is not None])
+def test_loss_of_tokens(name: str, experience: Experience) -> None:
+    row, module = TABLE[name], by_default(NAMED[name])
+    for shift in (-1.0, -0.3, -1e-4, 0.0, 1e-4, 0.25, 0.5):  # on both sides of every clip range
+        logp_NT = experience.old_logp_NT + shift
+        loss_NT, expected_NT = module.policy_loss(logp_NT, experience), row.loss(logp_NT, experience)
+        mask_NT = experience.mask_NT
+        torch.testing.assert_close(loss_NT[mask_NT], expected_NT[mask_NT], rtol=0, atol=0)
+
+
+ONE_IS_ENOUGH = ["ReinforcePP", "ReMax", "PPO"]
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if name not in (*ONE_IS_ENOUGH, "SFT", "DPO")])
+def test_a_group_of_one_is_refused_where_completions_are_compared(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} compares the completions of a prompt: group_size must be >= 2, is 1"):
+        by_default(NAMED[name], group_size=1)
+
+
+@pytest.mark.parametrize("name", ONE_IS_ENOUGH)
+def test_one_completion_is_enough_elsewhere(name: str) -> None:
+    by_default(NAMED[name], group_size=1)
+
+
+def test_dapo_is_all_of_its_parts() -> None:
+    """What is left out of other implementations: no KL, filter on accuracy, overlong punishment, one token mean."""
+    module = by_default(NAMED["DAPO"], sampling=Sampling(max_tokens=20_480))
+    assert (module.clip_low, module.clip_high, module.dual_clip) == (0.2, 0.28, None)
+    assert not module.needs_reference and module.entropy_coef == 0
+    assert module.scale_by_std
+    assert module.aggregation == "token-mean"
+    assert (module.collection.max_refills, module.collection.informative_share) == (20, 1.0)
+    assert module.collection.component == "accuracy"
+    assert (module.overlong_tokens, module.overlong_scale) == (4096, 1.0)
+    assert not module.mask_truncated
+
+
+def test_dual_clip_reaches_the_loss(experience: Experience) -> None:
+    """A = -0.4 and ρ = e^1.5: min(0.4·4.48, 0.4·3) = 1.2 instead of 1.79."""
+    module = by_default(NAMED["GRPO"], dual_clip=3.0)
+    loss_NT = module.policy_loss(experience.old_logp_NT + 1.5, experience)
+    torch.testing.assert_close(loss_NT[1, :2], torch.full((2,), 1.2))
+
+
+def test_opo_is_on_policy() -> None:
+    with pytest.raises(ValueError, match=r"minibatches \(2\) x epochs \(1\) must be 1"):
+        by_default(NAMED["OPO"], minibatches=2)
+    with pytest.raises(ValueError, match=r"minibatches \(1\) x epochs \(3\) must be 1"):
+        by_default(NAMED["OPO"], epochs=3)
+
+
+def test_selection_has_the_papers_ratios(experience: Experience) -> None:
+    module = by_default(NAMED["ClipCov"])
+    assert (module.ratio, module.lower, module.upper) == (2e-4, 1.0, 5.0)
+    module = by_default(NAMED["KLCov"])
+    assert (module.ratio, module.beta) == (2e-3, 1.0)
+    # 17 tokens: max(1, int(.002 · 17)) = 1, the one of largest covariance
+    everything = dataclasses.replace(experience, demo_mask_NT=torch.zeros_like(experience.mask_NT))
+    expected_NT = losses.kl_cov_select(everything.old_logp_NT, everything.advantages_NT, everything.mask_NT, ratio=2e-3)
+    assert expected_NT.sum() == 1 and torch.equal(module.select_tokens(everything), expected_NT)
