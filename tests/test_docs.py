@@ -16,7 +16,7 @@ import yaml
 
 from rllava_pl import modules
 from rllava_pl.cli import main
-from rllava_pl.modules import RLModule
+from rllava_pl.modules import GRPO, RLModule
 from tests import runs
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +24,8 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 ALGORITHMS = {x.__name__: x for x in vars(modules).values() if inspect.isclass(x) and x is not RLModule}
+FILES = {name: f"{algorithm.__module__.rpartition('.')[2]}.md" for name, algorithm in ALGORITHMS.items()}
+"""Pages are called like the files of their algorithms."""
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# (\w[\w/.-]*\.(?:py|yaml|jsonl))\n")
@@ -33,7 +35,10 @@ NAMED_FILE = re.compile(
 )
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 OPTION_ROW = re.compile(r"^\| `(\w+)` \| `([^`]+)` \|", re.MULTILINE)
-METRIC_ROW = re.compile(r"^\| (`[^|]+`) \|", re.MULTILINE)
+METRIC_ROW = re.compile(
+    r"^\|(?P<only>[^`|]+\|| [^|`]*`\w+` \|)? (?P<names>`(?:train|val|test|time)/[^|]+`) \|", re.MULTILINE
+)
+"""Names of metrics, in the second column where the first says what they are ``only`` with."""
 LONG_RUN = re.compile(r"max_rollouts=\d+")
 TRAINER_COMMAND = re.compile(r"-m rllava_pl ((?:fit|validate|test|predict) .*)")
 SECTIONS = {"seed_everything", "model", "data", "trainer"}
@@ -182,8 +187,8 @@ def test_every_page_can_be_reached_from_the_readme(name: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_has_a_page_and_a_row_in_the_readme(algorithm: str) -> None:
-    assert (DOCS / "algorithms" / f"{algorithm.lower()}.md").is_file()
-    assert f"docs/algorithms/{algorithm.lower()}.md" in (ROOT / "README.md").read_text("utf-8")
+    assert (DOCS / "algorithms" / FILES[algorithm]).is_file()
+    assert f"(docs/algorithms/{FILES[algorithm]})" in (ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -192,19 +197,37 @@ def test_options_of_an_algorithm_have_the_defaults_its_page_says(algorithm: str)
     for base in reversed(ALGORITHMS[algorithm].__mro__):
         parameters = inspect.signature(vars(base).get("__init__", object.__init__)).parameters.values()
         defaults |= {p.name: p.default for p in parameters if p.default is not p.empty}
-    said = dict(OPTION_ROW.findall((DOCS / "algorithms" / f"{algorithm.lower()}.md").read_text("utf-8")))
+    said = dict(OPTION_ROW.findall((DOCS / "algorithms" / FILES[algorithm]).read_text("utf-8")))
     assert said and said == {option: str(defaults.get(option, "no such option")) for option in said}
 
 
-def test_every_logged_metric_is_explained(tmp_path: Path) -> None:
-    trainer = runs.trainer(tmp_path, limit_val_batches=1, check_val_every_n_epoch=None, val_check_interval=1)
-    trainer.fit(runs.module(max_rollouts=1, val_samples=2), runs.data())
-    said = {
-        name
-        for cell in METRIC_ROW.findall((DOCS / "metrics.md").read_text("utf-8"))
-        for name in cell[1:-1].split("`, `")
-    }
+def metrics_said(*, only: bool) -> set[str]:
+    """Names of metrics.md: those every algorithm with a reference logs, or those of some options and algorithms."""
+    rows = METRIC_ROW.finditer((DOCS / "metrics.md").read_text("utf-8"))
+    return {name for row in rows if bool(row["only"]) == only for name in row["names"][1:-1].split("`, `")}
+
+
+def metrics_logged(
+    root: Path, algorithm: type[RLModule] = GRPO, precision: str = "32-true", **options: object
+) -> set[str]:
+    """Names that a short run logs, components of the reward as ``<component>``."""
+    often = {"limit_val_batches": 1, "check_val_every_n_epoch": None, "val_check_interval": 1}
+    trainer = runs.trainer(root, precision=precision, **often)
+    trainer.fit(runs.module(algorithm, max_rollouts=1, **options), runs.data(demonstrations=1.0))
     components = re.compile(r"/(accuracy|format)")
-    logged = {components.sub("/<component>", name) for name in trainer.callback_metrics}
-    assert logged <= said
-    assert {name for name in said - logged if not name.startswith("test/")} == set()
+    return {components.sub("/<component>", name) for name in trainer.callback_metrics}
+
+
+def test_every_logged_metric_is_explained(tmp_path: Path) -> None:
+    logged = metrics_logged(tmp_path, val_samples=2)
+    assert {name for name in metrics_said(only=False) if not name.startswith("test/")} == logged
+
+
+def test_metrics_of_options_and_algorithms_are_explained(tmp_path: Path) -> None:
+    """All but the one that a run without faults does not show."""
+    logged = metrics_logged(tmp_path, precision="bf16-mixed", max_refills=1, overlong_buffer=0.5, kl_target=0.1)
+    for algorithm in (modules.PPO, modules.SFT, modules.DPO, modules.LUFFY, modules.UFT, modules.HPT, modules.KLCov):
+        logged |= metrics_logged(tmp_path, algorithm)
+    said = metrics_said(only=True)
+    assert logged - metrics_said(only=False) <= said
+    assert said - logged == {"train/skipped_updates"}

@@ -95,7 +95,9 @@ def encode(processor: Processor, prompts: Sequence[Prompt], family: Family | Non
 def unexpanded_ids(processor: Processor, prompt: Prompt) -> list[int]:
     """Token ids with one placeholder an image, for engines that expand them by themselves."""
     text = prompt_text(processor, prompt)
-    ids: list[int] = tokenizer_of(processor)(text, add_special_tokens=_adds_special_tokens(processor, text))["input_ids"]
+    ids: list[int] = tokenizer_of(processor)(text, add_special_tokens=_adds_special_tokens(processor, text))[
+        "input_ids"
+    ]
     return ids
 
 

@@ -94,17 +94,21 @@ class ActorCritic(RLModule):
         kept = (own, slice(experience.mask_NT.shape[1]))
         return experience.replace(advantages_NT=advantages_NT[kept], returns_NT=returns_NT[kept])
 
+    @property
+    def warms_up(self) -> bool:
+        """Whether the critic alone is trained at this step."""
+        return self.weight_version < self.critic_warmup_steps
+
     def estimate(self, everyone: Experience) -> tuple[Tensor, Tensor]:
         """Advantages and returns of every token, (N, T) each, from the gathered batch of all ranks."""
         raise NotImplementedError(f"{type(self).__name__} must define estimate(self, everyone)")
 
     def loss(self, output: PolicyOutput, batch: Experience, counts: Counts) -> Tensor:
         """Policy loss, silent while the critic warms up, + value loss."""
-        warm = self.weight_version >= self.critic_warmup_steps
         value_NT = value_clipped(output.values_NT, batch.values_NT, batch.returns_NT, clip=self.value_clip)
         value_loss = reduce_loss(value_NT, batch.mask_NT, "token-mean", denominator=counts.tokens)
         self.tally.add("value_loss", value_loss, 0)  # counted once an optimizer step, as the loss is
-        return super().loss(output, batch, counts) * float(warm) + self.vf_coef * value_loss
+        return super().loss(output, batch, counts) * float(not self.warms_up) + self.vf_coef * value_loss
 
     def step(self) -> None:
         """As of every algorithm; one more value loss is complete."""

@@ -20,20 +20,28 @@ class DemonstrationModule(RLModule):
     demonstrations_apart: ClassVar[bool] = True
     demonstration_metric: ClassVar[str] = "demonstration_fraction"
 
-    def given(self, request: Request, text: str) -> Rollout:
+    def given(self, request: Request, text: str, field: str = "target") -> Rollout:
         """``text`` as a response to the request, all of its tokens given by a demonstration.
 
+        Args:
+            request: What is answered.
+            text: The prompt's ``field``.
+            field: Named in errors.
+
         Raises:
-            ValueError: The text does not fit the response budget, or contains tokens that no response may contain.
+            ValueError: The text is empty, does not fit the response budget, or contains tokens that no response may
+                contain.
         """
         prompt = request.prompt
         try:
+            if not text:
+                raise ValueError(f"it is empty, and {type(self).__name__} learns from nothing else")
             ids_T = self.policy.encode_response(text)
             if len(ids_T) > self.sampling.max_tokens:
                 raise ValueError(f"it has {len(ids_T)} tokens, sampling.max_tokens is {self.sampling.max_tokens}")
         except ValueError as error:
             place = f" ({prompt.source})" if prompt.source else ""
-            raise ValueError(f"target of prompt {prompt.uid!r}{place}: {error}") from error
+            raise ValueError(f"{field} of prompt {prompt.uid!r}{place}: {error}") from error
         every_T = torch.ones_like(ids_T, dtype=torch.bool)
         return Rollout(
             prompt=prompt,

@@ -46,7 +46,8 @@ class DPO(SupervisedModule):
 
     def sample(self, requests: list[Request]) -> list[Rollout]:
         """Chosen and rejected of each prompt."""
-        return [self.given(r, text) for r in requests for text in (r.prompt.target, r.prompt.rejected)]
+        fields = ("target", "rejected")
+        return [self.given(r, getattr(r.prompt, field), field) for r in requests for field in fields]
 
     def advantages(self, experience: Experience) -> Tensor:
         """There is no credit but the comparison itself, (N,)."""

@@ -23,7 +23,7 @@ class LUFFY(MixedGroupModule):
         shaping: γ; paper: 0.1.
         clip: Clip range of the samples' ratio; null, as in the paper: not clipped.
         aggregation: Paper: the sum over tokens, divided by a constant.
-        entropy_coef: Paper: 0.001.
+        entropy_coef: The authors' scripts: 0.001.
     """
 
     demonstrations_apart: ClassVar[bool] = False

@@ -66,7 +66,7 @@ class PPO(ActorCritic):
     def loss(self, output: PolicyOutput, batch: Experience, counts: Counts) -> Tensor:
         """Policy and value loss, and the imitation of right responses."""
         loss = super().loss(output, batch, counts)
-        if not self.imitation_coef:
+        if not self.imitation_coef or self.warms_up:
             return loss
         nll = reduce_loss(-output.logp_NT, batch.selected_NT, "token-mean", denominator=counts.selected)
         return loss + self.imitation_coef * nll

@@ -21,7 +21,8 @@ class Recipe(RLModule):
     """A combination of your own from YAML: advantage, loss and aggregation by the names of their functions.
 
     ``advantage`` names a function of ``rllava_pl.functional.advantages``, ``loss`` one of
-    ``rllava_pl.functional.losses``; their knobs have the functions' own defaults.
+    ``rllava_pl.functional.losses``; their knobs have the functions' own defaults. Only "clipped" reads the options
+    ``clip_low``, ``clip_high`` and ``dual_clip``: ranges of the other losses are of another size.
 
     Args:
         advantage: From rewards to credit.
@@ -44,6 +45,8 @@ class Recipe(RLModule):
         self.surrogate = _chosen("loss", loss, get_args(LossName), losses)
         self.loss_options = _checked("loss_options", self.surrogate, loss_options or {})
         super().__init__(*args, **kwargs)
+        if loss == "clipped":
+            self.loss_options = {**self.clip_range, "dual_clip": self.dual_clip, **self.loss_options}
 
     @property
     def needs_groups(self) -> bool:  # type: ignore[override]

@@ -39,6 +39,10 @@ class SRFT(MixedGroupModule):
         self.sft_scale, self.rl_scale = sft_scale, rl_scale
         self.success_threshold, self.shaping = success_threshold, shaping
 
+    def credit(self, experience: Experience) -> Experience:
+        """Advantages; whether a sample is right is a matter of what was judged, not of penalties."""
+        return super().credit(experience).replace(rewards_N=experience.rewards_N)
+
     def advantages(self, experience: Experience) -> Tensor:
         """Reward - mean over the mixed group, (N,); only demonstrations use it."""
         return advantages.grpo(experience.rewards_N, experience.group_N, scale_by_std=False)

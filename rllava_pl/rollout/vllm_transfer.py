@@ -20,7 +20,9 @@ BUCKET_BYTES = 64 << 20
 Bucket = Sequence[tuple[str, Tensor]]
 
 
-def buckets(named_tensors: Iterable[tuple[str, Tensor]], limit_bytes: int = BUCKET_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
+def buckets(
+    named_tensors: Iterable[tuple[str, Tensor]], limit_bytes: int = BUCKET_BYTES
+) -> Iterator[list[tuple[str, Tensor]]]:
     """Consecutive tensors in lists of at most ``limit_bytes``; a larger tensor stands alone.
 
     The order stays: vLLM's loader keeps a layer in memory until it is complete.
@@ -41,7 +43,9 @@ def to_text(bucket: Bucket) -> str:
     """A bucket as base64 of safetensors, for JSON."""
     from safetensors.torch import save
 
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in bucket}  # safetensors shares nothing
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in bucket
+    }  # safetensors shares nothing
     return base64.b64encode(save(tensors)).decode("ascii")
 
 

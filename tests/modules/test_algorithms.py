@@ -20,6 +20,7 @@ from rllava_pl.modules import Recipe, RLModule
 from rllava_pl.rewards import AnswerTagReward
 from rllava_pl.types import Experience, Sampling
 from tests import runs
+from tests.modules.cases import two_groups
 
 TOKENS, ROWS, ROW_SUMS, BUDGET = "token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum", "constant"
 INF = float("inf")
@@ -139,30 +140,7 @@ def by_default(algorithm: type[RLModule], **options: object) -> RLModule:
 
 @pytest.fixture
 def experience() -> Experience:
-    """Two groups of three rows; ratios from e^-1 to e^0.5, a row that is partly masked, a row partly demonstrated."""
-    generator = torch.Generator().manual_seed(0)
-    mask_NT = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
-    demo_mask_NT = torch.zeros_like(mask_NT)
-    demo_mask_NT[2, :3] = demo_mask_NT[5] = True
-    rewards_N = torch.tensor([1.0, 0.0, 0.5, 1.0, 1.0, 0.0])
-    old_logp_NT = -torch.rand(6, 4, generator=generator) - 0.5
-    return Experience(
-        rollouts=(),
-        inputs=(),
-        group_size=3,
-        group_N=torch.tensor([4, 4, 4, 7, 7, 7]),
-        response_ids_NT=torch.zeros(6, 4, dtype=torch.int64),
-        mask_NT=mask_NT,
-        demo_mask_NT=demo_mask_NT & mask_NT,
-        engine_logp_NT=old_logp_NT,
-        rewards_N=rewards_N,
-        old_logp_NT=old_logp_NT,
-        token_rewards_NT=torch.randn(6, 4, generator=generator) * mask_NT,
-        values_NT=torch.randn(6, 4, generator=generator) * mask_NT,
-        advantages_NT=(rewards_N - 0.4)[:, None].expand(6, 4).contiguous(),
-        selected_NT=torch.rand(6, 4, generator=generator) < 0.3,
-        entropy_NT=torch.rand(6, 4, generator=generator),
-    )
+    return two_groups()
 
 
 def test_the_table_has_every_algorithm_but_the_one_that_is_put_together_by_the_user() -> None:

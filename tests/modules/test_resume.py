@@ -9,7 +9,7 @@ import torch
 
 from rllava_pl.callbacks import RolloutCheckpoint
 from rllava_pl.models import LoRA
-from rllava_pl.modules import GRPO, RLOO, RLModule
+from rllava_pl.modules import CHORD, GRPO, PPO, RLOO, UFT, ClipCov, RLModule
 from tests import runs
 
 
@@ -21,13 +21,15 @@ def fit(
     if rollouts < 5:
         module.on_train_batch_end = lambda *_: setattr(module.trainer, "should_stop", module.rollout_index >= rollouts)
     trainer = runs.trainer(root, callbacks=[callback])
-    trainer.fit(module, runs.data(batch_size=4, train_size=13), ckpt_path=checkpoint)  # 3 rollouts an epoch
+    data = runs.data(batch_size=4, train_size=13, demonstrations=0.5)  # 3 rollouts an epoch
+    trainer.fit(module, data, ckpt_path=checkpoint)
     return module, callback
 
 
 def state(module: RLModule) -> dict[str, torch.Tensor]:
     moments = module.optimizers().optimizer.state.values()
     flat = {f"moment{k}.{name}": x for k, s in enumerate(moments) for name, x in s.items()}
+    flat["kl_factor"] = torch.tensor(module.kl_controller.coef, dtype=torch.float64)
     return {name: x.detach().clone() for name, x in module.state_dict().items()} | flat
 
 
@@ -36,10 +38,25 @@ CASES = {
     "KL in the reward, two epochs": (RLOO, {"kl_reward_coef": 0.01, "epochs": 2}),
     "LoRA": (GRPO, {"policy": lambda: runs.tiny(lora=LoRA(r=4), freeze=["vision_tower"])}),
 }
+WITH_STATE = {
+    "adaptive KL": (RLOO, {"kl_reward_coef": 0.01, "kl_target": 0.001, "kl_horizon": 100}),
+    "shared critic": (PPO, {"critic_warmup_steps": 3}),
+    "separate critic": (PPO, {"critic": "separate"}),
+    "schedule of μ": (CHORD, {"mu_warmup_steps": 2, "mu_decay_steps": 3}),
+    "hints": (UFT, {"hint_steps": 4}),
+    "drawn tokens": (ClipCov, {"ratio": 0.1, "lower": 0.0}),
+}
+IN_AND_BETWEEN_EPOCHS = [
+    pytest.param(*case, at, id=f"{at}-{name}")
+    for name, case in CASES.items()
+    for at in (1, 3, 4)  # inside an epoch, at its end, in the next
+]
 
 
-@pytest.mark.parametrize(("algorithm", "options"), CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("at", [1, 3, 4])  # inside an epoch, at its end, in the next
+@pytest.mark.parametrize(
+    ("algorithm", "options", "at"),
+    [*IN_AND_BETWEEN_EPOCHS, *(pytest.param(*case, 2, id=name) for name, case in WITH_STATE.items())],
+)
 def test_resume_is_bit_identical(
     tmp_path: Path, algorithm: type[RLModule], options: dict[str, object], at: int
 ) -> None:
@@ -54,6 +71,7 @@ def test_resume_is_bit_identical(
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), name
+    assert (float(expected["kl_factor"]) != 1.0) == ("kl_target" in options)
     assert whole.rollout_index == resumed.rollout_index == 5
     assert whole.weight_version == resumed.weight_version == 5 * whole.updates_per_rollout
 

@@ -16,17 +16,29 @@ from tests import runs
 ROOT = Path(__file__).parents[2]
 
 
-def fit(directory: Path, ranks: int, **options: object) -> list[dict[str, object]]:
+Result = dict[str, object]
+
+
+def fits(directory: Path, ranks: int, algorithms: str = "GRPO", **options: object) -> dict[str, list[Result]]:
+    """Of each algorithm, what every rank ended with."""
     directory.mkdir()
+    options["algorithms"] = algorithms
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     pairs = [f"{name}={value}" for name, value in options.items()]
     command = [sys.executable, *launcher, str(ROOT / "tests/strategies/fit_on_ranks.py"), str(directory), *pairs]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, timeout=240, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    results = [json.loads((directory / f"result-{rank}.json").read_text()) for rank in range(ranks)]
-    for rank, result in enumerate(results):
-        result["weights"] = torch.load(directory / f"weights-{rank}.pt", weights_only=True)
+    return {name: [read(directory, name, rank) for rank in range(ranks)] for name in algorithms.split(",")}
+
+
+def read(directory: Path, algorithm: str, rank: int) -> Result:
+    result: Result = json.loads((directory / f"result-{algorithm}-{rank}.json").read_text())
+    return result | {"weights": torch.load(directory / f"weights-{algorithm}-{rank}.pt", weights_only=True)}
+
+
+def fit(directory: Path, ranks: int, **options: object) -> list[Result]:
+    (results,) = fits(directory, ranks, **options).values()
     return results
 
 
@@ -39,18 +51,36 @@ def built_model() -> None:
     runs.tiny().prepare(1)
 
 
+RL_DDP = ("GRPO", "ReinforcePP", "GPG", "ClipCov", "KLCov", "ReMax", "HPT", "UFT", "PPO", "SFT", "DPO")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "algorithm"), [("rl_ddp", "GRPO"), ("ddp", "RLOO")])
-def test_two_ranks_equal_one(tmp_path: Path, strategy: str, algorithm: str) -> None:
-    (alone,) = fit(tmp_path / "one", 1, strategy="auto", batch_size=4, algorithm=algorithm)
-    first, second = fit(tmp_path / "two", 2, strategy=strategy, batch_size=2, algorithm=algorithm)
+@pytest.mark.parametrize(("strategy", "algorithms"), [("rl_ddp", RL_DDP), ("ddp", ("RLOO",))])
+def test_two_ranks_equal_one(tmp_path: Path, strategy: str, algorithms: tuple[str, ...]) -> None:
+    """Means, whitening, selected tokens, denominators, a critic: all belong to the batch of all ranks."""
+    names = ",".join(algorithms)
+    ones = fits(tmp_path / "one", 1, strategy="auto", batch_size=4, algorithms=names)
+    twos = fits(tmp_path / "two", 2, strategy=strategy, batch_size=2, algorithms=names)
+    for name in algorithms:
+        (alone,), (first, second) = ones[name], twos[name]
+        assert distance(first["weights"], second["weights"]) == 0.0, name
+        assert distance(first["weights"], alone["weights"]) < 1e-5, name
+        assert not set(first["uids"]) & set(second["uids"])
+        assert set(first["uids"]) | set(second["uids"]) == set(alone["uids"])
+        for metric, value in alone["metrics"].items():
+            assert first["metrics"][metric] == pytest.approx(value, abs=1e-4), (name, metric)
+            assert second["metrics"][metric] == pytest.approx(value, abs=1e-4), (name, metric)
+
+
+@pytest.mark.slow
+def test_ranks_collect_informative_groups_together(tmp_path: Path) -> None:
+    """No rank trains before all have a full batch, and none on more than its part."""
+    first, second = fit(tmp_path / "two", 2, strategy="rl_ddp", batch_size=2, algorithms="DAPO")
     assert distance(first["weights"], second["weights"]) == 0.0
-    assert distance(first["weights"], alone["weights"]) < 1e-5
-    assert not set(first["uids"]) & set(second["uids"])
-    assert set(first["uids"]) | set(second["uids"]) == set(alone["uids"])
-    for name, value in alone["metrics"].items():
-        assert first["metrics"][name] == pytest.approx(value, abs=1e-4), name
-        assert second["metrics"][name] == pytest.approx(value, abs=1e-4), name
+    assert first["metrics"] == second["metrics"]
+    assert len(first["uids"]) == len(second["uids"]) > 3 * 2  # as many rounds on both, and more than rollouts
+    assert len(first["trained"]) == len(second["trained"]) == 3
+    assert max(first["trained"] + second["trained"]) == 8
 
 
 @pytest.mark.slow

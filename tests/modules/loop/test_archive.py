@@ -30,7 +30,12 @@ def test_an_experience_comes_back_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(before.components["accuracy"], after.components["accuracy"])
     assert after.old_logp_NT is None
     for old, new in zip(before.rollouts, after.rollouts, strict=True):
-        assert (old.text, old.finish_reason, old.group, old.turns) == (new.text, new.finish_reason, new.group, new.turns)
+        assert (old.text, old.finish_reason, old.group, old.turns) == (
+            new.text,
+            new.finish_reason,
+            new.group,
+            new.turns,
+        )
         assert torch.equal(old.response_ids, new.response_ids)
         assert new.prompt.messages == old.prompt.messages
         (old_image,), (new_image,) = old.prompt.images, new.prompt.images

@@ -1,0 +1,208 @@
+"""One optimizer step on the same completions, by a module of ours and by TRL's GRPOTrainer.
+
+Three prompts, each with a picture and a text of its own length, and four responses to each. Both sides begin at one
+checkpoint, which is the reference policy. ``Ours`` and ``Theirs`` have the same three calls: ``shift`` the weights,
+``remember`` advantages and old log-probs, ``update``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rllava_pl.modules import RLModule
+from rllava_pl.rewards import BaseReward
+from rllava_pl.types import Experience, Prompt, PromptInputs, Rollout, Sampling, Score
+from tests import runs
+from tests.models.conftest import prompts
+
+GROUP_SIZE, MAX_TOKENS, TEMPERATURE = 4, 16, 1.5
+LENGTHS = (16, 3, 1, 11, 2, 16, 7, 4, 12, 1, 15, 6)
+REWARDS = (1.0, 0.0, 0.25, 1.0, 0.0, 0.0, 0.0, 1.0, 0.5, 0.75, 0.1, 0.0)
+"""Of three groups, no two with the same mean or spread."""
+SHIFT = 0.15
+"""Of a weight, in standard deviations of its tensor: ratios then lie between 0.48 and 2.7."""
+
+
+class Update(NamedTuple):
+    """What an optimizer would see."""
+
+    loss: float
+    gradient: dict[str, Tensor]
+
+    @property
+    def flat(self) -> Tensor:
+        return torch.cat([self.gradient[name].flatten() for name in sorted(self.gradient)])
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What both sides are given."""
+
+    prompts: list[Prompt]
+    inputs: list[PromptInputs]
+    ids: list[Tensor]
+
+    @classmethod
+    def drawn(cls) -> Completions:
+        module = runs.module(policy=runs.tiny(warmup_steps=0))
+        module.configure_model()
+        asked = prompts([1, 1, 1])
+        generator = torch.Generator().manual_seed(3)
+        ids = [torch.randint(20, 200, (length,), generator=generator) for length in LENGTHS]
+        return cls(asked, module.policy.encode(asked), ids)
+
+
+def shift(model: nn.Module, seed: int) -> None:
+    """Move all weights at random, the same way in every copy of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, weight in sorted(model.named_parameters()):
+            weight += SHIFT * weight.std(correction=0) * torch.randn(weight.shape, generator=generator)
+
+
+def gradient(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Listed(BaseReward):
+    """The rewards of the table above."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        return [Score(value) for value, _ in zip(REWARDS, rollouts, strict=True)]
+
+    def score(self, rollout: Rollout) -> Score:
+        raise NotImplementedError
+
+
+class Ours:
+    """A module, through its own judging, credit, loss and denominators, all rows at once."""
+
+    experience: Experience
+
+    def __init__(
+        self, completions: Completions, algorithm: type[RLModule], *, reward_unit: float, **options: object
+    ) -> None:
+        self.completions = completions
+        self.module = runs.module(
+            algorithm,
+            runs.tiny(warmup_steps=0),
+            sampling=Sampling(max_tokens=MAX_TOKENS, temperature=TEMPERATURE),
+            group_size=GROUP_SIZE,
+            engine_correction="none",
+            **options,
+        )
+        self.module.rewards = [Listed(reward_unit)]
+        self.module.configure_model()
+        for policy in filter(None, (self.module.policy, self.module.reference)):
+            policy.banned_ids = []  # TRL's log-probs are over all of the vocabulary
+
+    def shift(self, seed: int) -> None:
+        shift(self.module.policy.model, seed)
+
+    def remember(self) -> None:
+        """Judge, evaluate and credit, under the policy as it is now."""
+        module = self.module
+        experience = module.judge([self._rollout(n) for n in range(len(LENGTHS))])
+        experience = experience.replace(old_logp_NT=module.score(module, experience).logp_NT)
+        if module.needs_reference:
+            experience = experience.replace(ref_logp_NT=module.score(module.reference, experience).logp_NT)
+        self.experience = module.credit(experience)
+
+    def _rollout(self, n: int) -> Rollout:
+        prompt, ids = n // GROUP_SIZE, self.completions.ids[n]
+        return Rollout(
+            prompt=self.completions.prompts[prompt],
+            group=prompt,
+            prompt_ids=self.completions.inputs[prompt].input_ids_S,
+            inputs=self.completions.inputs[prompt],
+            response_ids=ids,
+            engine_logprobs=torch.zeros(len(ids)),
+            response_mask=torch.ones(len(ids), dtype=torch.bool),
+            finish_reason="stop",
+            weight_version=0,
+        )
+
+    def update(self) -> Update:
+        module, experience = self.module, self.experience
+        module.zero_grad()
+        loss = module.loss(module(experience.batch), experience, module.denominators(experience))
+        loss.backward()
+        return Update(loss.item(), gradient(module.policy.model))
+
+    def cut_off_fraction(self) -> float:
+        """Part of the tokens on which the method's clipping acts."""
+        logp_NT = self.module(self.experience.batch).logp_NT
+        return self.module.cut_off(logp_NT, self.experience)[self.experience.mask_NT].float().mean().item()
+
+
+class Theirs:
+    """TRL's trainer, through its own scoring, advantages, shuffling, micro-batches (two) and accumulation."""
+
+    def __init__(
+        self, completions: Completions, checkpoint: str, root: Path, *, reward_unit: float, **options: object
+    ) -> None:
+        from datasets import Dataset
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from trl import GRPOConfig, GRPOTrainer
+
+        self.completions = completions
+        arguments = GRPOConfig(
+            output_dir=str(root),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=len(LENGTHS) // 2,
+            gradient_accumulation_steps=2,
+            num_iterations=2,
+            num_generations=GROUP_SIZE,
+            max_completion_length=MAX_TOKENS,
+            temperature=TEMPERATURE,
+            report_to="none",
+            **options,
+        )
+        self.trainer = GRPOTrainer(
+            model=AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="float32"),
+            processing_class=AutoProcessor.from_pretrained(checkpoint),
+            reward_funcs=lambda completions, **columns: [reward_unit * reward for reward in REWARDS],
+            rollout_func=lambda asked, trainer: self._rollouts(),
+            args=arguments,
+            train_dataset=Dataset.from_dict({"prompt": [row["prompt"] for row in self._rows()]}),
+        )
+        self.trainer.model.train()
+        self.trainer.current_gradient_accumulation_steps = 2  # its epoch loop, which does not run here, would set it
+
+    def _rows(self) -> list[dict[str, object]]:
+        """What its data loader would give: every prompt once a completion."""
+        return [
+            {"prompt": [{"role": "user", "content": prompt.messages[0].parts[1]}], "images": list(prompt.images)}
+            for prompt in self.completions.prompts
+            for _ in range(GROUP_SIZE)
+        ]
+
+    def _rollouts(self) -> dict[str, object]:
+        """What it would have generated."""
+        return {
+            "prompt_ids": [x.input_ids_S.tolist() for x in self.completions.inputs for _ in range(GROUP_SIZE)],
+            "completion_ids": [ids.tolist() for ids in self.completions.ids],
+            "logprobs": None,
+        }
+
+    def shift(self, seed: int) -> None:
+        shift(self.trainer.model, seed)
+
+    def remember(self) -> None:
+        """Score and buffer, under the policy as it is now."""
+        self.trainer._prepare_inputs(self._rows())
+
+    def update(self) -> Update:
+        """The second iteration over the rollout: the one that does not score anew."""
+        self.trainer._step = self.trainer.args.steps_per_generation
+        self.trainer.model.zero_grad()
+        loss = sum(self.trainer.training_step(self.trainer.model, None, None).item() for _ in range(2))
+        return Update(loss, gradient(self.trainer.model))
