@@ -5,6 +5,7 @@ from rllava_pl.callbacks.export import ExportHF
 from rllava_pl.callbacks.progress import RolloutProgressBar
 from rllava_pl.callbacks.summary import RunSummary
 from rllava_pl.callbacks.table import RolloutTable
+from rllava_pl.callbacks.vllm import VLLMRollout
 from rllava_pl.callbacks.writer import RolloutWriter
 from rllava_pl.rollout.lifecycle import RolloutCallback, TransformersRollout
 
@@ -17,4 +18,5 @@ __all__ = [
     "RolloutWriter",
     "RunSummary",
     "TransformersRollout",
+    "VLLMRollout",
 ]

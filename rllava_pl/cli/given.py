@@ -40,12 +40,19 @@ def collect(args: Sequence[str]) -> Tree:
 
 
 def merge(old: Value, new: Value) -> Value:
-    """``new`` over ``old``; a section that names another class starts afresh."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
+    """``new`` over ``old``; a section that names another class starts afresh, a key with a final ``+`` appends."""
+    if not isinstance(new, dict):
         return new
-    if new.get(CLASS, old.get(CLASS)) != old.get(CLASS):
-        return new
-    return old | {key: merge(old.get(key), value) for key, value in new.items()}
+    same = isinstance(old, dict) and new.get(CLASS, old.get(CLASS)) == old.get(CLASS)
+    merged: Tree = dict(old) if same and isinstance(old, dict) else {}
+    for key, value in new.items():
+        name = key.removesuffix("+")
+        merged[name] = merge(merged.get(name), value) if name == key else _appended(merged.get(name), value)
+    return merged
+
+
+def _appended(before: Value, value: Value) -> Value:
+    return [*(before if isinstance(before, list) else []), *(value if isinstance(value, list) else [value])]
 
 
 def flatten(value: Value) -> Value:
@@ -67,8 +74,7 @@ def place(tree: Tree, key: str, value: Value) -> None:
     for part in parents:
         node = _section(node, part)
     if last.endswith("+"):
-        before, more = node.get(last[:-1]), value if isinstance(value, list) else [value]
-        node[last[:-1]] = [*(before if isinstance(before, list) else []), *more]
+        node[last[:-1]] = _appended(node.get(last[:-1]), value)
     else:
         node[last] = value
 

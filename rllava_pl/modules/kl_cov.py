@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import Tensor
 
 from rllava_pl.functional import losses
@@ -44,12 +45,15 @@ class KLCov(CovarianceModule):
         return losses.kl_cov_select(minibatch.old_logp_NT, minibatch.advantages_NT, minibatch.mask_NT, ratio=self.ratio)
 
     def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
-        """-A·ρ, and the penalty on the selected tokens."""
+        """-A·ρ, and the penalty on the selected tokens once the policy has moved.
+
+        Before, log ρ is nothing but rounding, and the gradient of |log ρ| would be its sign: ±β by chance.
+        """
         return losses.kl_cov(
             logp_NT,
             batch.old_logp_NT,
             batch.advantages_NT,
             batch.mask_NT,
             beta=self.beta,
-            selected_NT=batch.selected_NT,
+            selected_NT=torch.zeros_like(batch.mask_NT) if self.first_update else batch.selected_NT,
         )

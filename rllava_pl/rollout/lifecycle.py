@@ -13,12 +13,15 @@ from rllava_pl.types import RolloutEngine
 
 if TYPE_CHECKING:
     from rllava_pl.models.policy import Policy
+    from rllava_pl.models.vlm import VLM
 
 
 class Samples(Protocol):
-    """What a callback needs of a module: a policy, how often it was updated, and a place for the engine."""
+    """What a callback needs of a module: its policy, how often it was updated, and a place for the engine."""
 
+    source: VLM
     policy: Policy
+    seed: int
     weight_version: int
     engine: ManagedEngine | None
 
@@ -30,6 +33,9 @@ class RolloutCallback(Callback, ABC):
     def build(self, module: Samples) -> RolloutEngine:
         """The engine for this module's policy."""
 
+    def after_sync(self, managed: ManagedEngine) -> None:
+        """Called whenever the engine has taken over new weights, before it samples; does nothing by default."""
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hand the engine to the module; the process group exists, the policy may not be loaded yet."""
         module = cast(Samples, pl_module)
@@ -37,6 +43,7 @@ class RolloutCallback(Callback, ABC):
             build=lambda: self.build(module),
             weights=lambda: full_weights(trainer.strategy, module.policy.model),
             version=lambda: module.weight_version,
+            after_sync=self.after_sync,
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

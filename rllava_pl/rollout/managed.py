@@ -21,6 +21,7 @@ class ManagedEngine:
         build: Makes the engine; called at the first use.
         weights: Streams the policy's full weights.
         version: Number of updates in the policy's weights now.
+        after_sync: Called with this object whenever the engine has taken over new weights, before it samples.
     """
 
     def __init__(
@@ -28,10 +29,12 @@ class ManagedEngine:
         build: Callable[[], RolloutEngine],
         weights: Callable[[], Iterable[tuple[str, Tensor]]],
         version: Callable[[], int],
+        after_sync: Callable[[ManagedEngine], None] | None = None,
     ) -> None:
         self._build = build
         self._weights = weights
         self._version = version
+        self._after_sync = after_sync
         self._engine: RolloutEngine | None = None
 
     @property
@@ -50,10 +53,16 @@ class ManagedEngine:
         """Rollouts of the policy's present weights; see ``RolloutEngine.generate``."""
         with self._awake():
             if self.engine.version != self._version():
-                self.engine.sync(self._weights(), self._version())
+                self.synchronise()
+                if self._after_sync is not None:
+                    self._after_sync(self)
             rollouts = self.engine.generate(requests, sampling)
         check_rollouts(requests, rollouts, self._version())
         return rollouts
+
+    def synchronise(self) -> None:
+        """Push the policy's present weights, whatever the engine has."""
+        self.engine.sync(self._weights(), self._version())
 
     def close(self) -> None:
         """Free the engine; idempotent."""

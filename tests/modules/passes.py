@@ -44,6 +44,7 @@ def one_pass(module: RLModule, batch: list[Prompt]) -> Experience:
     experience = module.evaluate(module.judge(module.rollout(PromptBatch(batch))))
     if experience.old_logp_NT is not None:
         experience = experience.replace(old_logp_NT=experience.old_logp_NT + drift(experience))
+    module.rollout_version -= 1
     return module.credit(experience)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from rllava_pl.modules import ClipCov, KLCov, RLModule
-from rllava_pl.types import Experience
+from rllava_pl.types import Experience, PromptBatch
 from tests.modules.passes import fitted, gradient, one_pass, prompts
 
 Place = tuple[str, tuple[int, ...], int]
@@ -59,3 +60,18 @@ def test_the_draw_of_clip_cov_depends_on_the_update(tmp_path_factory: pytest.Tem
     assert selected(module, experience) == first
     module.updates_done += 1
     assert selected(module, experience) != first
+
+
+def test_the_penalty_of_kl_cov_begins_when_the_policy_has_moved(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """At π = π_old the penalty |log ρ| is the absolute value of rounding; its sign must not become a gradient."""
+    module = fitted(tmp_path_factory.mktemp("run"), KLCov, ratio=0.5)
+    batch = PromptBatch(prompts(KLCov))
+    experience = module.credit(module.evaluate(module.judge(module.rollout(batch))))
+    assert module.first_update
+    first = gradient(module, experience)
+    module.rollout_version -= 1
+    moved = gradient(module, one_pass(module, list(batch)))
+    module.beta = 0.0
+    assert not torch.equal(gradient(module, one_pass(module, list(batch))), moved)
+    module.rollout_version = module.weight_version
+    assert torch.equal(gradient(module, experience), first)

@@ -3,23 +3,21 @@
 Where TRL 1.16 departs from the papers it is told not to, in ``PAPER`` and ``CASES``. It cannot be told what it adds to
 the standard deviation, 1e-4 against our 1e-6; rewards are counted in hundred thousands, so that neither is felt.
 
-All is fp32, and log-probs are computed in different orders (we compute a prompt once a group), so there is rounding:
-of 5e-7 in the loss at most, and 9e-7 of the largest element in the gradient. A method that is read another way differs
-by a hundredth and more.
+All is fp32, and log-probs are computed in another order (here a prompt once a group, there once a completion).
+Measured: 5.4e-7 in the loss at most (CISPO, whose terms are as large as log-probs), and in the gradient 9e-8 of its
+norm, which is 1.0e-6 of its largest element. A method read another way differs by a thousandth of the norm and more.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from rllava_pl.modules import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, RLModule
 from tests.parity.sides import Completions, Ours, Theirs, Update
@@ -85,11 +83,11 @@ OTHERWISE: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def trl_leaves_no_trace() -> Iterator[None]:
-    """Its trainer seeds the global generator and notes the device of the process; later tests must meet neither."""
+    """Its trainer seeds all global generators and notes the device of the process; later tests must meet neither."""
     from accelerate.state import AcceleratorState
 
-    silence = {"TRL_EXPERIMENTAL_SILENCE": "1"}  # of the hook that hands it our completions
-    with mock.patch.dict(os.environ, silence), torch.random.fork_rng(devices=[]):
+    with pytest.MonkeyPatch.context() as patch, isolate_rng():
+        patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # about the hook that takes our completions
         yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -112,9 +110,8 @@ def both(completions: Completions, root: Path, name: str, **otherwise: object) -
     # The second epoch is off-policy, as TRL's second iteration is.
     options = {"minibatches": 1, "epochs": 2} | case.ours
     ours = Ours(completions, case.algorithm, reward_unit=case.reward_unit, **options)
-    checkpoint = ours.module.source.path
     options = PAPER | case.theirs | otherwise
-    theirs = Theirs(completions, checkpoint, root, reward_unit=case.reward_unit, **options)
+    theirs = Theirs(completions, ours.module.source.path, root, reward_unit=case.reward_unit, **options)
     return ours, moved(ours), moved(theirs)
 
 
@@ -131,5 +128,4 @@ def test_loss_and_gradient_are_those_of_trl(completions: Completions, tmp_path: 
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_another_reading_of_the_method_would_be_seen(completions: Completions, tmp_path: Path, name: str) -> None:
     _, ours, theirs = both(completions, tmp_path, name, **OTHERWISE[name])
-    print(name, abs(ours.loss - theirs.loss), (ours.flat - theirs.flat).norm() / theirs.flat.norm())
-    assert (ours.flat - theirs.flat).norm() > 0.01 * theirs.flat.norm()
+    assert (ours.flat - theirs.flat).norm() > 1e-3 * theirs.flat.norm()

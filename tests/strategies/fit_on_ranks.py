@@ -1,7 +1,7 @@
 """Run by the tests on each of several ranks: short fits, results written by rank to ``sys.argv[1]``.
 
-Options come as ``name=value`` pairs: ``strategy``, ``batch_size`` (prompts a rank), ``algorithms`` (one after the other),
-``unscorable`` (uids).
+Options come as ``name=value`` pairs: ``strategy``, ``batch_size`` (prompts a rank), ``algorithms`` (one after the
+other), ``unscorable`` (uids).
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def fit(root: Path, strategy: str, batch_size: int, algorithm: str) -> None:
         check_val_every_n_epoch=None,
         val_check_interval=3,
     )
-    trainer.fit(module, runs.data(batch_size=batch_size, val_size=5, val_batch_size=2, demonstrations=0.5))
+    share = runs.share_of_targets(type(module))
+    trainer.fit(module, runs.data(batch_size=batch_size, val_size=5, val_batch_size=2, demonstrations=share))
     rank = trainer.global_rank
     torch.save({n: p.detach() for n, p in module.named_parameters()}, root / f"weights-{algorithm}-{rank}.pt")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("time/")}

@@ -55,7 +55,7 @@ RL_DDP = ("GRPO", "ReinforcePP", "GPG", "ClipCov", "KLCov", "ReMax", "HPT", "UFT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "algorithms"), [("rl_ddp", RL_DDP), ("ddp", ("RLOO",))])
+@pytest.mark.parametrize(("strategy", "algorithms"), [("rl_ddp", RL_DDP), ("ddp", ("RLOO",))], ids=["rl_ddp", "ddp"])
 def test_two_ranks_equal_one(tmp_path: Path, strategy: str, algorithms: tuple[str, ...]) -> None:
     """Means, whitening, selected tokens, denominators, a critic: all belong to the batch of all ranks."""
     names = ",".join(algorithms)

