@@ -6,6 +6,7 @@ from rllava_pl.callbacks.progress import RolloutProgressBar
 from rllava_pl.callbacks.summary import RunSummary
 from rllava_pl.callbacks.table import RolloutTable
 from rllava_pl.callbacks.vllm import VLLMRollout
+from rllava_pl.callbacks.vllm_server import VLLMServerRollout
 from rllava_pl.callbacks.writer import RolloutWriter
 from rllava_pl.rollout.lifecycle import RolloutCallback, TransformersRollout
 
@@ -19,4 +20,5 @@ __all__ = [
     "RunSummary",
     "TransformersRollout",
     "VLLMRollout",
+    "VLLMServerRollout",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,6 +111,8 @@ class VLLMRollout(RolloutCallback):
             seed=(module.seed + rank()) % 2**31,
             options=options | self.options,
         )
+        if not foreign_group:  # vLLM made one, of a single process, and Lightning now speaks of a distributed setting
+            warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
         engine = VLLMEngine(llm, policy, memory=memory, adapter=adapter, foreign_group=foreign_group)
         self._canary = self._make_canary(engine, dtype) if self.canary_every else None
         return engine

@@ -220,8 +220,9 @@ class RLModule(Observation, Evaluation):
         """Move an adaptive KL coefficient by the divergence of the whole rollout batch."""
         if isinstance(self.kl_controller, AdaptiveKLController):
             divergence_NT = everyone.old_logp_NT - everyone.ref_logp_NT  # type: ignore[operator]
-            observed = float(masked_mean(divergence_NT, everyone.own_mask_NT))
-            self.kl_controller.update(observed, int(everyone.own_mask_NT.any(1).sum()))
+            sampled_NT = everyone.own_mask_NT & (everyone.group_N >= 0)[:, None]  # not what stands beside a group
+            observed = float(masked_mean(divergence_NT, sampled_NT))
+            self.kl_controller.update(observed, int(sampled_NT.any(1).sum()))
             self.tally.add("kl_factor", torch.tensor(self.kl_controller.coef, device=self.policy.device))
 
     def loss(self, output: PolicyOutput, batch: Experience, counts: Counts) -> Tensor:

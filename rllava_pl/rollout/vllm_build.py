@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from vllm import LLM
 
+PREFILL_TOKENS = 8192
+"""Prompt tokens read in one step on a CPU."""
 MemoryMode = Literal["auto", "resident", "release_kv", "sleep", "discard"]
 
 
@@ -129,7 +131,9 @@ def build_llm(
         "enable_sleep_mode": memory != "resident",
         "seed": seed,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
+        **({} if torch.cuda.is_available() else _on_cpu(context_tokens)),
     }
     foreign_group = dist.is_initialized()
     try:
@@ -144,6 +148,11 @@ def build_llm(
             f"vLLM cannot load the weights of {path} (language model {kind}) as transformers names them: {error}. Use "
             "the embedded engine for this model: leave out VLLMRollout, or name TransformersRollout in its place"
         ) from error
+
+
+def _on_cpu(context_tokens: int) -> dict[str, object]:
+    """Prompts are read in one piece: vLLM 0.32 cannot rewind a seeded CPU generator after a part of a prompt."""
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context_tokens, PREFILL_TOKENS)}
 
 
 def shut_down(llm: LLM, *, foreign_group: bool) -> None:

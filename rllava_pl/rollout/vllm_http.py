@@ -125,7 +125,6 @@ def new_client(limits: Limits) -> httpx.AsyncClient:
     noticed when a request is lost on it, and those that change weights must not be repeated.
     """
     import httpx
-    from tenacity import AsyncRetrying
 
     key = os.environ.get("VLLM_API_KEY")
     return httpx.AsyncClient(
@@ -194,7 +193,7 @@ class Server:
 
         self._doing.append(purpose)
         try:
-            response = await self._attempts(1 + self._limits.max_retries if repeatable else 1)(
+            response: httpx.Response = await self._attempts(1 + self._limits.max_retries if repeatable else 1)(
                 self._client.request,
                 method,
                 self.url + path,
@@ -219,14 +218,13 @@ class Server:
 
     @staticmethod
     def _attempts(number: int) -> AsyncRetrying:
-        import httpx
         import tenacity
 
-        lost = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+        lost = tenacity.retry_if_exception_type(_lost())
         return tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(number),
             wait=tenacity.wait_exponential(multiplier=0.5, max=4.0),
-            retry=tenacity.retry_if_exception_type(lost) | tenacity.retry_if_result(lambda r: r.status_code in BUSY),
+            retry=lost | tenacity.retry_if_result(lambda r: r.status_code in BUSY),
             retry_error_callback=lambda state: state.outcome.result(),  # the last answer, or the last error
         )
 
@@ -249,15 +247,13 @@ class Server:
 
     async def _sign_of_life(self) -> None:
         """From the process that answers requests, and through it from the engine, which is another one."""
-        import httpx
+        import tenacity
 
+        anew = tenacity.AsyncRetrying(
+            wait=tenacity.wait_fixed(POLL_SECONDS / 2), retry=tenacity.retry_if_exception_type(_lost())
+        )
         for path in ("/health", "/weight_info"):
-            response = None
-            while response is None:
-                try:
-                    response = await self._client.get(self.url + path)
-                except httpx.TransportError:
-                    await asyncio.sleep(POLL_SECONDS / 2)
+            response: httpx.Response = await anew(self._client.get, self.url + path)
             if not response.is_success:
                 raise ServerError(
                     f"the engine of vLLM server {self.url} has died ({path} answers {response.status_code}), at "
@@ -269,6 +265,13 @@ class Server:
             return "rest"
         others = len(self._doing) - 1
         return self._doing[0] + (f" and {others} more requests" if others else "")
+
+
+def _lost() -> tuple[type[Exception], ...]:
+    """Errors of requests that got through to no one, or whose answer was lost."""
+    import httpx
+
+    return httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout
 
 
 _HINTS = {401: "Set VLLM_API_KEY to the key the server was started with"}
@@ -300,16 +303,21 @@ async def under_watch(servers: Sequence[Server], work: Sequence[Coroutine[object
     """Results of ``work`` in order; the first failure, or the death of a server, ends all of it."""
     tasks = [asyncio.create_task(piece) for piece in work]
     watches = [asyncio.create_task(server.watch()) for server in servers]
-    everything = asyncio.gather(*tasks)
+    everything = asyncio.create_task(_all(tasks))
     try:
-        done, _ = await asyncio.wait([everything, *watches], return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Task[object]] = [everything, *watches]
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if everything not in done:
             next(watch for watch in watches if watch in done).result()  # raises: a watch ends in no other way
-        return list(await everything)
+        return await everything
     finally:
         for task in [*tasks, *watches]:
             task.cancel()
         await asyncio.gather(everything, *tasks, *watches, return_exceptions=True)
+
+
+async def _all(tasks: Sequence[asyncio.Task[T]]) -> list[T]:
+    return await asyncio.gather(*tasks)
 
 
 class EventLoop:

@@ -89,7 +89,11 @@ def register() -> None:
         def receive_weights(self, update_info: UpdateInfo) -> None:
             """Load one bucket."""
             weights = update_info.weights
-            self.model.load_weights(from_text(weights) if isinstance(weights, str) else weights)
+            try:
+                self.model.load_weights(from_text(weights) if isinstance(weights, str) else weights)
+            except BaseException:
+                self.finish_weight_update()  # vLLM counts the update as ended; layers left apart would break the next
+                raise
 
         def finish_weight_update(self) -> None:
             """Pack the layers for their kernels."""
