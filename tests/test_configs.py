@@ -36,6 +36,21 @@ def is_overlay(name: str) -> bool:
     return "data" not in yaml.safe_load(Path(configs.find(name)).read_text("utf-8"))
 
 
+def sections(name: str) -> dict[str, dict[str, object]]:
+    """The config as it is written."""
+    return yaml.safe_load(Path(configs.find(name)).read_text("utf-8"))
+
+
+def adds_callbacks(name: str) -> bool:
+    """Whether the config brings callbacks beside those of the one below it."""
+    return "callbacks+" in sections(name).get("trainer", {})
+
+
+def is_whole(name: str) -> bool:
+    """Whether the config needs no other one below it."""
+    return {"model", "data", "trainer"} <= sections(name).keys()
+
+
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
@@ -54,7 +69,7 @@ def test_a_shipped_config_is_understood(built, name):
     assert cli.model.rewards and cli.datamodule.batch_size > 0
 
 
-@pytest.mark.parametrize("name", [name for name in configs.names() if is_overlay(name)])
+@pytest.mark.parametrize("name", [name for name in configs.names() if is_overlay(name) and not adds_callbacks(name)])
 @pytest.mark.parametrize("below", [name for name in configs.names() if not is_overlay(name)])
 def test_an_overlay_changes_what_it_names_and_nothing_else(built, below, name):
     before, after = built("--config", below), built("--config", below, "--config", name)
@@ -64,6 +79,26 @@ def test_an_overlay_changes_what_it_names_and_nothing_else(built, below, name):
     kept = vars(after.model.source) | {"sampling": after.model.sampling, "clip_high": after.model.clip_high}
     assert kept == vars(before.model.source) | {"sampling": before.model.sampling, "clip_high": before.model.clip_high}
     assert vars(after.datamodule).keys() == vars(before.datamodule).keys()
+
+
+@pytest.mark.parametrize("name", [name for name in configs.names() if adds_callbacks(name)])
+@pytest.mark.parametrize("below", [name for name in configs.names() if is_whole(name)])
+def test_an_overlay_that_adds_callbacks_leaves_the_others(built, below, name):
+    before, after = (
+        cli.config.fit.trainer.callbacks
+        for cli in (built("--config", below), built("--config", below, "--config", name))
+    )
+    (named,) = sections(name)["trainer"]["callbacks+"]
+    assert [x.class_path for x in after[:-1]] == [x.class_path for x in before]
+    assert after[-1].class_path.endswith(f".{named['class_path']}")
+    assert {option: after[-1].init_args[option] for option in named["init_args"]} == named["init_args"]
+
+
+def test_a_misspelt_option_of_an_added_callback_is_named(tmp_path, capsys):
+    (tmp_path / "wrong.yaml").write_text("trainer: {callbacks+: [{class_path: VLLMRollout, init_args: {contxt: 1}}]}")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "tiny/colour", "--config", str(tmp_path / "wrong.yaml")])
+    assert "contxt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", configs.names())

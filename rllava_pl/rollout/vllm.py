@@ -86,12 +86,13 @@ class VLLMEngine:
         for request in requests:
             check_request(request, sampling, self.policy, context_tokens=self.context_tokens, images=self.images)
         self._wake_all()
-        outputs = self.llm.generate(
-            [self._prompt(request) for request in requests],
-            [self._parameters(request, sampling) for request in requests],
-            use_tqdm=False,
-            lora_request=self._adapter.request() if self._adapter else None,
-        )
+        with torch.autocast(self.policy.device.type, enabled=False):  # the trainer's is not the engine's
+            outputs = self.llm.generate(
+                [self._prompt(request) for request in requests],
+                [self._parameters(request, sampling) for request in requests],
+                use_tqdm=False,
+                lora_request=self._adapter.request() if self._adapter else None,
+            )
         return [
             self._rollout(request, output, k)
             for request, output in zip(requests, outputs, strict=True)
@@ -252,9 +253,9 @@ def check_request(request: Request, sampling: Sampling, policy: Policy, *, conte
     needed = prompt + given + sampling.max_tokens
     if needed > context_tokens:
         raise ValueError(
-            f"prompt {uid!r}: {prompt} prompt tokens + {given} given tokens + max_tokens {sampling.max_tokens} = {needed}, "
-            f"but the engine's context has {context_tokens}; raise context_tokens, as far as the model allows, or lower "
-            "sampling.max_tokens"
+            f"prompt {uid!r}: {prompt} prompt tokens + {given} given + max_tokens {sampling.max_tokens} = {needed}, "
+            f"but the engine's context has {context_tokens}; raise context_tokens, as far as the model allows, or "
+            "lower sampling.max_tokens"
         )
     if len(request.prompt.images) > images:
         raise ValueError(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 2.0
 """Pause between signs of life."""
+RETRY_SECONDS = 0.5
+"""Pause before the first retry; it doubles up to eight times as much."""
 BUSY = frozenset({429, 502, 503, 504})
 """Answers after which the same request may succeed."""
 
@@ -211,7 +213,7 @@ class Server:
         if not response.is_success:
             hint = hints.get(response.status_code, _HINTS.get(response.status_code, ""))
             raise ServerError(
-                f"vLLM server {self.url} answered {response.status_code} at {purpose}: {_detail(response)}"
+                f"vLLM server {self.url} answered {response.status_code} at {purpose}: {_detail(response).rstrip('.')}"
                 + (f". {hint}" if hint else "")
             )
         return _read(response, f"vLLM server {self.url} at {purpose}")
@@ -223,7 +225,7 @@ class Server:
         lost = tenacity.retry_if_exception_type(_lost())
         return tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(number),
-            wait=tenacity.wait_exponential(multiplier=0.5, max=4.0),
+            wait=tenacity.wait_exponential(multiplier=RETRY_SECONDS, max=8 * RETRY_SECONDS),
             retry=lost | tenacity.retry_if_result(lambda r: r.status_code in BUSY),
             retry_error_callback=lambda state: state.outcome.result(),  # the last answer, or the last error
         )

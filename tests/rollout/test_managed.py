@@ -75,6 +75,20 @@ def test_weights_are_pushed_before_the_first_request_and_when_they_changed() -> 
     ]
 
 
+def test_what_follows_a_sync_comes_before_sampling_and_may_sync_again() -> None:
+    engine, now = Scripted(), [3]
+    session = ManagedEngine(
+        lambda: engine,
+        lambda: [("lm_head.weight", torch.zeros(1))],
+        lambda: now[0],
+        after_sync=lambda managed: (engine.events.append("after"), managed.synchronise())[1],
+    )
+    session.generate([request("a", 0)], Sampling())
+    session.generate([request("a", 0)], Sampling())
+    sync = "sync ['lm_head.weight'] 3"
+    assert engine.events == ["wake", sync, "after", sync, "generate", "sleep", "wake", "generate", "sleep"]
+
+
 def test_the_engine_sleeps_also_after_an_error() -> None:
     def fail(rollouts: list[Rollout]) -> list[Rollout]:
         raise OSError("the engine died")

@@ -65,7 +65,7 @@ def test_a_vision_tower_that_was_left_out(run: Run) -> None:
     vision = "visual" if "qwen" in run.policy.model.config.model_type else "vision_model"
     run.lose(vision)
     perturb(run.policy, vision)
-    with pytest.raises(CanaryError, match="a text: max .*e-0[67], .*Likely cause: vision tower, connector or encoder"):
+    with pytest.raises(CanaryError, match="Likely cause: vision tower, connector or encoder"):
         run.step()
 
 
@@ -86,7 +86,7 @@ def test_a_single_adapter_that_was_left_out(fresh: Bench) -> None:
     name = "layers.1.mlp.down_proj"
     run.lose(name)
     perturb(run.policy, f"{name}.lora_B", scale=0.1)
-    with pytest.raises(CanaryError, match="Likely cause: language layers, head .* or adapters did not arrive"):
+    with pytest.raises(CanaryError, match=r"Likely cause: language layers, head .* or adapters did not arrive"):
         run.step()
 
 
@@ -132,5 +132,5 @@ def test_recovery_pushes_everything_once_more(
     assert "engine and trainer differ" in caplog.text and "all weights are pushed again" in caplog.text
     run.lose("connector")
     perturb(run.policy, "connector")
-    with pytest.raises(CanaryError, match="by more than max 0.001 and mean 0.001 nats"):
+    with pytest.raises(CanaryError, match=r"by more than max 0\.001 and mean 0\.0001 nats"):
         run.step()

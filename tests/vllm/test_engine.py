@@ -110,13 +110,13 @@ def test_prompt_tokens_that_are_not_the_trainers_are_an_error(bench: Bench, monk
 def test_what_does_not_fit_is_refused_with_the_arithmetic(bench: Bench) -> None:
     requests = bench.requests(prompts([1]))
     tokens = len(requests[0].inputs)
-    message = rf"prompt 'test:0': {tokens} prompt tokens \+ 0 given tokens \+ max_tokens 500 = {tokens + 500}, but .* 512"
+    message = rf"prompt 'test:0': {tokens} prompt tokens \+ 0 given \+ max_tokens 500 = {tokens + 500}, but .* 512"
     with pytest.raises(ValueError, match=message):
         bench.engine.generate(requests, Sampling(max_tokens=500))
     with pytest.raises(ValueError, match="prompt 'test:0' shows 4 images, but the engine takes 3 a prompt"):
         bench.engine.generate(bench.requests(prompts([4])), Sampling(max_tokens=4))
     misplaced = dataclasses.replace(requests[0], prefix_ids=(bench.policy.banned_ids[0],))
-    with pytest.raises(ValueError, match="prefix_ids of prompt 'test:0' hold .* behind text only"):
+    with pytest.raises(ValueError, match=r"prefix_ids of prompt 'test:0' hold .* behind text only"):
         bench.engine.generate([misplaced], Sampling(max_tokens=4))
 
 
@@ -173,7 +173,7 @@ def start(path: str) -> None:
 def test_a_model_vllm_cannot_load_is_refused_with_what_to_do() -> None:
     source = runs.tiny("llava")
     source.prepare(1)
-    with pytest.raises(ValueError, match="vLLM cannot load the weights of .*Use the embedded engine for this model"):
+    with pytest.raises(ValueError, match=r"vLLM cannot load the weights of .*Use the embedded engine for this model"):
         start(source.path)
 
 
@@ -184,5 +184,3 @@ def test_a_head_size_the_cpu_cannot_do_is_refused_before_loading(tmp_path) -> No
     AutoConfig.for_model("llama", **sizes).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has head_dim 16, and vLLM's attention on a CPU supports \[32, 64,"):
         start(str(tmp_path))
-
-

@@ -1,0 +1,492 @@
+"""The client of vLLM servers against a small real HTTP server; what a real vLLM answers is in tests/vllm."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("httpx", reason="the HTTP client is not installed; pip install 'rllava-pl[vllm-server]'")
+pytest.importorskip("tenacity", reason="the HTTP client is not installed; pip install 'rllava-pl[vllm-server]'")
+
+from rllava_pl.callbacks import RolloutCallback, RolloutCheckpoint, VLLMServerRollout
+from rllava_pl.cli import main
+from rllava_pl.cli.app import RLCLI
+from rllava_pl.models.encoding import unexpanded_ids
+from rllava_pl.models.policy import Policy
+from rllava_pl.rollout import vllm_http
+from rllava_pl.rollout.vllm_http import Limits, ServerError, base_url, check_host
+from rllava_pl.rollout.vllm_server import VLLMServerEngine, image_parts
+from rllava_pl.rollout.vllm_transfer import from_text
+from rllava_pl.types import Request, Sampling
+from tests.models.conftest import picture, prompts
+from tests.rollout.fake_vllm import GENERATE, FakeVLLM, error, fake_vllm
+
+ROOT = Path(__file__).parents[2]
+OVERLAID = ["--config", "quickstart", "--config", "engines/vllm_server"]
+SAMPLING = Sampling(max_tokens=4, temperature=0.7)
+WEIGHTS = [("a.weight", torch.arange(6.0).reshape(2, 3)), ("lm_head.weight", torch.ones(2, dtype=torch.bfloat16))]
+UPDATE = ["/is_paused", "/pause", "/start_weight_update", "/update_weights", "/finish_weight_update"]
+SERVE = ["/reset_prefix_cache", "/reset_encoder_cache", "/resume"]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_http, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(vllm_http, "POLL_SECONDS", 0.05)
+
+
+@pytest.fixture
+def server() -> Iterator[FakeVLLM]:
+    with fake_vllm() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def policy(load: Callable[..., Policy]) -> Policy:
+    return load("idefics3")
+
+
+@pytest.fixture
+def engine(server: FakeVLLM, policy: Policy) -> Iterator[VLLMServerEngine]:
+    """In step with the server."""
+    engine = VLLMServerEngine([server.url], policy, limits=Limits(silence_seconds=0.5))
+    engine.sync(WEIGHTS, 3)
+    server.asked.clear()
+    yield engine
+    engine.close()
+
+
+def requests(policy: Policy, images: list[int], samples: int = 2, **options: object) -> list[Request]:
+    batch = prompts(images)
+    seeds = [tuple(10 * p + k for k in range(samples)) for p in range(len(batch))]
+    return [
+        Request(q, x, p, seeds[p], **options) for p, (q, x) in enumerate(zip(batch, policy.encode(batch), strict=True))
+    ]
+
+
+# -- addresses --
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "http://user:key@127.0.0.1", "http://127.0.0.1:8000/?key=1"]
+)
+def test_what_is_no_address_of_a_server_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{url!r} is no address of a server; write it as http://host:port")):
+        VLLMServerRollout([url])
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "10.1.2.3", "192.168.0.9", "172.16.0.1", "[::1]", "[fd00::1]"]
+)
+def test_this_machine_and_private_networks_are_allowed(host: str) -> None:
+    check_host(f"http://{host}:8000", allow_remote=False)
+
+
+@pytest.mark.parametrize("host", ["8.8.8.8", "[2001:4860:4860::8888]", "[::ffff:8.8.8.8]"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_public_address_is_refused_unless_it_is_asked_for(scheme: str, host: str) -> None:
+    url = f"{scheme}://{host}:8000"
+    with pytest.raises(ValueError, match=r"is at the public address .*8\. Whoever reaches .* allow_remote: true"):
+        check_host(url, allow_remote=False)
+    check_host(url, allow_remote=True)
+
+
+def test_a_host_without_an_address_is_named() -> None:
+    with pytest.raises(
+        ServerError, match=r"vLLM server http://nowhere\.invalid:1: the host name 'nowhere\.invalid' has no"
+    ):
+        check_host("http://nowhere.invalid:1", allow_remote=False)
+
+
+def test_a_slash_at_the_end_makes_no_difference() -> None:
+    assert base_url("http://127.0.0.1:8000/") == "http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"urls": []}, "urls is empty; name at least one vLLM server"),
+        ({"urls": ["http://h:1", "http://h:1/"]}, "urls names a server twice"),
+        ({"concurrency": 0}, "concurrency is 0; a server must be given at least 1 request"),
+        ({"max_retries": -1}, "max_retries is -1; use 0 for a single attempt"),
+        ({"silence_seconds": 0.0}, "silence_seconds is 0 and request_seconds 1800; both must be positive"),
+        ({"canary_every": -1}, r"canary_every \(-1\) and canary_limit \(0.0\) must not be negative"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_at_construction(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VLLMServerRollout(**({"urls": ["http://127.0.0.1:1"]} | options))
+
+
+@pytest.mark.parametrize("package", ["httpx", "tenacity"])
+def test_a_missing_client_says_what_to_install(package: str, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"need {package}, which is not .* pip install 'rllava-pl\[vllm-server\]'"
+    ):
+        VLLMServerEngine(["http://127.0.0.1:1"], policy)
+
+
+def test_the_overlay_adds_the_callback_to_those_of_the_config_below(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(RLCLI, "fit", lambda self, **kwargs: None)
+    cli = main(["fit", *OVERLAID, f"--trainer.default_root_dir={tmp_path}"])
+    (callback,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback))
+    assert isinstance(callback, VLLMServerRollout) and callback.urls == ["http://127.0.0.1:8000"]
+    assert any(isinstance(callback, RolloutCheckpoint) for callback in cli.trainer.callbacks)
+
+
+# -- samples --
+
+
+def test_a_request_carries_ids_images_and_every_sampling_parameter(
+    engine: VLLMServerEngine, server: FakeVLLM, policy: Policy
+) -> None:
+    (asked,) = requests(policy, [2], samples=3)
+    engine.generate([asked], SAMPLING)
+    (body,) = server.posted(GENERATE)
+    assert body["token_ids"] == unexpanded_ids(policy.processor, asked.prompt) != asked.inputs.input_ids_S.tolist()
+    assert [part["type"] for part in body["content_parts"]] == ["image_url"] * 2
+    assert body["return_token_ids"] is True and "model" not in body
+    assert body["sampling_params"] == {
+        "n": 3,
+        "seed": 0,
+        "max_tokens": 4,
+        "min_tokens": 0,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logprobs": 0,
+        "logit_bias": {str(i): -100.0 for i in policy.banned_ids},
+        "ignore_eos": True,
+        "stop_token_ids": list(policy.stop_ids),
+        "detokenize": False,
+    }
+
+
+def test_images_arrive_pixel_by_pixel() -> None:
+    (part,) = image_parts([picture(3)])
+    data = base64.b64decode(part["url"].removeprefix("data:image/png;base64,"))
+    assert Image.open(io.BytesIO(data)).tobytes() == picture(3).tobytes()
+
+
+def test_an_answer_becomes_rollouts_in_the_order_of_the_seeds(
+    engine: VLLMServerEngine, server: FakeVLLM, policy: Policy
+) -> None:
+    first, second = engine.generate(asked := requests(policy, [0]), SAMPLING)
+    assert first.response_ids.tolist() == [7, 2] and first.engine_logprobs.tolist() == [-0.5, -1.0]
+    assert first.prompt_ids.tolist() == asked[0].inputs.input_ids_S.tolist() == server.posted(GENERATE)[0]["token_ids"]
+    assert (first.finish_reason, first.weight_version, first.group) == ("stop", 3, 0)
+    assert first.response_mask.tolist() == [True, True] and first.demo_mask is None
+    assert first.text == policy.decode(torch.tensor([7, 2]))
+    assert second.prompt is first.prompt
+
+
+def test_given_tokens_lead_the_response_and_are_marked(
+    engine: VLLMServerEngine, server: FakeVLLM, policy: Policy
+) -> None:
+    rollout, _ = engine.generate(asked := requests(policy, [0], prefix_ids=(30, 31)), SAMPLING)
+    prompt = asked[0].inputs.input_ids_S.tolist()
+    assert server.posted(GENERATE)[0]["token_ids"] == [*prompt, 30, 31]
+    assert rollout.prompt_ids.tolist() == prompt and rollout.response_ids.tolist() == [30, 31, 7, 2]
+    assert rollout.engine_logprobs.tolist() == [0.0, 0.0, -0.5, -1.0]
+    assert rollout.demo_mask.tolist() == [True, True, False, False] and rollout.turns[0].start == 2
+
+
+def test_the_most_likely_answer_is_computed_once(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+    rollouts = engine.generate(requests(policy, [0], samples=3), Sampling(max_tokens=4, temperature=0.0))
+    assert server.posted(GENERATE)[0]["sampling_params"]["n"] == 1 and len(rollouts) == 3
+
+
+def test_requests_go_round_also_over_calls(policy: Policy) -> None:
+    with fake_vllm() as one, fake_vllm() as two:
+        engine = VLLMServerEngine([one.url, two.url], policy)
+        engine.sync(WEIGHTS, 0)
+        one.asked.clear(), two.asked.clear()
+        rollouts = engine.generate(requests(policy, [0] * 5), SAMPLING)
+        engine.generate(requests(policy, [0]), SAMPLING)
+        engine.close()
+        assert [rollout.prompt.uid for rollout in rollouts] == [f"test:{p}" for p in range(5) for _ in range(2)]
+        assert [len(server.posted(GENERATE)) for server in (one, two)] == [3, 3]
+
+
+@pytest.mark.parametrize("status", sorted(vllm_http.BUSY))
+def test_a_busy_server_is_asked_again(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy, status: int) -> None:
+    server.trouble[GENERATE] = [(status, error("busy"))] * 3
+    assert len(engine.generate(requests(policy, [0]), SAMPLING)) == 2
+    assert len(server.posted(GENERATE)) == 4
+
+
+def test_retries_end(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+    server.trouble[GENERATE] = [(503, error("busy"))] * 9
+    with pytest.raises(
+        ServerError, match=rf"vLLM server {server.url} answered 503 at the 2 samples of prompt 'test:0': busy"
+    ):
+        engine.generate(requests(policy, [0]), SAMPLING)
+    assert len(server.posted(GENERATE)) == 1 + 3
+
+
+def test_a_refusal_is_not_repeated(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+    server.trouble[GENERATE] = [(400, error("Token id 9 is out of vocabulary"))]
+    with pytest.raises(ServerError, match=r"answered 400 at .* prompt 'test:0': Token id 9 is out of vocabulary$"):
+        engine.generate(requests(policy, [0]), SAMPLING)
+    assert len(server.posted(GENERATE)) == 1
+
+
+SPOILT = {
+    "other weights": (
+        {"weight_versions": [{"version": "default", "start": 0, "end": 2}]},
+        r"weights \['default'\], not",
+    ),
+    "no weights named": ({"weight_versions": None}, r"sampled with the weights \[\], not with '3-"),
+    "other log-probs": ({"token_ids": [7, 3]}, "the log-probs are of other tokens"),
+    "no log-probs": ({"logprobs": None}, "prompt 'test:0': "),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), SPOILT.values(), ids=SPOILT.keys())
+def test_an_answer_that_cannot_be_trusted_names_server_and_prompt(
+    engine: VLLMServerEngine, server: FakeVLLM, policy: Policy, change: dict[str, object], message: str
+) -> None:
+    answer = server.samples({"token_ids": [1], "sampling_params": {"n": 2}})
+    answer["choices"] = [choice | change for choice in answer["choices"]]
+    server.trouble[GENERATE] = [(200, answer)]
+    with pytest.raises(
+        ServerError, match=f"vLLM server {server.url} at the 2 samples of prompt 'test:0': .*{message}|{message}"
+    ):
+        engine.generate(requests(policy, [0]), SAMPLING)
+
+
+def test_too_few_samples_are_noticed(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+    answer = server.samples({"token_ids": [1], "sampling_params": {"n": 2}})
+    server.trouble[GENERATE] = [(200, answer)]
+    with pytest.raises(ServerError, match="prompt 'test:0': 3 samples were asked for and 2 came"):
+        engine.generate(requests(policy, [0], samples=3), SAMPLING)
+
+
+def test_an_answer_that_is_no_json_is_shown(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+    server.trouble[GENERATE] = [(200, "<html>")]
+    with pytest.raises(ServerError, match="prompt 'test:0' answered something that is not JSON: '<html>'"):
+        engine.generate(requests(policy, [0]), SAMPLING)
+
+
+def test_requests_that_do_not_fit_are_refused_before_they_are_sent(
+    engine: VLLMServerEngine, server: FakeVLLM, policy: Policy
+) -> None:
+    prompt = len(requests(policy, [0])[0].inputs)
+    with pytest.raises(
+        ValueError, match=rf"{prompt} prompt tokens \+ 0 given tokens \+ sampling.max_tokens 64 = .* has 64"
+    ):
+        engine.generate(requests(policy, [0]), Sampling(max_tokens=64))
+    engine.images = 1
+    with pytest.raises(ValueError, match="prompt 'test:0' shows 2 images, and images_per_prompt is 1"):
+        engine.generate(requests(policy, [2]), SAMPLING)
+    with pytest.raises(ValueError, match="prefix_ids of prompt 'test:0' hold an end token"):
+        engine.generate(requests(policy, [0], prefix_ids=(policy.stop_ids[0],)), SAMPLING)
+    assert server.asked == []
+
+
+# -- dead and hung --
+
+
+def test_a_hung_server_is_named_with_its_request(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+    server.hung.set()
+    message = (
+        rf"vLLM server {server.url} gave no sign of life for 0.5 s; it hangs or is gone, at the 2 samples of prompt "
+        r"'test:0' and 2 more requests"
+    )
+    with pytest.raises(ServerError, match=message):
+        engine.generate(requests(policy, [0] * 3), SAMPLING)
+
+
+def test_a_dead_server_is_named_with_its_request(policy: Policy) -> None:
+    with fake_vllm() as server:
+        engine = VLLMServerEngine([server.url], policy, limits=Limits(max_retries=1))
+        engine.sync(WEIGHTS, 0)
+    with pytest.raises(
+        ServerError, match=f"vLLM server {server.url} could not be reached for the 2 samples of prompt 'test:0'"
+    ):
+        engine.generate(requests(policy, [0]), SAMPLING)
+    engine.close()
+
+
+def test_a_server_whose_engine_died_is_named(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+    server.trouble["/health"] = [(503, None)]
+    server.samples = lambda body: server.over.wait()  # the request is never answered
+    with pytest.raises(
+        ServerError, match=rf"the engine of vLLM server {server.url} has died \(/health answers 503\), at the 2"
+    ):
+        engine.generate(requests(policy, [0]), SAMPLING)
+
+
+def test_a_request_has_an_end_also_on_a_server_that_lives(server: FakeVLLM, policy: Policy) -> None:
+    engine = VLLMServerEngine([server.url], policy, limits=Limits(request_seconds=0.3))
+    engine.sync(WEIGHTS, 0)
+    server.samples = lambda body: server.over.wait()
+    with pytest.raises(ServerError, match=r"did not answer within 0\.3 s at the 2 samples of prompt 'test:0'"):
+        engine.generate(requests(policy, [0]), SAMPLING)
+    assert len(server.posted(GENERATE)) == 2 + 1  # the probes, and one attempt
+    engine.close()
+
+
+# -- weights --
+
+
+def test_a_sync_goes_through_the_routes_in_order(server: FakeVLLM, policy: Policy) -> None:
+    engine = VLLMServerEngine([server.url], policy)
+    engine.sync(WEIGHTS, 5)
+    assert server.paths == ["/v1/models", "/init_weight_transfer_engine", *UPDATE, *SERVE, GENERATE, GENERATE]
+    assert engine.version == 5 and server.label.startswith("5-")
+    (sent,) = server.posted("/update_weights")
+    received = dict(from_text(sent["update_info"]["weights"]))
+    assert received.keys() == dict(WEIGHTS).keys()
+    assert all(torch.equal(received[name], x) and received[name].dtype == x.dtype for name, x in WEIGHTS)
+    server.asked.clear()
+    engine.sync(WEIGHTS, 6)
+    assert server.paths == [*UPDATE, *SERVE]  # what was seen once is not looked at again
+    engine.close()
+
+
+def test_nothing_is_sampled_before_a_sync(server: FakeVLLM, policy: Policy) -> None:
+    engine = VLLMServerEngine([server.url], policy)
+    with pytest.raises(RuntimeError, match="the servers' weights are not the policy's: there was no complete sync yet"):
+        engine.generate(requests(policy, [0]), SAMPLING)
+    engine.close()
+
+
+@pytest.mark.parametrize("path", [*UPDATE[1:], *SERVE])
+def test_after_a_failed_sync_nothing_is_sampled_until_one_is_complete(
+    engine: VLLMServerEngine, server: FakeVLLM, policy: Policy, path: str
+) -> None:
+    server.trouble[path] = [(500, error("no"))]
+    stream = iter(WEIGHTS)
+    with pytest.raises(ServerError, match=f"vLLM server {server.url} answered 500 at the weights of update 4: no"):
+        engine.sync(stream, 4)
+    assert list(stream) == []  # gathering the rest is up to all ranks
+    assert len(server.posted(path)) == 1  # never sent twice
+    with pytest.raises(RuntimeError, match="there was no complete sync"):
+        engine.generate(requests(policy, [0]), SAMPLING)
+    engine.sync(WEIGHTS, 4)
+    assert {rollout.weight_version for rollout in engine.generate(requests(policy, [0]), SAMPLING)} == {4}
+
+
+@pytest.mark.parametrize("updating", [True, False])
+def test_an_update_that_broke_off_is_ended_before_the_next(server: FakeVLLM, policy: Policy, updating: bool) -> None:
+    server.paused, server.updating = True, updating
+    engine = VLLMServerEngine([server.url], policy)
+    engine.sync(WEIGHTS, 0)
+    again = ["/is_paused", "/pause", "/start_weight_update", "/finish_weight_update", *UPDATE[2:]]
+    assert server.paths[2 : 2 + len(again)] == again
+    engine.close()
+
+
+MISSING = {
+    "development mode": (
+        "/weight_info",
+        404,
+        {"detail": "Not Found"},
+        "does not run in development mode. Start it with: VLLM_",
+    ),
+    "backend": (
+        "/init_weight_transfer_engine",
+        500,
+        error("not configured"),
+        "does not know the weight transfer 'rllava_pl'",
+    ),
+    "tokens": (
+        GENERATE,
+        403,
+        error("Scale-out endpoints are disabled."),
+        "disabled. It takes text only, no token ids. Start",
+    ),
+    "key": (
+        "/v1/models",
+        401,
+        {"error": "Unauthorized"},
+        "Unauthorized. Set VLLM_API_KEY to the key the server was started",
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "status", "body", "message"), MISSING.values(), ids=MISSING.keys())
+def test_a_server_that_was_started_otherwise_says_how_to_start_it(
+    server: FakeVLLM, policy: Policy, path: str, status: int, body: object, message: str
+) -> None:
+    server.trouble[path] = [(status, body)] * 9
+    engine = VLLMServerEngine([server.url], policy)
+    with pytest.raises(ServerError, match=f"vLLM server {server.url} answered {status} at .*{message}"):
+        engine.sync(WEIGHTS, 0)
+    engine.close()
+
+
+def test_log_probs_before_temperature_and_bans_are_noticed(server: FakeVLLM, policy: Policy) -> None:
+    server.raw = True
+    engine = VLLMServerEngine([server.url], policy)
+    with pytest.raises(
+        ServerError, match=r"gives log-probs before temperature and bans.*--logprobs-mode processed_logprobs"
+    ):
+        engine.sync(WEIGHTS, 0)
+    assert engine.version == -1
+    engine.close()
+
+
+def test_another_model_is_noticed(server: FakeVLLM, policy: Policy) -> None:
+    engine = VLLMServerEngine([server.url], policy, model="large")
+    with pytest.raises(ServerError, match=r"has no model 'large'; it serves \['tiny'\]"):
+        engine.sync(WEIGHTS, 0)
+    engine.close()
+
+
+def test_the_key_goes_to_the_server_and_no_proxy_is_asked(
+    server: FakeVLLM, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    engine = VLLMServerEngine([server.url], policy, model="tiny")
+    engine.sync(WEIGHTS, 0)
+    engine.generate(requests(policy, [0]), SAMPLING)
+    engine.close()
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
+    assert server.posted(GENERATE)[-1]["model"] == "tiny"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refused", [False, True])
+def test_of_two_ranks_one_sends_and_both_wait(
+    server: FakeVLLM, tmp_path: Path, tiny_path: Callable[[str], str], refused: bool
+) -> None:
+    if refused:
+        server.trouble["/finish_weight_update"] = [(500, error("no"))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [
+        *launcher,
+        str(ROOT / "tests/rollout/sync_on_ranks.py"),
+        str(tmp_path),
+        tiny_path("idefics3"),
+        server.url,
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = ((tmp_path / f"rank-{rank}").read_text() for rank in (0, 1))
+    if refused:
+        assert first == f"vLLM server {server.url} answered 500 at the weights of update 2: no"
+        assert second == "another rank could not give the servers the weights of update 2"
+    else:
+        assert first == second == "gathered a.weight on both, sampled with 2"
+        assert server.paths.count("/update_weights") == server.paths.count("/init_weight_transfer_engine") == 1
