@@ -1,4 +1,4 @@
-"""Real engines, one at a time in this process, each shared by all tests that can use it.
+"""Real engines, one at a time in this process, each shared by the tests of a file.
 
 Where vLLM is absent these tests are skipped with the reason; with RLLAVA_PL_REQUIRE_VLLM set that is an error, so that
 a check which is meant to run them cannot pass without.
@@ -98,7 +98,7 @@ def perturb(policy: Policy, only: str = "", scale: float = 0.02) -> None:
     assert moved, f"no parameter is called {only}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """By name of a family; ``adapter`` is idefics3 with LoRA, of which the adapters alone are pushed."""
     adapter = request.param == "adapter"
@@ -128,4 +128,4 @@ On = Callable[..., pytest.MarkDecorator]
 
 def on(*families: str) -> pytest.MarkDecorator:
     """Run a test with these engines."""
-    return pytest.mark.parametrize("bench", families, indirect=True, scope="session")
+    return pytest.mark.parametrize("bench", families, indirect=True, scope="module")
