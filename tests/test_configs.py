@@ -31,11 +31,6 @@ SHORT = [
 ]
 
 
-def is_overlay(name: str) -> bool:
-    """Whether the config only changes another one."""
-    return "data" not in yaml.safe_load(Path(configs.find(name)).read_text("utf-8"))
-
-
 def sections(name: str) -> dict[str, dict[str, object]]:
     """The config as it is written."""
     return yaml.safe_load(Path(configs.find(name)).read_text("utf-8"))
@@ -49,6 +44,16 @@ def adds_callbacks(name: str) -> bool:
 def is_whole(name: str) -> bool:
     """Whether the config needs no other one below it."""
     return {"model", "data", "trainer"} <= sections(name).keys()
+
+
+def is_overlay(name: str) -> bool:
+    """Whether the config only changes another one."""
+    return not is_whole(name)
+
+
+def shown(part: object) -> dict[str, str]:
+    """What a part of a module was made with."""
+    return {name: repr(value) for name, value in vars(part).items()} if hasattr(part, "__dict__") else {"": repr(part)}
 
 
 @pytest.fixture(autouse=True)
@@ -73,12 +78,15 @@ def test_a_shipped_config_is_understood(built, name):
 @pytest.mark.parametrize("below", [name for name in configs.names() if not is_overlay(name)])
 def test_an_overlay_changes_what_it_names_and_nothing_else(built, below, name):
     before, after = built("--config", below), built("--config", below, "--config", name)
-    named = yaml.safe_load(Path(configs.find(name)).read_text("utf-8"))["model"]
+    named = sections(name)["model"]
+    options = named.get("init_args", {})
     assert type(after.model).__name__ == named["class_path"]
-    assert {option: getattr(after.model, option) for option in named["init_args"]} == named["init_args"]
-    kept = vars(after.model.source) | {"sampling": after.model.sampling, "clip_high": after.model.clip_high}
-    assert kept == vars(before.model.source) | {"sampling": before.model.sampling, "clip_high": before.model.clip_high}
-    assert vars(after.datamodule).keys() == vars(before.datamodule).keys()
+    assert {option: after.model.hparams[option] for option in options} == options
+    for part in ("source", "sampling", "optimizer"):
+        assert shown(getattr(after.model, part)) == shown(getattr(before.model, part))
+    data = sections(name).get("data", {}).get("init_args", {})
+    assert {option: getattr(after.datamodule, option) for option in data} == data
+    assert vars(after.datamodule) | data == vars(before.datamodule) | data
 
 
 @pytest.mark.parametrize("name", [name for name in configs.names() if adds_callbacks(name)])
@@ -115,3 +123,15 @@ def test_a_config_of_the_matrix_trains(tmp_path, path):
     assert cli.model.weight_version == 2 * 2 * cli.model.epochs
     assert {"train/reward", "train/grad_norm", "val/reward"} <= metrics.keys()
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in configs.names() if name.startswith("algorithms/")])
+def test_an_algorithm_trains_from_its_overlay(tmp_path, name):
+    short = [option for option in SHORT if "group_size" not in option and "minibatches" not in option]
+    command = ["fit", "--config", "tiny/colour", "--config", name, *short, "--data.train_size=64"]
+    cli = main([*command, f"--trainer.default_root_dir={tmp_path}"])
+    metrics = cli.trainer.callback_metrics
+    assert cli.model.rollout_index == 2
+    assert cli.model.weight_version == 2 * cli.model.updates_per_rollout
+    assert "train/grad_norm" in metrics and all(math.isfinite(value) for value in metrics.values())
