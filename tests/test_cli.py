@@ -239,12 +239,11 @@ MISTAKES = {
     "--ckpt_pth=x": "ckpt_pth: there is no such option; did you mean 'ckpt_path'?",
     "--model=GRPPO": "model: no class is called 'GRPPO'; did you mean 'GRPO'?",
     "--model=Mine": (
-        "model: no class is called 'Mine'; there are GRPO, RLOO; name a class of your own with its module, "
-        "e.g. my_package.Mine"
+        "model: no class is called 'Mine'; name a class of your own with its module, e.g. my_package.Mine"
     ),
     "--model=mine.Mine": "model: there is no module 'mine', which 'mine.Mine' names; is it installed?",
     "--model=rllava_pl.modules.GRPPO": "model: rllava_pl.modules has no 'GRPPO'; did you mean 'GRPO'?",
-    "--model=torch.nn.Linear": "model: torch.nn.Linear is no RLModule; there are GRPO, RLOO",
+    "--model=torch.nn.Linear": "model: torch.nn.Linear is no RLModule",
     "--model.policy=TinyVLN": "model.policy: no class is called 'TinyVLN'; did you mean 'TinyVLM'?",
     "--model.rewards+=AnswrTagReward": (
         "model.rewards: no class is called 'AnswrTagReward'; did you mean 'AnswerTagReward'?"

@@ -72,8 +72,15 @@ def _classes(hint: object) -> Iterator[type]:
 
 def _subclasses(base: type) -> Iterator[str]:
     public = not base.__name__.startswith("_") and "<locals>" not in base.__qualname__
-    if public and not inspect.isabstract(base) and not getattr(base, "_is_protocol", False):
+    if public and _exported(base) and not inspect.isabstract(base) and not getattr(base, "_is_protocol", False):
         yield base.__name__
     subclasses: list[type] = type.__subclasses__(base)
     for subclass in subclasses:
         yield from _subclasses(subclass)
+
+
+def _exported(cls: type) -> bool:
+    """Whether a class of this package is there to be chosen; what its room keeps to itself is what others build on."""
+    package, room, *_ = (*cls.__module__.split("."), "")
+    shown = getattr(import_module(f"{package}.{room}"), "__all__", None) if package == "rllava_pl" else None
+    return shown is None or cls.__name__ in shown

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import CACHE
-
 pytestmark = pytest.mark.slow  # every competitor imports everything anew
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +19,7 @@ def test_ours_and_plain_take_turns_and_every_step_is_reported(tmp_path):
     file = tmp_path / "times.json"
     command = [sys.executable, "benchmarks/step_time.py", "--competitors", "ours", "plain", "--output", str(file)]
     command += ["--prompts", "4", "--group-size", "2", "--warmup", "1", "--turns", "2", "--steps", "1"]
-    command += ["--checkpoint", str(CACHE / "step_time")]
+    command += ["--checkpoint", str(tmp_path / "checkpoint")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the package need not be installed for the tests
 
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)

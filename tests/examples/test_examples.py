@@ -129,7 +129,9 @@ def tournament() -> Tournament:
 def experience(rewards: list[float]) -> Experience:
     """What ``advantages`` and ``policy_loss`` read of an experience: groups of four."""
     empty = torch.zeros(len(rewards), 1)
-    return Experience((), (), 4, empty[:, 0].long(), empty.long(), empty.bool(), empty, torch.tensor(rewards))
+    return Experience(
+        (), (), 4, empty[:, 0].long(), empty.long(), empty.bool(), empty.bool(), empty, torch.tensor(rewards)
+    )
 
 
 def test_ten_lines_of_code():
