@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +35,17 @@ class ActorCritic(RLModule):
         critic_warmup_steps: Optimizer steps in which the critic alone is trained.
     """
 
-    needs_values: ClassVar[bool] = True
+    needs_values = True
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         critic: CriticKind = "shared",
         vf_coef: float = 0.5,
         value_clip: float = 0.5,
         critic_lr_factor: float = 10.0,
         critic_warmup_steps: int = 0,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.critic_kind = critic

@@ -28,14 +28,14 @@ class CHORD(BesideGroupModule):
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         mu: float = 0.1,
         weighting: ChordWeighting = "phi",
         mu_warmup_steps: int = 0,
         mu_decay_steps: int = 0,
         mu_valley: float = 0.02,
         scale_by_std: bool = True,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.mu, self.weighting, self.scale_by_std = mu, weighting, scale_by_std

@@ -25,20 +25,15 @@ class CISPO(GRPO):
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         aggregation: ReduceMode = "token-mean",
         clip_low: float = 1.0,
         clip_high: float = 4.0,
         kl_loss_coef: float = 0.0,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(
-            *args,
-            aggregation=aggregation,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            kl_loss_coef=kl_loss_coef,
-            **kwargs,
+            *args, aggregation=aggregation, clip_low=clip_low, clip_high=clip_high, kl_loss_coef=kl_loss_coef, **kwargs
         )
 
     def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:

@@ -27,13 +27,13 @@ class ClipCov(CovarianceModule):
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         ratio: float = 2e-4,
         lower: float = 1.0,
         upper: float = 5.0,
         clip_low: float = 1.0,
         clip_high: float = 1.0,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(*args, clip_low=clip_low, clip_high=clip_high, **kwargs)
         self.ratio, self.lower, self.upper = ratio, lower, upper

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -26,15 +24,9 @@ class CovarianceModule(GRPO):
         kl_loss_coef: Paper: no KL term.
     """
 
-    needs_old_logp: ClassVar[bool] = True
+    needs_old_logp = True
 
-    def __init__(
-        self,
-        *args,  # noqa: ANN002
-        aggregation: ReduceMode = "token-mean",
-        kl_loss_coef: float = 0.0,
-        **kwargs,  # noqa: ANN003
-    ) -> None:
+    def __init__(self, *args, aggregation: ReduceMode = "token-mean", kl_loss_coef: float = 0.0, **kwargs) -> None:
         super().__init__(*args, aggregation=aggregation, kl_loss_coef=kl_loss_coef, **kwargs)
 
     def select_tokens(self, minibatch: Experience) -> Tensor:

@@ -9,9 +9,7 @@ from rllava_pl.modules.grpo import GRPO
 class DAPO(GRPO):
     """DAPO (arXiv 2503.14476): GRPO with four changes that keep long reasoning alive.
 
-    Clip-higher (ε_high 0.28) leaves unlikely tokens room to grow; dynamic sampling replaces groups whose answers are
-    all right or all wrong, judged by accuracy before any shaping; the loss is a mean over tokens; length is punished
-    softly in the last fifth of the budget. No KL term.
+    Clip-higher; all-right and all-wrong groups replaced, judged by accuracy; a mean over tokens; a soft length limit.
 
     Args:
         aggregation: Paper: mean over the tokens of the mini-batch.
@@ -23,13 +21,13 @@ class DAPO(GRPO):
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         aggregation: ReduceMode = "token-mean",
         clip_high: float = 0.28,
         kl_loss_coef: float = 0.0,
         overlong_buffer: float = 0.2,
         max_refills: int = 20,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(
             *args,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from itertools import islice
-from typing import ClassVar
 
 import torch
 
@@ -17,8 +16,8 @@ from rllava_pl.types import Experience, Request, Rollout
 class DemonstrationModule(RLModule):
     """RL beside demonstrations: the ``target`` of a prompt, where it has one, tokenised and closed by the end token."""
 
-    demonstrations_apart: ClassVar[bool] = True
-    demonstration_metric: ClassVar[str] = "demonstration_fraction"
+    demonstrations_apart = True
+    demonstration_metric = "demonstration_fraction"
 
     def given(self, request: Request, text: str, field: str = "target") -> Rollout:
         """``text`` as a response to the request, all of its tokens given by a demonstration.
@@ -66,7 +65,7 @@ class DemonstrationModule(RLModule):
 class MixedGroupModule(DemonstrationModule):
     """The demonstration is one of the group: judged like the others, and part of the mean they are compared with."""
 
-    needs_groups: ClassVar[bool] = True
+    needs_groups = True
 
     def sample(self, requests: list[Request]) -> list[Rollout]:
         """``group_size`` - 1 samples and the demonstration of prompts that have one, ``group_size`` samples else."""
@@ -84,8 +83,8 @@ class BesideGroupModule(DemonstrationModule):
     It is one more row, a group of its own. A prompt without demonstration repeats its first sample there, silenced.
     """
 
-    needs_groups: ClassVar[bool] = True
-    extra_members: ClassVar[int] = 1
+    needs_groups = True
+    extra_members = 1
 
     def sample(self, requests: list[Request]) -> list[Rollout]:
         """``group_size`` samples, then the demonstration or a silent row."""

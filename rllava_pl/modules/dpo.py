@@ -34,7 +34,7 @@ class DPO(SupervisedModule):
         *,
         beta: float = 0.1,
         label_smoothing: float = 0.0,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(policy, rewards or [], group_size=2, aggregation="sequence-mean-token-sum", **kwargs)
         self.beta, self.label_smoothing = beta, label_smoothing

@@ -21,10 +21,10 @@ class DrGRPO(GRPO):
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         scale_by_std: bool = False,
         aggregation: ReduceMode = "constant",
         kl_loss_coef: float = 0.0,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(*args, scale_by_std=scale_by_std, aggregation=aggregation, kl_loss_coef=kl_loss_coef, **kwargs)

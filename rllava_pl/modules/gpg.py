@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from rllava_pl.functional import advantages, losses
@@ -24,9 +22,9 @@ class GPG(RLModule):
         f_norm: Divides the advantages; the paper's 1.
     """
 
-    needs_groups: ClassVar[bool] = True
+    needs_groups = True
 
-    def __init__(self, *args, f_norm: float = 1.0, **kwargs) -> None:  # noqa: ANN002, ANN003
+    def __init__(self, *args, f_norm: float = 1.0, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.f_norm = f_norm
 

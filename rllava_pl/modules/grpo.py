@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from rllava_pl.functional import advantages
@@ -15,11 +13,8 @@ from rllava_pl.types import Experience
 class GRPO(RLModule):
     """GRPO (arXiv 2402.03300): the mean of a prompt's own completions is the baseline, so no critic is needed.
 
-    A_i = (r_i - mean(r)) / (std(r) + 1e-6) over the G completions of a prompt, on every token of completion i;
+    A_i = (r_i - mean(r)) / (std(r) + 1e-6) over the G completions of a prompt, on every token of i, 0 if all are equal;
     loss = -min(A·ρ, A·clip(ρ, 1-ε, 1+ε)) + β·KL(k3), ρ = π/π_old, averaged over tokens and then over completions.
-
-    A group whose rewards are all equal teaches nothing (A = 0). Without the std it is Dr.GRPO's advantage; with one
-    update a rollout ρ = 1 and the loss is REINFORCE with a group baseline.
 
     Args:
         scale_by_std: Divide by the group's standard deviation (unbiased).
@@ -27,15 +22,15 @@ class GRPO(RLModule):
         kl_loss_coef: β; the paper's 0.04. Many later works use 0 to 0.01.
     """
 
-    needs_groups: ClassVar[bool] = True
+    needs_groups = True
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         scale_by_std: bool = True,
         aggregation: ReduceMode = "sequence-mean-token-mean",
         kl_loss_coef: float = 0.04,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(*args, aggregation=aggregation, kl_loss_coef=kl_loss_coef, **kwargs)
         self.scale_by_std = scale_by_std

@@ -23,12 +23,7 @@ class GSPO(GRPO):
     """
 
     def __init__(
-        self,
-        *args,  # noqa: ANN002
-        clip_low: float = 3e-4,
-        clip_high: float = 4e-4,
-        kl_loss_coef: float = 0.0,
-        **kwargs,  # noqa: ANN003
+        self, *args, clip_low: float = 3e-4, clip_high: float = 4e-4, kl_loss_coef: float = 0.0, **kwargs
     ) -> None:
         super().__init__(*args, clip_low=clip_low, clip_high=clip_high, kl_loss_coef=kl_loss_coef, **kwargs)
 

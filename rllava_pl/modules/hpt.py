@@ -31,7 +31,7 @@ class HPT(BesideGroupModule):
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         sft_coef: float = 1.0,
         rl_coef: float = 1.0,
         gate: int = 0,
@@ -40,15 +40,10 @@ class HPT(BesideGroupModule):
         clip_low: float = 1.0,
         clip_high: float = float("inf"),
         entropy_coef: float = 0.001,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(
-            *args,
-            aggregation=aggregation,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            entropy_coef=entropy_coef,
-            **kwargs,
+            *args, aggregation=aggregation, clip_low=clip_low, clip_high=clip_high, entropy_coef=entropy_coef, **kwargs
         )
         self.sft_coef, self.rl_coef = sft_coef, rl_coef
         self.gate, self.success_threshold = gate, success_threshold

@@ -25,13 +25,7 @@ class KLCov(CovarianceModule):
         beta: Weight of their penalty.
     """
 
-    def __init__(
-        self,
-        *args,  # noqa: ANN002
-        ratio: float = 2e-3,
-        beta: float = 1.0,
-        **kwargs,  # noqa: ANN003
-    ) -> None:
+    def __init__(self, *args, ratio: float = 2e-3, beta: float = 1.0, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.ratio, self.beta = ratio, beta
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from rllava_pl.functional import advantages, demonstrations
@@ -26,16 +24,16 @@ class LUFFY(MixedGroupModule):
         entropy_coef: The authors' scripts: 0.001.
     """
 
-    demonstrations_apart: ClassVar[bool] = False
+    demonstrations_apart = False
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         shaping: float = 0.1,
         clip: float | None = None,
         aggregation: ReduceMode = "constant",
         entropy_coef: float = 0.001,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(*args, aggregation=aggregation, entropy_coef=entropy_coef, **kwargs)
         self.shaping, self.clip = shaping, clip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from rllava_pl.functional import advantages, losses
@@ -19,7 +17,7 @@ class OPO(RLModule):
     bonus, and one optimizer step a rollout.
     """
 
-    needs_groups: ClassVar[bool] = True
+    needs_groups = True
 
     def _check_options(self) -> None:
         super()._check_options()

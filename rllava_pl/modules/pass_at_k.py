@@ -24,11 +24,11 @@ class PassAtK(GRPO):
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         scale_by_std: bool = True,
         aggregation: ReduceMode = "token-mean",
         kl_loss_coef: float = 0.0,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(*args, scale_by_std=scale_by_std, aggregation=aggregation, kl_loss_coef=kl_loss_coef, **kwargs)
 

@@ -31,7 +31,7 @@ class PPO(ActorCritic):
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         gamma: float = 1.0,
         lam: float = 1.0,
         lam_critic: float | None = None,
@@ -40,7 +40,7 @@ class PPO(ActorCritic):
         success_threshold: float = 1.0,
         group_size: int = 1,
         kl_reward_coef: float = 0.001,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(*args, group_size=group_size, kl_reward_coef=kl_reward_coef, **kwargs)
         self.gamma, self.lam = gamma, lam

@@ -33,12 +33,12 @@ class Recipe(RLModule):
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         advantage: AdvantageName = "grpo",
         advantage_options: dict[str, float | bool | None] | None = None,
         loss: LossName = "clipped",
         loss_options: dict[str, float | bool | None] | None = None,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         self.advantage = _chosen("advantage", advantage, get_args(AdvantageName), advantages)
         self.advantage_options = _checked("advantage_options", self.advantage, advantage_options or {})

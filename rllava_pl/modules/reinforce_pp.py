@@ -20,13 +20,7 @@ class ReinforcePP(RLModule):
         kl_reward_coef: Weight of the KL divergence in the reward.
     """
 
-    def __init__(
-        self,
-        *args,  # noqa: ANN002
-        gamma: float = 1.0,
-        kl_reward_coef: float = 0.001,
-        **kwargs,  # noqa: ANN003
-    ) -> None:
+    def __init__(self, *args, gamma: float = 1.0, kl_reward_coef: float = 0.001, **kwargs) -> None:
         super().__init__(*args, kl_reward_coef=kl_reward_coef, **kwargs)
         self.gamma = gamma
 

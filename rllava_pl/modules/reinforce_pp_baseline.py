@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from rllava_pl.functional import advantages
@@ -23,15 +21,9 @@ class ReinforcePPBaseline(RLModule):
         kl_estimator: Paper: k2.
     """
 
-    needs_groups: ClassVar[bool] = True
+    needs_groups = True
 
-    def __init__(
-        self,
-        *args,  # noqa: ANN002
-        kl_loss_coef: float = 0.001,
-        kl_estimator: KLEstimator = "k2",
-        **kwargs,  # noqa: ANN003
-    ) -> None:
+    def __init__(self, *args, kl_loss_coef: float = 0.001, kl_estimator: KLEstimator = "k2", **kwargs) -> None:
         super().__init__(*args, kl_loss_coef=kl_loss_coef, kl_estimator=kl_estimator, **kwargs)
 
     def advantages(self, experience: Experience) -> Tensor:

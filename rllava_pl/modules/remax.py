@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,9 +22,9 @@ class ReMax(RLModule):
         kl_reward_coef: Weight of the KL divergence in the reward.
     """
 
-    extra_members: ClassVar[int] = 1
+    extra_members = 1
 
-    def __init__(self, *args, kl_reward_coef: float = 0.001, **kwargs) -> None:  # noqa: ANN002, ANN003
+    def __init__(self, *args, kl_reward_coef: float = 0.001, **kwargs) -> None:
         super().__init__(*args, kl_reward_coef=kl_reward_coef, **kwargs)
 
     def sample(self, requests: list[Request]) -> list[Rollout]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from rllava_pl.functional import advantages
@@ -22,9 +20,9 @@ class RLOO(RLModule):
         kl_reward_coef: Weight of the KL divergence in the reward.
     """
 
-    needs_groups: ClassVar[bool] = True
+    needs_groups = True
 
-    def __init__(self, *args, kl_reward_coef: float = 0.001, **kwargs) -> None:  # noqa: ANN002, ANN003
+    def __init__(self, *args, kl_reward_coef: float = 0.001, **kwargs) -> None:
         super().__init__(*args, kl_reward_coef=kl_reward_coef, **kwargs)
 
     def advantages(self, experience: Experience) -> Tensor:

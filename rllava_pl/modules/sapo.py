@@ -23,21 +23,15 @@ class SAPO(GRPO):
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         temperature_positive: float = 1.0,
         temperature_negative: float = 1.05,
         kl_loss_coef: float = 0.0,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(*args, kl_loss_coef=kl_loss_coef, **kwargs)
-        self.temperature_positive, self.temperature_negative = temperature_positive, temperature_negative
+        self.temperatures = {"temperature_positive": temperature_positive, "temperature_negative": temperature_negative}
 
     def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
         """The soft gate, on every token."""
-        return losses.sapo(
-            logp_NT,
-            batch.old_logp_NT,
-            batch.advantages_NT,
-            temperature_positive=self.temperature_positive,
-            temperature_negative=self.temperature_negative,
-        )
+        return losses.sapo(logp_NT, batch.old_logp_NT, batch.advantages_NT, **self.temperatures)

@@ -23,12 +23,7 @@ class SFT(SupervisedModule):
         rewards: For validation and test alone; may be empty.
     """
 
-    def __init__(
-        self,
-        policy: VLM,
-        rewards: list[BaseReward | Reward] | None = None,
-        **kwargs,  # noqa: ANN003
-    ) -> None:
+    def __init__(self, policy: VLM, rewards: list[BaseReward | Reward] | None = None, **kwargs) -> None:
         super().__init__(policy, rewards or [], group_size=1, **kwargs)
 
     def sample(self, requests: list[Request]) -> list[Rollout]:

@@ -27,13 +27,13 @@ class SRFT(MixedGroupModule):
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         sft_scale: float = 0.5,
         rl_scale: float = 0.1,
         success_threshold: float = 1.0,
         shaping: float | None = 0.1,
         aggregation: ReduceMode = "constant",
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(*args, aggregation=aggregation, **kwargs)
         self.sft_scale, self.rl_scale = sft_scale, rl_scale

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,8 +19,8 @@ class SupervisedModule(DemonstrationModule):
     Rewards, if given, judge the greedy answers of validation and test; without them no answer is generated there.
     """
 
-    needs_rewards: ClassVar[bool] = False
-    demonstrations_apart: ClassVar[bool] = False
+    needs_rewards = False
+    demonstrations_apart = False
 
     def score_rollouts(self, rollouts: Sequence[Rollout]) -> Judgement:
         """Nothing is judged."""

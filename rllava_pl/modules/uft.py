@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,17 +30,17 @@ class UFT(DemonstrationModule, GRPO):
         kl_loss_coef: Paper: 0.001.
     """
 
-    demonstration_metric: ClassVar[str] = "hint_fraction"
+    demonstration_metric = "hint_fraction"
 
     def __init__(
         self,
-        *args,  # noqa: ANN002
+        *args,
         hint_coef: float = 0.001,
         hint_steps: int = 300,
         hint_segments: int = 5,
         aggregation: ReduceMode = "token-mean",
         kl_loss_coef: float = 0.001,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         super().__init__(*args, aggregation=aggregation, kl_loss_coef=kl_loss_coef, **kwargs)
         self.hint_coef, self.hint_steps, self.hint_segments = hint_coef, hint_steps, hint_segments
