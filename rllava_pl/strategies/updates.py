@@ -1,4 +1,4 @@
-"""What an update needs of a strategy, in four functions that each strategy answers in its own way.
+"""What an update needs of a strategy, in a few functions that each strategy answers in its own way.
 
 Modules call these and stay blind to how weights are replicated or sharded. They dispatch on the strategy's class:
 ``@clip_gradients.register`` adds a strategy without touching a module. The defaults are right for a single device.
@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from torch import Tensor
+from torch.optim import Optimizer
 
 from rllava_pl.models.trainable import hf_weights
 
@@ -53,9 +54,18 @@ def micro_batch(strategy: Strategy, *, last: bool) -> AbstractContextManager[Non
 
 
 @singledispatch
-def clip_gradients(strategy: Strategy, parameters: list[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients so that their global L2 norm is at most ``max_norm``; returns the norm before, 0-dim."""
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+def clip_gradients(strategy: Strategy, optimizer: Optimizer, max_norm: float) -> Tensor:
+    """Scale the gradients so that their global L2 norm is at most ``max_norm``; returns the norm before, 0-dim.
+
+    The norm is that of the whole model and equal on all ranks, so that all decide alike whether the step can be taken.
+    """
+    return torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+
+
+@singledispatch
+def discard_gradients(strategy: Strategy, optimizer: Optimizer) -> None:
+    """Forget the gradients of the micro-batches since the last step; weights and moments stay as they are."""
+    optimizer.zero_grad()
 
 
 @singledispatch

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import (
 )
 
 from rllava_pl.strategies import RLDDPStrategy
-from rllava_pl.strategies.updates import check, clip_gradients
+from rllava_pl.strategies.updates import check, clip_gradients, discard_gradients
 
 
 @pytest.mark.parametrize("kind", [SingleDeviceStrategy, DDPStrategy, RLDDPStrategy])
@@ -40,6 +40,15 @@ def test_gradients_are_scaled_to_the_norm_and_the_old_norm_comes_back() -> None:
     """(3, 4) has norm 5; clipped to 1 it is (0.6, 0.8)."""
     parameter = torch.zeros(2, requires_grad=True)
     parameter.grad = torch.tensor([3.0, 4.0])
-    norm = clip_gradients(SingleDeviceStrategy(), [parameter], 1.0)
+    norm = clip_gradients(SingleDeviceStrategy(), torch.optim.SGD([parameter], lr=1.0), 1.0)
     assert float(norm) == pytest.approx(5.0)
     torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]), atol=1e-5, rtol=0)
+
+
+def test_discarded_gradients_are_gone() -> None:
+    parameter = torch.ones(2, requires_grad=True)
+    parameter.grad = torch.tensor([3.0, float("nan")])
+    discard_gradients(SingleDeviceStrategy(), optimizer := torch.optim.SGD([parameter], lr=1.0))
+    optimizer.step()
+    assert parameter.grad is None
+    torch.testing.assert_close(parameter.detach(), torch.ones(2))

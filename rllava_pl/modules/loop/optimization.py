@@ -61,8 +61,7 @@ class Optimization(Options):
     def step(self) -> None:
         """Clip, step, schedule; one optimizer step whatever the number of micro-batches."""
         optimizer = cast(LightningOptimizer, self.optimizers())
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = updates.clip_gradients(self.trainer.strategy, parameters, self.max_grad_norm)
+        norm = updates.clip_gradients(self.trainer.strategy, optimizer.optimizer, self.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         cast(LambdaLR, self.lr_schedulers()).step()
