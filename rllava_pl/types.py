@@ -42,6 +42,16 @@ IMAGE = ImageSlot()
 """The one image slot; ``Message("user", (IMAGE, "Which digit is it?"))``."""
 
 
+class Markup(str):
+    """Text in which special tokens of the model are meant; in plain ``str`` they are only spelled, and stay text.
+
+    Example: ``Message("user", (IMAGE, Markup("Find <|object_ref_start|>the cat<|object_ref_end|>.")))``. Tokens that
+    stand for pictures stay text here, too: a picture is an image slot.
+    """
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation, images as slots.
@@ -236,6 +246,10 @@ class Score:
     """Named parts for the log, e.g. ``{"accuracy": 1.0, "format": 1.0}``."""
     reason: str = ""
     """Cause, in one or two words, if ``value`` is None; samples are counted by it."""
+    detail: str = ""
+    """What happened, for the log, e.g. the exception."""
+    flags: tuple[str, ...] = ()
+    """What should be counted though there is a value, in one or two words each, e.g. ``grader_timeout``."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ prompts can be regrouped freely into mini- and micro-batches; ``collate`` pads a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rllava_pl.models.families import FAMILIES, Family, ImageAxis
+from rllava_pl.models.literal import SpecialTokens, choose_mark
 from rllava_pl.types import ImageSlot, Message, Prompt, PromptInputs
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ def prompt_text(processor: Processor, prompt: Prompt) -> str:
 def encode(processor: Processor, prompts: Sequence[Prompt], family: Family | None = None) -> list[PromptInputs]:
     """Prompts as the model reads them, without padding, placeholders expanded.
 
+    Texts that spell special tokens are encoded as what they are, text; see ``literal``.
+
     Args:
         processor: Of the model, or its tokenizer for a text-only model.
         prompts: Any mix of several images, one image and none.
@@ -80,25 +84,43 @@ def encode(processor: Processor, prompts: Sequence[Prompt], family: Family | Non
         return []
     for prompt in prompts:
         check_images(prompt)
-    texts = [prompt_text(processor, prompt) for prompt in prompts]
+    texts, marks = zip(*(_literal_text(processor, prompt) for prompt in prompts), strict=True)
     images = [image for prompt in prompts for image in prompt.images]
     outputs = processor(
-        text=texts,
+        text=list(texts),
         **({"images": images} if images else {}),
         padding=True,
         add_special_tokens=_adds_special_tokens(processor, texts[0]),
         return_tensors="pt",
     )
+    _take_out(marks, outputs)
     return _take_apart(dict(outputs), [len(prompt.images) for prompt in prompts], family or _family_by_class(processor))
+
+
+def _literal_text(processor: Processor, prompt: Prompt) -> tuple[str, int | None]:
+    """The prompt's text with a mark in every special token that its messages spell; the mark's id, None without one."""
+    tokenizer, messages = tokenizer_of(processor), prompt.messages
+    special = SpecialTokens.of(tokenizer)
+    if not any(map(special.spelled_by, messages)):
+        return prompt_text(processor, prompt), None
+    harmless = [replace(m, parts=tuple("x" if isinstance(p, str) else p for p in m.parts)) for m in messages]
+    mark = choose_mark(tokenizer, prompt_text(processor, replace(prompt, messages=tuple(harmless))))
+    marked = replace(prompt, messages=tuple(special.break_up(message, mark) for message in messages))
+    return prompt_text(processor, marked), tokenizer.convert_tokens_to_ids(mark)
+
+
+def _take_out(marks: Sequence[int | None], outputs: Mapping[str, Tensor]) -> None:
+    """Treat every prompt's marks like padding, which belongs to no prompt."""
+    for ids, attention, mark in zip(outputs["input_ids"], outputs["attention_mask"], marks, strict=True):
+        if mark is not None:
+            attention[ids == mark] = 0
 
 
 def unexpanded_ids(processor: Processor, prompt: Prompt) -> list[int]:
     """Token ids with one placeholder an image, for engines that expand them by themselves."""
-    text = prompt_text(processor, prompt)
-    ids: list[int] = tokenizer_of(processor)(text, add_special_tokens=_adds_special_tokens(processor, text))[
-        "input_ids"
-    ]
-    return ids
+    text, mark = _literal_text(processor, prompt)
+    tokens = tokenizer_of(processor)(text, add_special_tokens=_adds_special_tokens(processor, text))
+    return [i for i in tokens["input_ids"] if i != mark]
 
 
 def _adds_special_tokens(processor: Processor, text: str) -> bool:

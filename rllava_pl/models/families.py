@@ -63,11 +63,16 @@ def banned_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     They are the family's visual tokens, every image, video or vision token id that the model's config names, and every
     added token of the tokenizer that speaks of pictures, as far as the vocabulary has them. Sorted, without repeats.
     """
-    spoken = [token for token in tokenizer.get_added_vocab() if any(word in token for word in _PICTURE_WORDS)]
+    spoken = [token for token in tokenizer.get_added_vocab() if speaks_of_pictures(token)]
     named = tokenizer.convert_tokens_to_ids([*family_of(model).visual_tokens, *spoken])
     vocabulary = model.config.get_text_config().vocab_size
     ids = {*named, *_visual_ids(model)} - {None, tokenizer.unk_token_id}
     return sorted(i for i in ids if 0 <= i < vocabulary)
+
+
+def speaks_of_pictures(token: str) -> bool:
+    """Whether an added token stands for image or video content, by its name."""
+    return any(word in token for word in _PICTURE_WORDS)
 
 
 _PICTURE_WORDS = ("image", "img", "video", "vision", "<row_")
