@@ -1,0 +1,135 @@
+"""Fewer bits a number, rounded at random so that sums stay right on average: bf16, and 8 bits in blocks.
+
+A value between two representable ones becomes either, with the probability that makes its expectation exact. At RL
+learning rates this is what lets a bf16 weight move at all: an update is a hundredth of the distance to its neighbour.
+
+Noise comes from a shuffled deck that is read from an offset, so rounding is a function of counters as all randomness
+here, and adding it costs one pass over a buffer that stays in cache.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from rllava_pl.functional.seeds import seed_from
+
+DECK = 2**18
+"""Cards of a deck, and the most numbers that can be rounded with one offset."""
+BLOCK = 256
+"""Numbers that share a scale."""
+_FRACTION_BITS_LOST = 19  # of fp32's 23, where 4 are kept
+_LOWEST = (127 << 4) - 255  # fp32's exponent and 4 fraction bits, read as an integer, 255 below that of 1.0
+_TINY = 2.0**-126
+
+
+@cache
+def deck(bits: int) -> Tensor:
+    """A fixed shuffle of evenly spread integers below ``2**bits``, int32 (2 * DECK,): all cards, and all once more.
+
+    Each value is there equally often (beyond 18 bits every 2nd or 4th value), so the mean over all offsets is exact.
+    """
+    generator = torch.Generator().manual_seed(seed_from("rounding deck"))
+    cards = torch.randperm(DECK, generator=generator).to(torch.int32)
+    shift = bits - DECK.bit_length() + 1
+    cards = cards << shift if shift > 0 else cards >> -shift
+    return torch.cat([cards, cards])
+
+
+@cache
+def unit_deck() -> Tensor:
+    """The deck as fp32 in [0, 1)."""
+    return deck(16) * 2.0**-16
+
+
+def draw(deck: Tensor, n: int, *counters: int | str) -> Tensor:
+    """``n`` <= DECK cards from an offset that is a function of the counters."""
+    start = seed_from(*counters) % DECK
+    return deck[start : start + n]
+
+
+def to_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
+    """Round fp32 to one of the two bf16 neighbours: the 16 bits that go are added to noise, and carry or do not.
+
+    Args:
+        x: fp32 (n,), contiguous, finite.
+        noise: int32 (n,), of ``deck(16)``.
+
+    Returns:
+        bf16 with mean ``x`` over the noise; values of bf16 stay as they are.
+
+    >>> x = torch.full((4,), 1.0 + 2**-8)  # half-way: bf16 has 1 and 1 + 2**-7 there
+    >>> to_bfloat16(x, torch.tensor([0, 0x7FFF, 0x8000, 0xFFFF], dtype=torch.int32)).tolist()
+    [1.0, 1.0, 1.0078125, 1.0078125]
+    """
+    return (x.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+def to_int8(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Signed numbers as 8-bit integers: in a block of 256 the largest magnitude is 127, steps are even.
+
+    Args:
+        x: fp32 (n,), finite.
+        noise: fp32 (n padded to whole blocks,), of ``unit_deck()``.
+
+    Returns:
+        Codes int8 (blocks * 256,) and scales fp32 (blocks,); ``from_int8`` has mean ``x`` over the noise.
+
+    >>> codes, scales = to_int8(torch.tensor([-254.0, 1.0, 0.0]), torch.tensor([0.9, 0.4, 0.9] + 253 * [0.0]))
+    >>> codes[:3].tolist(), scales.tolist()  # a step is 2: 1 is half a step, and 0.5 + 0.4 < 1
+    ([-127, 0, 0], [254.0])
+    """
+    blocks = _blocks(x)
+    scales = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1).neg_())
+    steps = blocks * (127.0 / scales.clamp(min=_TINY))[:, None]
+    return steps.view(-1).add_(noise).floor_().to(torch.int8), scales
+
+
+def from_int8(codes: Tensor, scales: Tensor) -> Tensor:
+    """What ``to_int8`` stands for, code * scale / 127, fp32 (blocks * 256,)."""
+    return (codes.view(-1, BLOCK) * (scales / 127.0)[:, None]).view(-1)
+
+
+def to_float8(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers at least 0 as floats of 4 exponent and 4 fraction bits, relative to the largest of their block.
+
+    Steps are 3 to 6 % of the value over a range of 2**16, where even steps would lose whatever is small. What is
+    smaller still is raised to the lowest code: a second moment that became 0 would turn a small gradient into a huge
+    update.
+
+    Args:
+        x: fp32 (n,), finite, >= 0.
+        noise: int32 (n padded to whole blocks,), of ``deck(19)``.
+
+    Returns:
+        Codes uint8 (blocks * 256,) and scales fp32 (blocks,); ``from_float8`` has mean ``x`` over the noise, within
+        the range.
+
+    >>> codes, scales = to_float8(torch.tensor([8.0, 4.0, 0.0]), torch.zeros(256, dtype=torch.int32))
+    >>> codes[:3].tolist(), scales.tolist()  # half of the largest is one exponent, so 16 codes, lower
+    ([255, 239, 0], [8.0])
+    """
+    blocks = _blocks(x)
+    scales = blocks.amax(dim=1)
+    parts = blocks * scales.clamp(min=_TINY).reciprocal_()[:, None]
+    codes = parts.view(-1).view(torch.int32).add_(noise).bitwise_right_shift_(_FRACTION_BITS_LOST)
+    return codes.sub_(_LOWEST).clamp_(0, 255).to(torch.uint8), scales
+
+
+def from_float8(codes: Tensor, scales: Tensor) -> Tensor:
+    """What ``to_float8`` stands for, fp32 (blocks * 256,); blocks of scale 0 are 0."""
+    parts = codes.to(torch.int32).add_(_LOWEST).bitwise_left_shift_(_FRACTION_BITS_LOST).view(torch.float32)
+    return parts.view(-1, BLOCK).mul_(scales[:, None]).view(-1)
+
+
+def padded(n: int) -> int:
+    """``n`` rounded up to whole blocks."""
+    return n + -n % BLOCK
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """``x`` as rows of ``BLOCK``, the last filled up with zeros."""
+    missing = padded(len(x)) - len(x)
+    return (torch.nn.functional.pad(x, (0, missing)) if missing else x).view(-1, BLOCK)

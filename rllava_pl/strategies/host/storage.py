@@ -1,0 +1,122 @@
+"""How the numbers of AdamW rest in host memory between steps: read and written as fp32, a stretch at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rllava_pl.functional import rounding
+
+Seed = tuple[int | str, ...]
+"""Counters that the noise of a rounding is a function of."""
+
+
+class Stored(ABC):
+    """A flat tensor of n numbers at rest.
+
+    Attributes:
+        tensors: What a checkpoint holds, by the suffix of its name.
+    """
+
+    tensors: dict[str, Tensor]
+
+    @abstractmethod
+    def read(self, span: slice) -> Tensor:
+        """The numbers of a stretch in fp32, to be changed in place and then written back."""
+
+    @abstractmethod
+    def write(self, span: slice, x: Tensor, seed: Seed) -> None:
+        """Keep the new numbers of a stretch that was read."""
+
+
+class Float32(Stored):
+    """As they are; updated where they lie."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.tensors = {"": x}
+
+    @classmethod
+    def zeros(cls, n: int) -> Float32:
+        """n zeros."""
+        return cls(torch.zeros(n))
+
+    def read(self, span: slice) -> Tensor:
+        """The memory itself."""
+        return self.tensors[""][span]
+
+    def write(self, span: slice, x: Tensor, seed: Seed) -> None:
+        """It is there already."""
+
+
+class BFloat16(Stored):
+    """Half the bytes, rounded at random: to the nearest, a second moment near 1 could not shrink by its 0.1 %."""
+
+    def __init__(self, n: int) -> None:
+        self.tensors = {"": torch.zeros(n, dtype=torch.bfloat16)}
+
+    def read(self, span: slice) -> Tensor:
+        """A copy in fp32."""
+        return self.tensors[""][span].float()
+
+    def write(self, span: slice, x: Tensor, seed: Seed) -> None:
+        """Round."""
+        self.tensors[""][span] = rounding.to_bfloat16(x, rounding.draw(rounding.deck(16), len(x), *seed))
+
+
+class Blocks(Stored):
+    """A quarter of the bytes: 8-bit codes, and an fp32 scale a block of 256."""
+
+    def __init__(self, n: int, codes: torch.dtype) -> None:
+        padded = rounding.padded(n)
+        self.tensors = {
+            "": torch.zeros(padded, dtype=codes),
+            "_scale": torch.zeros(padded // rounding.BLOCK),
+        }
+
+    def _parts(self, span: slice) -> tuple[slice, slice]:
+        """Where the codes and the scales of a stretch are; it begins with a block."""
+        codes = slice(span.start, span.start + rounding.padded(span.stop - span.start))
+        return codes, slice(codes.start // rounding.BLOCK, codes.stop // rounding.BLOCK)
+
+    def _decoded(self, span: slice, decode: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        codes, scales = self._parts(span)
+        return decode(self.tensors[""][codes], self.tensors["_scale"][scales])[: span.stop - span.start]
+
+    def _keep(self, span: slice, coded: tuple[Tensor, Tensor]) -> None:
+        codes, scales = self._parts(span)
+        self.tensors[""][codes], self.tensors["_scale"][scales] = coded
+
+
+class Int8(Blocks):
+    """For numbers of both signs, the first moment."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(n, torch.int8)
+
+    def read(self, span: slice) -> Tensor:
+        """Decode."""
+        return self._decoded(span, rounding.from_int8)
+
+    def write(self, span: slice, x: Tensor, seed: Seed) -> None:
+        """Code with new scales."""
+        noise = rounding.draw(rounding.unit_deck(), rounding.padded(len(x)), *seed)
+        self._keep(span, rounding.to_int8(x, noise))
+
+
+class Float8(Blocks):
+    """For numbers at least 0, the second moment."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(n, torch.uint8)
+
+    def read(self, span: slice) -> Tensor:
+        """Decode."""
+        return self._decoded(span, rounding.from_float8)
+
+    def write(self, span: slice, x: Tensor, seed: Seed) -> None:
+        """Code with new scales."""
+        noise = rounding.draw(rounding.deck(19), rounding.padded(len(x)), *seed)
+        self._keep(span, rounding.to_float8(x, noise))
