@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from rllava_pl.models.policy import Policy, spread
 from rllava_pl.modules.base import RLModule
 from rllava_pl.modules.loop.experience import over_ranks
 from rllava_pl.modules.loop.optimization import Counts
+from rllava_pl.modules.loop.recovery import Done
 from rllava_pl.strategies.collectives import world_size
 from rllava_pl.types import Experience, PolicyBatch, PolicyOutput
 
@@ -59,21 +61,20 @@ class ActorCritic(RLModule):
             return
         super().configure_model()
         width = self.policy.model.config.get_text_config().hidden_size
-        self.value_head = nn.Linear(width, 1, dtype=torch.float32, device=self.policy.device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = ValueHead(width, device=self.policy.device)
         if self.critic_kind == "separate":
-            self.critic = self.source.load(temperature=self.sampling.temperature)
+            self.critic = self.load_policy()
             _freeze_untied_head(self.critic)
 
-    def forward(self, batch: PolicyBatch) -> PolicyOutput:
-        """Log-probs, entropies and values of the response tokens."""
+    def forward(self, batch: PolicyBatch, reference: bool = False) -> PolicyOutput:
+        """Log-probs, entropies and values of the response tokens; a reference has no values."""
+        if reference:
+            return super().forward(batch, reference=True)
         hidden_MH = self.policy.hidden(batch)
         states_MH = hidden_MH if self.critic is None else self.critic.hidden(batch)
         if self.critic_kind == "head":
             states_MH = states_MH.detach()
-        head = self.value_head  # in fp32 whatever the precision of the trunk: returns are regressed
-        values_M = nn.functional.linear(states_MH.float(), head.weight.float(), head.bias.float())[:, 0]
+        values_M = self.value_head(states_MH)
         mask_NT = batch.mask_NT.to(values_M.device)
         return self.policy.read(hidden_MH, batch)._replace(values_NT=spread(values_M, mask_NT))
 
@@ -110,10 +111,27 @@ class ActorCritic(RLModule):
         self.tally.add("value_loss", value_loss, 0)  # counted once an optimizer step, as the loss is
         return super().loss(output, batch, counts) * float(not self.warms_up) + self.vf_coef * value_loss
 
-    def step(self) -> None:
+    def step(self, minibatch: Experience, losses: Sequence[Done[Tensor]]) -> bool:
         """As of every algorithm; one more value loss is complete."""
-        super().step()
-        self.tally.add("value_loss", torch.zeros((), device=self.policy.device), 1 / world_size())
+        if stepped := super().step(minibatch, losses):
+            self.tally.add("value_loss", torch.zeros((), device=self.policy.device), 1 / world_size())
+        return stepped
+
+
+class ValueHead(nn.Linear):
+    """V of states (M, H) as (M,); 0 at first, in fp32 whatever the precision of the trunk: returns are regressed."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, 1, dtype=torch.float32, device=device)
+
+    def reset_parameters(self) -> None:
+        """V = 0."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, states_MH: Tensor) -> Tensor:
+        """V of every state."""
+        return nn.functional.linear(states_MH.float(), self.weight.float(), self.bias.float())[:, 0]
 
 
 def explained_variance(returns: Tensor, values: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from time import perf_counter
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,10 +16,10 @@ from rllava_pl.functional.reduce import masked_mean, reduce_loss
 from rllava_pl.functional.seeds import permutation, seed_from
 from rllava_pl.modules.loop import shaping
 from rllava_pl.modules.loop.evaluation import Evaluation
-from rllava_pl.modules.loop.experience import assemble, join_rows, microbatches, minibatches, over_ranks
+from rllava_pl.modules.loop.experience import assemble, minibatches, over_ranks
 from rllava_pl.modules.loop.observation import Observation
 from rllava_pl.modules.loop.optimization import Counts
-from rllava_pl.rewards.base import Judgement, judge
+from rllava_pl.rewards.judgement import Judgement
 from rllava_pl.strategies import updates
 from rllava_pl.strategies.collectives import world_size
 from rllava_pl.types import Experience, PolicyBatch, PolicyOutput, PromptBatch, Request, Rollout
@@ -34,6 +34,7 @@ class RLModule(Observation, Evaluation):
     Args:
         policy: The model to train.
         rewards: Judges of the completions; the reward is the sum of weight x value.
+        judging: Where rewards run, their limits, and what becomes of samples that they could not score.
         group_size: Completions sampled of each prompt.
         sampling: Response budget and temperature.
         max_rollouts: Passes of the loop in the run; the learning-rate schedule ends with it. 0: until the Trainer
@@ -46,6 +47,7 @@ class RLModule(Observation, Evaluation):
         warmup_steps: Optimizer steps in which the learning rate rises linearly to its peak.
         final_lr_ratio: Where linear and cosine schedules end, as a part of the peak.
         max_grad_norm: Gradients are scaled down to this global L2 norm.
+        max_skipped: Updates in a row that are left out because a number is not finite, before the run stops.
         aggregation: How per-token losses become one number, over the mini-batch of all ranks.
         clip_low: Ratios below 1 - clip_low are not pushed further down.
         clip_high: Ratios above 1 + clip_high are not pushed further up.
@@ -94,10 +96,8 @@ class RLModule(Observation, Evaluation):
     def judge(self, rollouts: Sequence[Rollout]) -> Experience:
         """Rewards; groups with a sample that could not be scored are dropped and counted."""
         with self.phase("reward"):
-            judgement = self.score_rollouts(rollouts)
-            device = self.policy.device
-            self.tally.add_total("unscored_samples", torch.tensor(sum(judgement.causes.values()), device=device))
-            return assemble(rollouts, judgement, self.group_size + self.extra_members, device)
+            judgement = self.settle(self.score_rollouts(rollouts))
+            return assemble(rollouts, judgement, self.group_size + self.extra_members, self.policy.device)
 
     def collect(self, experience: Experience, wanted: int) -> Experience | None:
         """With dynamic sampling, the groups worth training on once there are enough of them; else all at once."""
@@ -121,8 +121,7 @@ class RLModule(Observation, Evaluation):
                 old = self.score(self.trainer.strategy.model, experience)
                 experience = experience.replace(old_logp_NT=old.logp_NT, values_NT=old.values_NT)
             if self.needs_reference:
-                with self.policy.adapters_off():
-                    ref = self.score(self.reference or self.trainer.strategy.model, experience)
+                ref = self.score(partial(self.trainer.strategy.model, reference=True), experience)
                 experience = experience.replace(ref_logp_NT=ref.logp_NT)
             return experience
 
@@ -150,12 +149,8 @@ class RLModule(Observation, Evaluation):
             if counts.tokens == 0:  # nothing to learn from on any rank: all ranks leave together
                 self.tally.add_total("skipped_updates", torch.ones_like(counts.tokens) / world_size())
                 return
-            pieces = microbatches(minibatch, self.micro_batch_size)
-            for k, piece in enumerate(pieces):
-                with updates.micro_batch(self.trainer.strategy, last=k == len(pieces) - 1):
-                    loss = self.loss(self.trainer.strategy.model(piece.batch), piece, counts)
-                    self.manual_backward(loss * world_size())  # gradients are averaged over ranks, the loss is a sum
-            self.step()
+            losses = self.in_pieces(minibatch, partial(self.backpropagate, counts), exchanges=True)
+            self.step(minibatch, losses)
 
     def report(self, experience: Experience) -> None:
         """Log the pass: means over all ranks, and seconds a phase."""
@@ -179,26 +174,33 @@ class RLModule(Observation, Evaluation):
 
     # -- its parts ---------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: PolicyBatch) -> PolicyOutput:
-        """Log-probs and entropies of the response tokens; what sharding wrappers wrap."""
-        return self.policy(batch)
+    def forward(self, batch: PolicyBatch, reference: bool = False) -> PolicyOutput:
+        """Log-probs and entropies of the response tokens, of the policy or its reference.
+
+        All of it goes through ``trainer.strategy.model``, which gathers what is sharded.
+        """
+        if not reference:
+            return self.policy(batch)
+        if self.reference is not None:
+            return self.reference(batch)
+        with self.policy.adapters_off():
+            return self.policy(batch)
+
+    def backpropagate(self, counts: Counts, piece: Experience, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch; gradients add up, and are exchanged in the last one."""
+        with updates.micro_batch(self.trainer.strategy, last=last):
+            loss = self.loss(self.trainer.strategy.model(piece.batch), piece, counts)
+            self.manual_backward(loss * world_size())  # gradients are averaged over ranks, the loss is a sum
+        return loss.detach()
 
     @property
     def clip_range(self) -> dict[str, float]:
         """The two knobs of most losses, by name."""
         return {"clip_low": self.clip_low, "clip_high": self.clip_high}
 
-    @torch.no_grad()
-    def score(self, policy: torch.nn.Module, experience: Experience) -> PolicyOutput:
-        """Log-probs, and values where there is a critic, of an experience under ``policy``, without gradients."""
-        outputs = [policy(piece.batch) for piece in microbatches(experience, self.micro_batch_size)]
-        rows, width = len(experience), experience.mask_NT.shape[1]
-        columns = [None if parts[0] is None else join_rows(parts, width)[:rows] for parts in zip(*outputs, strict=True)]
-        return PolicyOutput(*columns)
-
     def score_rollouts(self, rollouts: Sequence[Rollout]) -> Judgement:
         """What the rewards say."""
-        return judge(self.rewards, rollouts)
+        return self.ask_rewards(rollouts)
 
     def shape(self, experience: Experience) -> Experience:
         """Penalties: length, truncation, KL divergence. Only the advantages see them."""
@@ -222,7 +224,8 @@ class RLModule(Observation, Evaluation):
             divergence_NT = everyone.old_logp_NT - everyone.ref_logp_NT  # type: ignore[operator]
             sampled_NT = everyone.own_mask_NT & (everyone.group_N >= 0)[:, None]  # not what stands beside a group
             observed = float(masked_mean(divergence_NT, sampled_NT))
-            self.kl_controller.update(observed, int(sampled_NT.any(1).sum()))
+            if math.isfinite(observed):  # else the updates are left out, and the coefficient would be lost for good
+                self.kl_controller.update(observed, int(sampled_NT.any(1).sum()))
             self.tally.add("kl_factor", torch.tensor(self.kl_controller.coef, device=self.policy.device))
 
     def loss(self, output: PolicyOutput, batch: Experience, counts: Counts) -> Tensor:
@@ -266,12 +269,3 @@ class RLModule(Observation, Evaluation):
             leaf_NT = logp_NT.detach().requires_grad_()
             (gradient_NT,) = torch.autograd.grad(self.policy_loss(leaf_NT, batch).sum(), leaf_NT)
         return (gradient_NT == 0) & (batch.advantages_NT != 0)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds of a stage towards ``time/<name>_seconds``."""
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += perf_counter() - start

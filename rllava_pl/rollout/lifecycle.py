@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rllava_pl.rollout.managed import ManagedEngine
-from rllava_pl.strategies.updates import full_weights
+from rllava_pl.strategies.updates import full_weights, in_step, parts
 from rllava_pl.types import RolloutEngine
 
 if TYPE_CHECKING:
@@ -19,11 +20,15 @@ if TYPE_CHECKING:
 class Samples(Protocol):
     """What a callback needs of a module: its policy, how often it was updated, and a place for the engine."""
 
+    trainer: Trainer
     source: VLM
     policy: Policy
     seed: int
     weight_version: int
     engine: ManagedEngine | None
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Context around a phase of the run."""
 
 
 class RolloutCallback(Callback, ABC):
@@ -44,6 +49,7 @@ class RolloutCallback(Callback, ABC):
             weights=lambda: full_weights(trainer.strategy, module.policy.model),
             version=lambda: module.weight_version,
             after_sync=self.after_sync,
+            phase=module.phase,
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -67,4 +73,10 @@ class TransformersRollout(RolloutCallback):
         """The embedded engine on the module's policy."""
         from rllava_pl.rollout.transformers import TransformersEngine
 
-        return TransformersEngine(module.policy, batch_prompts=self.batch_prompts)
+        strategy = module.trainer.strategy
+        return TransformersEngine(
+            module.policy,
+            batch_prompts=self.batch_prompts,
+            parts=lambda: parts(strategy),
+            in_step=in_step(strategy),
+        )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor
 
+from rllava_pl.strategies import signals
 from rllava_pl.types import Request, Rollout, RolloutEngine, Sampling
 
 
@@ -22,6 +23,7 @@ class ManagedEngine:
         weights: Streams the policy's full weights.
         version: Number of updates in the policy's weights now.
         after_sync: Called with this object whenever the engine has taken over new weights, before it samples.
+        phase: Context around each sync, given the name ``sync``; the module's clock.
     """
 
     def __init__(
@@ -30,11 +32,13 @@ class ManagedEngine:
         weights: Callable[[], Iterable[tuple[str, Tensor]]],
         version: Callable[[], int],
         after_sync: Callable[[ManagedEngine], None] | None = None,
+        phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._build = build
         self._weights = weights
         self._version = version
         self._after_sync = after_sync
+        self._phase = phase
         self._engine: RolloutEngine | None = None
 
     @property
@@ -50,19 +54,25 @@ class ManagedEngine:
         return self.engine.exact
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-        """Rollouts of the policy's present weights; see ``RolloutEngine.generate``."""
-        with self._awake():
+        """Rollouts of the policy's present weights; see ``RolloutEngine.generate``. Collective.
+
+        Raises:
+            Interrupted: The run was asked to end; no rank waits for an answer that nobody will use.
+        """
+        with self._awake(), suppress(signals.Aborted):
             if self.engine.version != self._version():
                 self.synchronise()
                 if self._after_sync is not None:
                     self._after_sync(self)
             rollouts = self.engine.generate(requests, sampling)
+        signals.leave_if_asked()
         check_rollouts(requests, rollouts, self._version())
         return rollouts
 
     def synchronise(self) -> None:
         """Push the policy's present weights, whatever the engine has."""
-        self.engine.sync(self._weights(), self._version())
+        with self._phase("sync"):
+            self.engine.sync(self._weights(), self._version())
 
     def close(self) -> None:
         """Free the engine; idempotent."""

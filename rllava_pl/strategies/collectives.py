@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -35,6 +38,14 @@ def max_over_ranks(x: Tensor) -> Tensor:
     largest = x.detach().clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest
+
+
+def gather_objects(own: T) -> list[T]:
+    """What every rank has, in rank order; for small and rare things, which are pickled on the way."""
+    everyone = [own] * world_size()
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, own)
+    return everyone
 
 
 def row_gatherer(rows: int, device: torch.device) -> tuple[Callable[[Tensor], Tensor], slice]:

@@ -58,7 +58,7 @@ def drift(experience: Experience) -> torch.Tensor:
 
 def gradient(module: RLModule, minibatch: Experience, micro_batch_size: int = 0) -> torch.Tensor:
     """All of the gradient that ``update`` would step with."""
-    module.micro_batch_size, module.step = micro_batch_size, lambda: None
+    module.micro_batch_size, module.step = micro_batch_size, lambda *_: True
     module.zero_grad()
     module.update(minibatch)
     del module.step

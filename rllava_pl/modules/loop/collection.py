@@ -18,7 +18,7 @@ from torch import Tensor
 from rllava_pl.functional.rewards import informative_groups
 from rllava_pl.modules.loop.archive import Archive, Plain
 from rllava_pl.modules.loop.experience import join, silenced
-from rllava_pl.strategies.collectives import max_over_ranks, world_size
+from rllava_pl.strategies.collectives import gather_objects, max_over_ranks, world_size
 from rllava_pl.types import Experience
 
 log = logging.getLogger(__name__)
@@ -100,12 +100,8 @@ class Collection:
 
     def state(self) -> list[Plain]:
         """The rounds of every rank as plain data, for a checkpoint; collective."""
-        own = [Archive().pack(part) for part in self.parts]
-        if world_size() == 1:
-            return [{str(k): part for k, part in enumerate(own)}]
-        everyone: list[dict[str, Plain]] = [{} for _ in range(world_size())]
-        torch.distributed.all_gather_object(everyone, {str(k): part for k, part in enumerate(own)})
-        return cast("list[Plain]", everyone)
+        own: Plain = {str(k): Archive().pack(part) for k, part in enumerate(self.parts)}
+        return gather_objects(own)
 
     def restore(self, state: list[Plain], rank: int) -> None:
         """Take back what ``state`` gave.

@@ -7,12 +7,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torchmetrics import MeanMetric, Metric
 
 from rllava_pl.modules.loop.lifecycle import Lifecycle
-from rllava_pl.rewards.base import Judgement, judge
-from rllava_pl.strategies.collectives import world_size
+from rllava_pl.rewards.judgement import Judgement
+from rllava_pl.strategies.collectives import gather_objects
 from rllava_pl.types import Prompt, PromptBatch, Rollout, RolloutBatch
 
 GREEDY = 0
@@ -39,11 +38,7 @@ class Scores:
 
     def compute(self) -> dict[str, float]:
         """Means over all ranks, by name; collective."""
-        names = set(self._means)
-        if world_size() > 1:  # a rank without rows has met no name yet and must still take part
-            everyone: list[set[str]] = [set() for _ in range(world_size())]
-            dist.all_gather_object(everyone, names)
-            names = set.union(*everyone)
+        names = set.union(*gather_objects(set(self._means)))  # a rank without rows has met no name and still takes part
         return {name: float(self._means[name].compute()) for name in sorted(names)}
 
 
@@ -61,7 +56,7 @@ class Evaluation(Lifecycle):
             stream: Name of the random stream of the draws.
         """
         rollouts = self.answer(prompts, samples=samples, stream=stream)
-        return rollouts, judge(self.rewards, rollouts)
+        return rollouts, self.ask_rewards(rollouts)
 
     def answer(self, prompts: Sequence[Prompt], *, samples: int, stream: str) -> list[Rollout]:
         """Rollouts as in ``examine``, not judged."""
@@ -85,7 +80,8 @@ class Evaluation(Lifecycle):
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Answer and judge one batch."""
-        self._evaluate(prompts, "val")
+        with self.phase("validate"):
+            self._evaluate(prompts, "val")
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/accuracy``, ``val/reward``, ... and ``val/..._sampled``."""
@@ -95,7 +91,8 @@ class Evaluation(Lifecycle):
 
     def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Answer and judge one batch."""
-        self._evaluate(prompts, "test")
+        with self.phase("validate"):
+            self._evaluate(prompts, "test")
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/accuracy``, ``test/reward``, ..."""

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
 
 from rllava_pl.functional.seeds import seed_from
-from rllava_pl.modules.loop.options import Options
+from rllava_pl.models.policy import Policy
+from rllava_pl.modules.loop.checkpointing import Checkpointing
+from rllava_pl.modules.loop.interruption import LastWords
 from rllava_pl.rollout.lifecycle import RolloutCallback, TransformersRollout
 from rllava_pl.strategies import updates
-from rllava_pl.strategies.collectives import rank
+from rllava_pl.strategies.checkpoint_io import AtomicCheckpointIO
+from rllava_pl.strategies.collectives import rank, world_size
 from rllava_pl.types import Prompt, PromptBatch, Request
 
-Checkpoint = dict[str, Any]
 
-
-class Lifecycle(Options):
+class Lifecycle(Checkpointing):
     """Lightning's hooks around the loop of ``RLModule``."""
 
     def prepare_data(self) -> None:
@@ -27,15 +28,23 @@ class Lifecycle(Options):
         self.source.prepare(self.seed)
 
     def configure_callbacks(self) -> list[Callback]:
-        """The embedded engine, unless the Trainer has a rollout callback."""
+        """An end for interrupted runs; the embedded engine, unless the Trainer has a rollout callback."""
         given = any(isinstance(callback, RolloutCallback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if given else [TransformersRollout()]
+        return [LastWords(), *([] if given else [TransformersRollout()])]
 
     def setup(self, stage: str) -> None:
-        """Refuse what would train wrongly."""
+        """Refuse what would train wrongly; make checkpoints atomic; start the processes of the rewards."""
         updates.check(self.trainer.strategy)
         if self.trainer.precision == "16-mixed":
             raise ValueError("precision 16-mixed scales gradients, which would be clipped scaled; use bf16-mixed")
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if stage != "predict":
+            self.open_panel()
+
+    def teardown(self, stage: str) -> None:
+        """End the processes of the rewards."""
+        self.close_panel()
 
     def configure_model(self) -> None:
         """Load policy and, if a KL term needs one, the reference; called again for every stage."""
@@ -44,9 +53,16 @@ class Lifecycle(Options):
         self.source.prepare(self.seed)
         with torch.random.fork_rng(devices=[]):  # fresh adapters are a function of the seed, and disturb nothing else
             torch.manual_seed(seed_from(self.seed, "adapters"))
-            self.policy = self.source.load(temperature=self.sampling.temperature)
+            self.policy = self.load_policy()
         if self.needs_reference and self.source.lora is None:
-            self.reference = self.source.load(temperature=self.sampling.temperature, trainable=False)
+            self.reference = self.load_policy(trainable=False)
+
+    def load_policy(self, *, trainable: bool = True) -> Policy:
+        """A policy of the run's checkpoint; without values on a rank that gets them from another one."""
+        empty = self._trainer is not None and not updates.reads_weights(self.trainer.strategy)
+        policy = self.source.load(temperature=self.sampling.temperature, trainable=trainable, empty=empty)
+        policy.always_sees = world_size() > 1 and hasattr(policy.processor, "image_processor")
+        return policy
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
         """Skip what is left of an epoch once ``max_rollouts`` passes are done, also right after a resume."""
@@ -62,32 +78,6 @@ class Lifecycle(Options):
 
     def _finished(self) -> bool:
         return 0 < self.max_rollouts <= self.rollout_index
-
-    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Keep what training changes; frozen weights and the reference come from the policy's own checkpoint again."""
-        frozen = self._frozen_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-        checkpoint["kl_factor"] = self.kl_controller.coef
-        checkpoint["collection"] = self.collection.state() if self.collection.max_refills else []
-
-    def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Fill in the frozen weights, so that loading stays strict about everything else."""
-        seed = checkpoint.get("hyper_parameters", {}).get("seed", self.seed)
-        if seed != self.seed:
-            raise ValueError(
-                f"the checkpoint was made with seed {seed}, this run has seed {self.seed}: it would go on with other "
-                "samples in another order; pass the same seed (--seed_everything)"
-            )
-        self.configure_model()
-        present = self.state_dict()
-        checkpoint["state_dict"] |= {name: present[name] for name in self._frozen_names()}
-        self.kl_controller.coef = checkpoint.get("kl_factor", 1.0)
-        self.collection.restore(checkpoint.get("collection", []), rank())
-
-    def _frozen_names(self) -> set[str]:
-        kept = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
-        kept |= {"rollouts_done", "updates_done"}
-        return set(self.state_dict()) - kept
 
     def publish(self, metrics: dict[str, float]) -> None:
         """Hand the metrics of a rollout to loggers and callbacks, the way Lightning's own monitors do.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -11,7 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rllava_pl.functional.reduce import loss_denominator, reduce_loss
 from rllava_pl.functional.schedules import lr_factor
-from rllava_pl.modules.loop.options import Options
+from rllava_pl.modules.loop.guard import Guard
+from rllava_pl.modules.loop.recovery import Done
 from rllava_pl.strategies import updates
 from rllava_pl.strategies.collectives import sum_over_ranks, world_size
 from rllava_pl.types import Experience
@@ -33,7 +35,7 @@ class Counts(NamedTuple):
     """Tokens that a loss treats apart."""
 
 
-class Optimization(Options):
+class Optimization(Guard):
     """The optimizer steps of ``RLModule``."""
 
     def denominators(self, minibatch: Experience) -> Counts:
@@ -58,16 +60,26 @@ class Optimization(Options):
             loss = loss + reduce_loss(loss_NT, batch.demo_mask_NT, "token-mean", denominator=counts.demonstrations)
         return loss
 
-    def step(self) -> None:
-        """Clip, step, schedule; one optimizer step whatever the number of micro-batches."""
+    def step(self, minibatch: Experience, losses: Sequence[Done[Tensor]]) -> bool:
+        """Clip, step, schedule; one optimizer step whatever the number of micro-batches.
+
+        Returns:
+            False if a number was not finite, on any rank: then weights, moments and schedule are as before on all.
+        """
         optimizer = cast(LightningOptimizer, self.optimizers())
         norm = updates.clip_gradients(self.trainer.strategy, optimizer.optimizer, self.max_grad_norm)
+        if not self.is_finite(minibatch, losses, norm):
+            updates.discard_gradients(self.trainer.strategy, optimizer.optimizer)
+            self.leave_out(minibatch, losses)
+            return False
         optimizer.step()
         optimizer.zero_grad()
         cast(LambdaLR, self.lr_schedulers()).step()
         self.updates_done += 1
+        self.skipped_in_a_row = 0
         self.tally.add("grad_norm", norm)
         self.tally.add("loss", torch.zeros_like(norm), 1 / world_size())
+        return True
 
     def parameter_groups(self) -> list[tuple[list[torch.nn.Parameter], float]]:
         """What is trained, each group with the factor of its learning rate."""
@@ -77,6 +89,7 @@ class Optimization(Options):
         """The optimizer over all trainable parameters, its learning rate scheduled by optimizer steps."""
         groups = self.parameter_groups()
         optimizer = self.optimizer([{"params": parameters} for parameters, _ in groups])
+        updates.check_optimizer(self.trainer.strategy, optimizer)
         for group, (_, lr_factor_of_group) in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] *= lr_factor_of_group
         total = self.max_rollouts * self.updates_per_rollout

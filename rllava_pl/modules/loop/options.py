@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -18,8 +18,12 @@ from rllava_pl.modules.loop.collection import Collection
 from rllava_pl.modules.loop.diagnosis import Diagnosis
 from rllava_pl.modules.loop.tally import Tally
 from rllava_pl.rewards.base import BaseReward
+from rllava_pl.rewards.panel import Judging
 from rllava_pl.rollout.managed import ManagedEngine
 from rllava_pl.types import PromptBatch, Reward, Sampling
+
+if TYPE_CHECKING:
+    from rllava_pl.modules.loop.phases import PhaseObserver
 
 EngineCorrection = Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
 
@@ -49,6 +53,7 @@ class Options(LightningModule):
         policy: VLM,
         rewards: list[BaseReward | Reward],
         *,
+        judging: Judging = Judging(),
         group_size: int = 8,
         sampling: Sampling = Sampling(),
         max_rollouts: int = 0,
@@ -60,6 +65,7 @@ class Options(LightningModule):
         warmup_steps: int = 0,
         final_lr_ratio: float = 0.0,
         max_grad_norm: float = 1.0,
+        max_skipped: int = 5,
         aggregation: ReduceMode = "token-mean",
         clip_low: float = 0.2,
         clip_high: float = 0.2,
@@ -83,9 +89,10 @@ class Options(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.save_hyperparameters(ignore=["policy", "rewards", "optimizer", "sampling"])
+        self.save_hyperparameters(ignore=["policy", "rewards", "judging", "optimizer", "sampling"])
         self.source = policy
         self.rewards = rewards
+        self.judging = judging
         self.group_size = group_size
         self.sampling = sampling
         self.max_rollouts = max_rollouts
@@ -97,6 +104,7 @@ class Options(LightningModule):
         self.warmup_steps = warmup_steps
         self.final_lr_ratio = final_lr_ratio
         self.max_grad_norm = max_grad_norm
+        self.max_skipped, self.skipped_in_a_row = max_skipped, 0
         self.aggregation = aggregation
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
         self.kl_loss_coef, self.kl_reward_coef = kl_loss_coef, kl_reward_coef
@@ -114,6 +122,7 @@ class Options(LightningModule):
         self.tally = Tally()
         self.diagnosis = Diagnosis()
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.observers: list[PhaseObserver] = []
         self.rollout_version = -1
         self.register_buffer("rollouts_done", torch.zeros((), dtype=torch.int64))
         self.register_buffer("updates_done", torch.zeros((), dtype=torch.int64))
@@ -169,6 +178,8 @@ class Options(LightningModule):
             )
         if min(self.num_minibatches, self.epochs) < 1:
             raise ValueError(f"minibatches ({self.num_minibatches}) and epochs ({self.epochs}) must be at least 1")
+        if self.max_skipped < 1:
+            raise ValueError(f"max_skipped is {self.max_skipped}; the run stops at the first update left out with 1")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: all completions of a prompt would be equal")
         if not 0 <= self.overlong_buffer < 1:

@@ -11,6 +11,8 @@ from rllava_pl.strategies.collectives import max_over_ranks, sum_over_ranks, wor
 
 Derived = Callable[[float, float], float]
 """A metric of the means of x and of x²."""
+TallyState = dict[str, list[list[Tensor]]]
+"""By name: the sums and the counts that were added."""
 
 
 class Tally:
@@ -24,6 +26,8 @@ class Tally:
         self._counts: dict[str, list[Tensor]] = {}
         self._derived: dict[str, Derived] = {}
         self._largest: dict[str, list[Tensor]] = {}
+        self._stores = (self._sums, self._counts, self._largest)
+        self._mark: dict[int, int] = {}
 
     def add(self, name: str, total: Tensor, count: Tensor | float = 1) -> None:
         """Add a 0-dim sum and the number of things in it."""
@@ -67,8 +71,31 @@ class Tally:
         for name, parts in self._largest.items():
             means[name] = float(max_over_ranks(torch.stack(parts).max()))
         for name, derived in self._derived.items():
-            means[name] = derived(means[name], means.pop(_square(name)))
+            if name in means:
+                means[name] = derived(means[name], means.pop(_square(name)))
         return means
+
+    def begin(self) -> None:
+        """Remember this moment, for ``undo``."""
+        self._mark = {id(parts): len(parts) for store in self._stores for parts in store.values()}
+
+    def undo(self) -> None:
+        """Forget what was added since ``begin``."""
+        for store in self._stores:
+            for name, parts in list(store.items()):
+                del parts[self._mark.get(id(parts), 0) :]
+                if not parts:
+                    del store[name]
+
+    def state(self) -> TallyState:
+        """What was added before the first update, for ``restore``; plain data."""
+        return {name: [[*self._sums[name]], [*self._counts[name]]] for name in self._sums}
+
+    def restore(self, state: TallyState) -> None:
+        """Begin from what ``state`` gave."""
+        self.clear()
+        for name, (sums, counts) in state.items():
+            self._sums[name], self._counts[name] = [*sums], [*counts]
 
     def clear(self) -> None:
         """Forget everything."""
