@@ -12,7 +12,7 @@ from rllava_pl import modules
 from rllava_pl.datamodules import SyntheticVisionDataModule
 from rllava_pl.models import TinyVLM
 from rllava_pl.modules import GRPO, RLModule
-from rllava_pl.rewards import AnswerTagReward
+from rllava_pl.rewards import AnswerTagReward, Judging
 from rllava_pl.types import Sampling
 
 ALGORITHMS = [x for name in modules.__all__ if (x := getattr(modules, name)) is not RLModule]
@@ -39,6 +39,7 @@ def module(algorithm: type[RLModule] = GRPO, policy: TinyVLM | None = None, **op
     """A module for short runs: 4 completions a prompt, 2 updates a rollout, AdamW 1e-3; less where it says no."""
     defaults: dict[str, object] = {
         "sampling": Sampling(max_tokens=6),
+        "judging": Judging(isolation="none", max_unscored=1.0),  # processes of rewards have tests of their own
         "max_rollouts": 4,
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0),
         "seed": 1,

@@ -15,7 +15,7 @@ from rllava_pl.callbacks import page
 from rllava_pl.callbacks.files import run_directory, shown
 from rllava_pl.callbacks.page import Answer, Moment
 from rllava_pl.callbacks.splits import batches, split_loaders
-from rllava_pl.rewards.base import Judgement
+from rllava_pl.rewards.judgement import Judgement
 from rllava_pl.strategies.durable import write_text
 from rllava_pl.types import Prompt, Rollout
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rllava_pl.modules.demonstrations import DemonstrationModule
 from rllava_pl.modules.loop.experience import assemble, join_rows, split
-from rllava_pl.rewards.base import Judgement
+from rllava_pl.rewards.judgement import Judgement
 from rllava_pl.types import Experience, PolicyOutput, PromptBatch, Rollout
 
 
@@ -30,8 +31,8 @@ class SupervisedModule(DemonstrationModule):
         """Only a reference is asked, where the algorithm has one."""
         if not self.needs_reference:
             return experience
-        with self.phase("evaluate"), self.policy.adapters_off():
-            ref = self.score(self.reference or self.trainer.strategy.model, experience)
+        with self.phase("evaluate"):
+            ref = self.score(partial(self.trainer.strategy.model, reference=True), experience)
             return experience.replace(ref_logp_NT=ref.logp_NT)
 
     def correct(self, loss_NT: Tensor, batch: Experience) -> Tensor:

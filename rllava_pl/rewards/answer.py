@@ -34,6 +34,7 @@ class AnswerTagReward(BaseReward):
     """
 
     components = ("accuracy", "format")
+    isolation = "none"  # linear in the text and raises on none, which tests/rewards/test_parsers.py holds it to
 
     def __init__(
         self,

@@ -22,6 +22,8 @@ class RepetitionPenalty(BaseReward):
         ValueError: If ``ngram_tokens`` is below 1, or the weight is negative or not finite.
     """
 
+    isolation = "none"  # linear in the tokens and raises on none
+
     def __init__(self, ngram_tokens: int = 8, weight: float = 1.0) -> None:
         super().__init__(weight)
         if ngram_tokens < 1:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rllava_pl.rewards.base import Judgement
+from rllava_pl.rewards.judgement import Judgement
 from rllava_pl.strategies.collectives import max_over_ranks, row_gatherer
 from rllava_pl.types import Experience, Rollout
 

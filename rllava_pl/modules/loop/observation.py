@@ -61,10 +61,12 @@ class Observation(Optimization, Lifecycle):
         """Metrics to loggers, advice to the log; the next rollout begins from nothing. Collective."""
         metrics = {f"train/{name}": value for name, value in self.tally.means().items()}
         metrics |= {f"time/{name}_seconds": value for name, value in self.seconds.items()}
+        self.report_incidents(metrics)
         self.publish(metrics)
         self.diagnosis.look(metrics)
         self.tally.clear()
         self.seconds.clear()
+        self.check_rewards(metrics)
 
     @property
     def first_update(self) -> bool:
