@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rllava_pl.callbacks.files import run_directory, shown
@@ -75,7 +76,7 @@ class RolloutCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save a run that was asked to leave; after an error nobody knows what is in memory."""
-        if isinstance(exception, SIGTERMException) and trainer.fitting and not trainer.sanity_checking:
+        if isinstance(exception, SIGTERMException) and _trains(trainer):
             self._save(trainer, cast(RLModule, pl_module))
             if trainer.is_global_zero:
                 log.warning("stopped by a signal, saved in %s; go on with --ckpt_path last", shown(self.last_path))
@@ -137,3 +138,7 @@ def _checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted(path for path in directory.iterdir() if re.fullmatch(NAME, path.name))
+
+
+def _trains(trainer: Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking

@@ -11,19 +11,22 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 # Classes of these rooms can be named without their module because they are imported here.
 import rllava_pl.datamodules
 import rllava_pl.models
 import rllava_pl.rewards
 import rllava_pl.strategies  # noqa: F401
-from rllava_pl.callbacks import RolloutWriter
+from rllava_pl.callbacks import RolloutCheckpoint, RolloutWriter
+from rllava_pl.callbacks.files import shown
 from rllava_pl.cli import TRAINER_COMMANDS, given
 from rllava_pl.cli.errors import UsageError, debugging, raised_by_us, with_hint
 from rllava_pl.cli.explain import Place, explain, unknown_option
 from rllava_pl.cli.names import import_class
 from rllava_pl.cli.quiet import quiet
 from rllava_pl.modules import RLModule
+from rllava_pl.strategies.manifest import DamagedCheckpoint
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # a run ends with max_rollouts, not with a number of passes over the prompts
@@ -161,12 +164,33 @@ class RLCLI(LightningCLI):
         """Run; our own refusals before anything was measured are told in one line, other errors with a traceback."""
         if kwargs.get("weights_only") is None:
             kwargs["weights_only"] = True  # a checkpoint is data and must not run code; ours need none
+        if kwargs.get("ckpt_path") == "last":
+            kwargs["ckpt_path"] = self._last_checkpoint(subcommand)
         try:
             getattr(self.trainer, subcommand)(**kwargs)
         except (ValueError, OSError, ImportError) as error:
             if raised_by_us(error) and not self.trainer.callback_metrics:
                 raise UsageError(with_hint(str(error))) from error
             raise
+
+    def _last_checkpoint(self, subcommand: str) -> str | None:
+        """The newest whole checkpoint of ``RolloutCheckpoint``; None, if there is none, begins a training anew.
+
+        Raises:
+            UsageError: None is whole, or there is none for a command that needs one.
+        """
+        callbacks = cast("list[Callback]", self.trainer.callbacks)  # type: ignore[attr-defined]
+        ours = next((callback for callback in callbacks if isinstance(callback, RolloutCheckpoint)), None)
+        if ours is None:  # Lightning knows what "last" is for its own callbacks
+            return "last"
+        try:
+            found = ours.newest(self.trainer)
+        except DamagedCheckpoint as error:
+            raise UsageError(str(error)) from error
+        if found is None and subcommand != "fit":
+            raise UsageError(f"--ckpt_path last: there is no checkpoint in {shown(ours.directory(self.trainer))} yet")
+        rank_zero_info("--ckpt_path last: " + ("no checkpoint yet, starting anew" if found is None else shown(found)))
+        return found
 
 
 def run(args: Sequence[str]) -> RLCLI:

@@ -10,10 +10,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
-import torch.distributed as dist
-
 from rllava_pl.strategies import manifest
-from rllava_pl.strategies.collectives import rank, world_size
+from rllava_pl.strategies.collectives import gather_objects, rank, world_size
 
 try:
     import fcntl
@@ -64,7 +62,7 @@ def committed_directory(target: Path, facts: Mapping[str, object] | None = None)
                 yield draft
             with together():
                 own = {name: _content(draft / name) for name in manifest.names_in(draft)[rank() :: world_size()]}
-            files = {name: content for part in _of_all_ranks(own) for name, content in part.items()}
+            files = {name: content for part in gather_objects(own) for name, content in part.items()}
             with together():
                 if rank() == 0:
                     (draft / manifest.NAME).write_text(manifest.Manifest(files, **(facts or {})).dumps())  # type: ignore[arg-type]
@@ -91,7 +89,7 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    said = _of_all_ranks("" if failure is None else f"{type(failure).__name__}: {failure}")
+    said = gather_objects("" if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
     for k, message in enumerate(said):
@@ -99,16 +97,8 @@ def together() -> Iterator[None]:
             raise OSError(f"rank {k}: {message}")
 
 
-def _of_all_ranks(value: T) -> list[T]:
-    if world_size() == 1:
-        return [value]
-    values: list[T] = [value] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def _of_first_rank(value: T) -> T:
-    return _of_all_ranks(value)[0]
+    return gather_objects(value)[0]
 
 
 def replace_directory(draft: Path, target: Path) -> None:

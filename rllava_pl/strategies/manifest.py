@@ -12,13 +12,14 @@ import json
 import struct
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import lightning
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 import rllava_pl
 from rllava_pl.strategies.collectives import world_size
@@ -35,7 +36,11 @@ END = struct.Struct("<H")
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was saved, or has no manifest to tell."""
+    """A checkpoint that is not what was saved, or cannot tell."""
+
+
+class NoManifest(DamagedCheckpoint):
+    """A checkpoint of another program."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,37 @@ def check(checkpoint: Path) -> Manifest:
     return manifest
 
 
+def newest(checkpoints: Iterable[Path]) -> Path | None:
+    """The newest checkpoint that is whole, None if there are none at all; damaged newer ones are named in a warning.
+
+    Raises:
+        DamagedCheckpoint: There are some, but none is whole.
+    """
+    found: dict[Path, Manifest] = {}
+    damaged: dict[Path, str] = {}
+    for path in checkpoints:
+        try:
+            found[path] = read(path)
+        except DamagedCheckpoint as error:
+            damaged[path] = str(error)
+    for path in sorted(found, key=lambda path: found[path].saved_at_ns, reverse=True):
+        try:
+            check(path)
+        except DamagedCheckpoint as error:
+            damaged[path] = str(error)
+            continue
+        if damaged:
+            rank_zero_warn(f"going on from {path}, because newer ones are damaged: {_listing(damaged)}")
+        return path
+    if damaged:
+        raise DamagedCheckpoint(f"no checkpoint is whole: {_listing(damaged)}; to start anew, move them away")
+    return None
+
+
+def _listing(damaged: Mapping[Path, str]) -> str:
+    return "; ".join(f"{path}: {why}" for path, why in sorted(damaged.items()))
+
+
 def digest_of(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
@@ -156,13 +192,13 @@ def _of_file(path: Path) -> tuple[Manifest, dict[str, int]]:
     except (zipfile.BadZipFile, OSError) as error:
         raise DamagedCheckpoint(f"it cannot be read ({error})") from error
     if not comment:
-        raise DamagedCheckpoint("it has no manifest")
+        raise NoManifest("it has no manifest")
     return Manifest.loads(comment), {ARCHIVE: path.stat().st_size - len(comment)}
 
 
 def _of_directory(directory: Path) -> tuple[Manifest, dict[str, int]]:
     if not (directory / NAME).is_file():
-        raise DamagedCheckpoint("it has no manifest")
+        raise NoManifest("it has no manifest")
     manifest = Manifest.loads((directory / NAME).read_bytes())
     return manifest, {name: (directory / name).stat().st_size for name in names_in(directory) if name != NAME}
 

@@ -1,0 +1,81 @@
+"""Processes that cost nothing to start: everything is imported once, and each trial is a fork."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+Task = Callable[[int], None]
+"""What a process does, given its rank."""
+
+
+def run(task: Task, log: Path, ranks: int = 1, limit_seconds: float = 120.0) -> list[int]:
+    """Fork once a rank and wait for all; returns exit codes, negative for signals.
+
+    As on a real machine, where one process of a run is killed the others are killed too.
+
+    Args:
+        task: What each rank does.
+        log: Where their output goes.
+        ranks: Number of processes.
+        limit_seconds: After which all are killed, for a test that fails instead of hanging.
+    """
+    port = free_port() if ranks > 1 else 0
+    pids = [_fork(task, rank, ranks, port, log) for rank in range(ranks)]
+    return _wait(pids, time.monotonic() + limit_seconds)
+
+
+def _fork(task: Task, rank: int, ranks: int, port: int, log: Path) -> int:
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        _become(rank, ranks, port, log)
+        task(rank)
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _become(rank: int, ranks: int, port: int, log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if ranks > 1:  # Lightning then takes this process for one that was launched for it
+        places = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": ranks}
+        os.environ.update({name: str(value) for name, value in places.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _wait(pids: Sequence[int], deadline: float) -> list[int]:
+    codes: dict[int, int] = {}
+    while len(codes) < len(pids):
+        left = [pid for pid in pids if pid not in codes]
+        for pid in left:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        killed = any(code == -9 for code in codes.values())
+        for pid in pids:
+            if pid not in codes and (killed or time.monotonic() > deadline):
+                os.kill(pid, 9)
+        time.sleep(0.005)
+    return [codes[pid] for pid in pids]
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

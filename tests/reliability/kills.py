@@ -1,0 +1,150 @@
+"""Kills a run again and again, resumes it, and compares the end with that of a run that was left alone.
+
+    python -m tests.reliability.kills --trials 50
+    python -m tests.reliability.kills --trials 10 --ranks 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from rllava_pl.strategies import manifest
+from tests.reliability import forks, victim
+from tests.reliability.victim import BETWEEN, WRITE, Clock
+
+SHARE = {WRITE: 5, "rollout": 5, "update": 3, "save": 2, "validate": 2, "reward": 1, "evaluate": 1, BETWEEN: 2}
+"""How often each phase is hit, in proportion."""
+
+
+@dataclass
+class Outcome:
+    """Of all trials."""
+
+    trials: int
+    killed: dict[str, int] = field(default_factory=dict)
+    """By the phase that was hit."""
+    finished_before: int = 0
+    resumed: int = 0
+    """From a checkpoint, not from the start."""
+    identical: int = 0
+    lost: int = 0
+    """Committed checkpoints that were no longer there, or not whole."""
+    leftovers: int = 0
+    """Files of killed processes that the resumed run left."""
+    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+
+def reference(root: Path, ranks: int) -> tuple[dict[str, object], dict[str, list[range]]]:
+    """A run that is left alone: how it ends, and which phase each moment belongs to."""
+    clock = Clock()
+
+    def task(rank: int) -> None:
+        with victim.marking_writes(clock):
+            victim.train(root, clock)
+        torch.save({"spans": clock.spans, "calls": clock.calls}, root / f"clock-{rank}.pt")
+
+    codes = forks.run(task, root / "log", ranks)
+    assert codes == [0] * ranks, (root / "log").read_text()[-4000:]
+    times = torch.load(root / "clock-0.pt", weights_only=True)
+    return final(root), victim.moments(times["spans"], times["calls"])
+
+
+def final(root: Path) -> dict[str, object]:
+    return torch.load(root / "final-0.pt", weights_only=True)
+
+
+def trial(root: Path, at: int, ranks: int, other_file_system: bool, outcome: Outcome, expected: object) -> None:
+    """Kill at one moment, look at what is on disk, resume, compare."""
+    clock = Clock(at, partial(mark_and_kill, root))
+    codes = forks.run(partial(attempt, root, clock, other_file_system), root / "log", ranks)
+    if -9 not in codes:
+        outcome.finished_before += 1
+    else:
+        phase = (root / "killed").read_text()
+        outcome.killed[phase] = outcome.killed.get(phase, 0) + 1
+    outcome.lost += lost(root)
+    outcome.resumed += bool(checkpoints(root))
+    codes = forks.run(partial(attempt, root, Clock(), other_file_system), root / "log", ranks)
+    if codes != [0] * ranks:
+        outcome.failures.append(f"call {at}: exit codes {codes}: {(root / 'log').read_text()[-2000:]}")
+        return
+    outcome.leftovers += len([p for p in (root / "checkpoints").iterdir() if p not in checkpoints(root)])
+    if victim.same(final(root), expected):
+        outcome.identical += 1
+    else:
+        outcome.failures.append(f"call {at}: another end")
+
+
+def attempt(root: Path, clock: Clock, other_file_system: bool, rank: int) -> None:
+    if other_file_system:
+        tempfile.tempdir = os.environ["TMPDIR"] = "/dev/shm"
+    with victim.marking_writes(clock):
+        victim.train(root, clock if rank == 0 else Clock())
+
+
+def mark_and_kill(root: Path, clock: Clock) -> None:
+    (root / "killed").write_text(clock.phase)
+    victim.kill(clock)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    directory = root / "checkpoints"
+    return sorted(p for p in directory.glob("*") if re.fullmatch(r"rollout-\d+\.ckpt", p.name))
+
+
+def lost(root: Path) -> int:
+    """1 if the newest checkpoint that the run knew to be committed is gone, plus those that are not whole."""
+    damaged, newest = 0, -1
+    for path in checkpoints(root):
+        try:
+            newest = max(newest, manifest.check(path).rollouts)
+        except manifest.DamagedCheckpoint:
+            damaged += 1
+    record = root / "committed"
+    known = int(record.read_text().split()[-1]) if record.exists() else -1
+    return damaged + (newest < known)
+
+
+def campaign(trials: int, ranks: int = 1, seed: int = 0) -> Outcome:
+    """Run all trials in a directory that is removed again."""
+    start, outcome, draw = time.monotonic(), Outcome(trials), random.Random(seed)
+    victim.runs.tiny().prepare(1)
+    with tempfile.TemporaryDirectory() as directory:
+        base = Path(directory)
+        (base / "whole").mkdir()
+        expected, moments = reference(base / "whole", ranks)
+        phases = [phase for phase, share in SHARE.items() for _ in range(share) if phase in moments]
+        for k in range(trials):
+            root = base / str(k)
+            root.mkdir()
+            at = draw.choice(draw.choice(moments[phases[k * 8 % len(phases)]]))  # 8: coprime, so that all come early
+            trial(root, at, ranks, bool(k % 2), outcome, expected)
+            shutil.rmtree(root)
+    outcome.seconds = round(time.monotonic() - start, 1)
+    return outcome
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    print(json.dumps(asdict(campaign(**vars(parser.parse_args())))))
+
+
+if __name__ == "__main__":
+    main()
