@@ -24,8 +24,10 @@ torch.set_num_threads(1)
 torch.set_num_interop_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine cannot run."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the long forms unless they are asked for; skip, with the reason, what this machine cannot run."""
+    if "soak" not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
     missing = {}
     if not torch.cuda.is_available():
         missing["gpu"] = "no CUDA device is visible; set CUDA_VISIBLE_DEVICES=0 to show one"

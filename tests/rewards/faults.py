@@ -176,3 +176,20 @@ class Echo(BaseReward):
         }
         same = (prompt.metadata["note"], prompt.answer, rollout.finish_reason) == ("\ud800 é", "4", "length")
         return Score(float(same), seen)
+
+
+class Unlucky(BaseReward):
+    """Crashes over the prompts that it is told.
+
+    Args:
+        uids: Of these prompts.
+    """
+
+    def __init__(self, uids: list[str]) -> None:
+        super().__init__()
+        self.uids = uids
+
+    def score(self, rollout: Rollout) -> Score:
+        if rollout.prompt.uid in self.uids:
+            os._exit(1)
+        return Score(float(len(rollout.text) % 2))
