@@ -10,16 +10,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from rllava_pl.functional._numerics import raised
+from rllava_pl.functional._tiles import BANNED_LOGIT, TiledLogProbs, Tiling
 
 BANNED_LOGP = -100.0
 """Log-prob reported for a target that can not be sampled, such as an image token inside an observation."""
 
-_BANNED_LOGIT = -1e30
-"""Probability exactly 0, as with -inf, but finite: p * log p and its gradient are then 0 instead of 0 * inf."""
+TILE_COLUMNS = 2048
+"""Tokens of the vocabulary in a tile: 2,048 rows of fp32 logits are then 16 MB (`benchmarks/logprobs.py`)."""
 
 
 def token_log_probs(
@@ -60,7 +59,7 @@ def token_log_probs(
         scaled_NTV = scaled_NTV / temperature
     banned = _as_index(banned_ids, ids_NT.device)
     if banned is not None:
-        scaled_NTV = scaled_NTV.index_fill(-1, banned, _BANNED_LOGIT)
+        scaled_NTV = scaled_NTV.index_fill(-1, banned, BANNED_LOGIT)
     logp_NTV = scaled_NTV.log_softmax(-1)
     # Not lse - sum(p * z): for logits of standard deviation 150 that loses two digits more to cancellation.
     entropy_NT = -(logp_NTV.exp() * logp_NTV).sum(-1)
@@ -81,20 +80,23 @@ def chunked_token_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """:func:`token_log_probs` of ``hidden @ head.T`` without ever holding N * T * V logits.
 
-    The N * T rows are taken in slices, and the backward computes the logits of each slice again: memory of
-    ``chunk_tokens * V`` for one more multiplication with the head. Heads with a bias, a logit scale or a soft-cap do
-    not fit; give their logits to :func:`token_log_probs`.
+    The vocabulary is gone through in tiles, all rows at once, and the backward makes each tile's probabilities again
+    (``_tiles.py``): memory that does not grow with the vocabulary, for one more multiplication with the head. A head
+    that takes no gradient needs no second pass. Heads with a bias, a logit scale or a soft-cap do not fit; give their
+    logits to :func:`token_log_probs`.
 
     Args:
-        hidden_NTH: Last hidden states; ``hidden_NTH[:, t]`` predict ``ids_NT[:, t]``.
+        hidden_NTH: Last hidden states; ``hidden_NTH[:, t]`` predict ``ids_NT[:, t]``. Half precision gives logits of
+            half precision; everything behind them is in fp32.
         head_weight_VH: Weight of the language-model head.
         ids_NT: int64; at padding any id of the vocabulary.
         temperature: Divides the logits; positive.
         banned_ids: Ids that are never sampled.
-        chunk_tokens: Rows of a slice.
+        chunk_tokens: A tile has at most as many logits as this many tokens have in all, ``chunk_tokens * V``.
 
     Returns:
-        ``(logp_NT, entropy_NT)`` as :func:`token_log_probs`; gradients reach hidden states and weight.
+        ``(logp_NT, entropy_NT)`` as :func:`token_log_probs`; gradients reach hidden states and weight. An entropy that
+        is only looked at costs nothing in the backward.
 
     Raises:
         ValueError: ``temperature`` or ``chunk_tokens`` not positive; shapes that do not fit.
@@ -106,24 +108,25 @@ def chunked_token_log_probs(
     """
     _check_temperature(temperature)
     if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}; a slice needs at least 1 token")
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; a tile needs the logits of at least 1 token")
     if hidden_NTH.shape[:-1] != ids_NT.shape:
         raise ValueError(
             f"hidden has shape {tuple(hidden_NTH.shape)}, ids {tuple(ids_NT.shape)}; they must be (N, T, H) and (N, T)"
         )
+    device = hidden_NTH.device.type
+    if torch.is_autocast_enabled(device):
+        hidden_NTH = hidden_NTH.to(torch.get_autocast_dtype(device))
     banned = _as_index(banned_ids, ids_NT.device)
-
-    def slice_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return token_log_probs(linear(hidden, weight), ids, temperature=temperature, banned_ids=banned)
-
-    hidden_slices = torch.split(hidden_NTH.flatten(0, -2), chunk_tokens)
-    id_slices = torch.split(ids_NT.flatten(), chunk_tokens)
-    outputs = [
-        checkpoint(slice_log_probs, hidden, head_weight_VH, ids, use_reentrant=False, preserve_rng_state=False)
-        for hidden, ids in zip(hidden_slices, id_slices, strict=True)
-    ]
-    logp, entropy = (torch.cat(parts).view(ids_NT.shape) for parts in zip(*outputs, strict=True))
-    return logp, entropy
+    columns = min(TILE_COLUMNS, max(1, chunk_tokens * len(head_weight_VH) // max(1, ids_NT.numel())))
+    tiling = Tiling(temperature, () if banned is None else tuple(banned.tolist()), columns)
+    frozen = torch.is_grad_enabled() and hidden_NTH.requires_grad and not head_weight_VH.requires_grad
+    with torch.autocast(device, enabled=False):
+        rows = (hidden_NTH.flatten(0, -2), head_weight_VH, ids_NT.flatten())
+        logp_M, entropy_M = TiledLogProbs.apply(*rows, tiling, frozen)
+    logp_NT, entropy_NT = logp_M.view(ids_NT.shape), entropy_M.view(ids_NT.shape)
+    if banned is not None:
+        logp_NT = logp_NT.masked_fill(torch.isin(ids_NT, banned), BANNED_LOGP)
+    return logp_NT, entropy_NT
 
 
 def _check_temperature(temperature: float) -> None:

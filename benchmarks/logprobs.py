@@ -1,0 +1,153 @@
+"""Log-probs over a large vocabulary, forward and backward: tiles of the vocabulary beside full logits and TRL.
+
+    python benchmarks/logprobs.py --threads 2 --turns 7
+
+For each width of the hidden states, V = 151,936 tokens and 2,048 rows in fp32, with any upstream gradient. Every
+measurement is a process of its own, which warms up on a small vocabulary; the methods take turns. Memory is the rise of
+the process's peak over what it held with inputs and weight in place; a trained head's gradient is part of it.
+
+Methods: ``full`` is log_softmax and gather, without entropies; ``full, entropy`` is ``token_log_probs``; ``tiles`` is
+``chunked_token_log_probs``, and ``frozen`` the same where the head takes no gradient; ``trl`` is the fused head of TRL
+(extra `bench`), asked for entropies as its GRPO trainer asks. ``full`` and ``trl`` are measured with a frozen head too.
+On a busy machine read the CPU time, with one thread; on a quiet one the wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from rllava_pl.functional.logprobs import chunked_token_log_probs, token_log_probs
+
+Method = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Log-probs (M,) from hidden states (M, H), the head's weight (V, H) and ids (M,)."""
+FROZEN = " frozen"
+
+
+def full(hidden_MH: Tensor, weight_VH: Tensor, ids_M: Tensor) -> Tensor:
+    """What every textbook has."""
+    return (hidden_MH @ weight_VH.T).log_softmax(-1).gather(1, ids_M[:, None])[:, 0]
+
+
+def full_with_entropy(hidden_MH: Tensor, weight_VH: Tensor, ids_M: Tensor) -> Tensor:
+    """This package's function of logits."""
+    return token_log_probs((hidden_MH @ weight_VH.T)[None], ids_M[None])[0][0]
+
+
+def tiles(hidden_MH: Tensor, weight_VH: Tensor, ids_M: Tensor) -> Tensor:
+    """This package's function of hidden states, entropies included."""
+    return chunked_token_log_probs(hidden_MH[None], weight_VH, ids_M[None])[0][0]
+
+
+def trl(hidden_MH: Tensor, weight_VH: Tensor, ids_M: Tensor) -> Tensor:
+    """The head of TRL's GRPO trainer, with its tile size."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    size = _CHUNKED_LOGPROB_CHUNK_SIZE
+    return ChunkedLogProbFunction.apply(hidden_MH, weight_VH, None, ids_M, 1.0, size, None, 1.0, ("entropy",))[0]
+
+
+METHODS: dict[str, Method] = {"full": full, "full, entropy": full_with_entropy, "tiles": tiles, "trl": trl}
+CASES = [*METHODS, *(name + FROZEN for name in ("full", "tiles", "trl"))]
+
+
+def measure(case: str, *, width: int, vocabulary: int, rows: int) -> dict[str, float]:
+    """Seconds of one forward and backward, and the rise of peak memory in MB; for a fresh process."""
+    method, frozen = METHODS[case.removesuffix(FROZEN)], case.endswith(FROZEN)
+    _forward_backward(method, *_inputs(width, 4096, 64, frozen))
+    inputs = _inputs(width, vocabulary, rows, frozen)
+    before = _forget_peak()
+    wall, cpu = time.perf_counter(), time.process_time()
+    _forward_backward(method, *inputs)
+    clocks = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    return clocks | {"megabytes": (_peak() - before) / 1e6}
+
+
+def _inputs(width: int, vocabulary: int, rows: int, frozen: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.empty(rows, width).normal_(generator=generator).requires_grad_()
+    weight = torch.empty(vocabulary, width).normal_(std=0.02, generator=generator).requires_grad_(not frozen)
+    ids = torch.randint(vocabulary, (rows,), generator=generator)
+    return hidden, weight, ids, torch.randn(rows, generator=generator)
+
+
+def _forward_backward(method: Method, hidden: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor) -> None:
+    method(hidden, weight, ids).backward(upstream)
+
+
+def _forget_peak() -> float:
+    """Bytes the process holds now; where Linux allows it, its peak is set back to that."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return float(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _peak() -> float:
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return float(line.split()[1]) * 1024
+
+
+def take_turns(options: argparse.Namespace, width: int) -> dict[str, list[dict[str, float]]]:
+    """All measurements of one width."""
+    found: dict[str, list[dict[str, float]]] = {case: [] for case in options.cases}
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    for turn in range(options.turns):
+        first = turn % len(options.cases)
+        for case in (*options.cases[first:], *options.cases[:first]):
+            command = [sys.executable, __file__, "--one", case, "--widths", str(width)]
+            command += ["--rows", str(options.rows), "--vocabulary", str(options.vocabulary)]
+            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            found[case].append(json.loads(done.stdout))
+    return found
+
+
+def table(found: dict[str, list[dict[str, float]]], width: int) -> str:
+    """Medians of each clock, with the least and the most, and relative to full logits with a trained head."""
+    columns = f"{'median':>9}{'min':>7}{'max':>7}{'/ full':>8}"
+    lines = [f"H = {width:<14}{'':8}{'wall seconds':>31}{'CPU seconds':>31}", f"{'':18}{'MB':>8}{columns}{columns}"]
+    for case, results in found.items():
+        row = f"{case:18}{median(x['megabytes'] for x in results):>8.0f}"
+        for clock in ("seconds", "cpu_seconds"):
+            times = [result[clock] for result in results]
+            row += f"{median(times):>9.2f}{min(times):>7.2f}{max(times):>7.2f}"
+            row += f"{median(times) / median(x[clock] for x in found['full']):>8.2f}" if "full" in found else ""
+        lines.append(row)
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print a table a width."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 1024], help="of the hidden states")
+    parser.add_argument("--rows", type=int, default=2048, help="response tokens (default 2048)")
+    parser.add_argument("--vocabulary", type=int, default=151_936, help="default 151936, that of Qwen")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--threads", type=int, default=2, help="of torch's operators (default 2)")
+    parser.add_argument("--turns", type=int, default=7, help="measurements of each (default 7)")
+    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        (width,) = options.widths
+        result = measure(options.one, width=width, vocabulary=options.vocabulary, rows=options.rows)
+        print(json.dumps(result))
+        return
+    print(f"{options.rows} rows, V = {options.vocabulary}, fp32, {options.threads} threads, {options.turns} turns")
+    for width in options.widths:
+        print(table(take_turns(options, width), width), flush=True)
+
+
+if __name__ == "__main__":
+    main()
