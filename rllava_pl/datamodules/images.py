@@ -7,26 +7,47 @@ image is refused; Pillow's process-wide switch that accepts those stays off, it 
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO, Literal
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from rllava_pl.datamodules.paths import open_inside
+from rllava_pl.datamodules.pixels import PIXEL_COST, fit, orientation, to_rgb
 from rllava_pl.datamodules.rejections import RowError
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-SIGNATURE = re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP", re.DOTALL)
+ImageFormat = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
+Animations = Literal["reject", "first_frame"]
+FORMATS: tuple[ImageFormat, ...] = ("JPEG", "PNG", "WEBP")
+SIGNATURES: Mapping[str, re.Pattern[bytes]] = MappingProxyType(
+    {"JPEG": re.compile(rb"\xff\xd8\xff"), "PNG": re.compile(rb"\x89PNG"), "WEBP": re.compile(rb"(?s)RIFF....WEBP")}
+)
 MIB = 1024 * 1024
-URL = re.compile(r"(?:[a-z][a-z0-9+.-]+://|data:)", re.IGNORECASE)
 SHORTEST_SIDE_PIXELS, LARGEST_ASPECT = 2, 200
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+MOST_SCANS = 100
+"""Passes over a progressive JPEG; encoders make ten, and each costs time whatever its size in the file."""
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 """What Pillow raises for broken image data."""
 
 ImageRef = object
@@ -40,9 +61,15 @@ class ImageReader:
     root: Path | None
     """Folder that paths are relative to and never leave; None refuses paths."""
     max_pixels: int = 40_000_000
-    """Largest width x height."""
+    """Largest width x height that is decoded; less by ``PIXEL_COST`` for kinds that take more memory."""
     max_bytes: int = 64 * MIB
     """Largest file or buffer."""
+    formats: Sequence[ImageFormat] = FORMATS
+    """Formats by Pillow's names."""
+    animations: Animations = "reject"
+    """Whether an animation is refused or stands for its first frame."""
+    resize_above: int = 0
+    """Larger images are scaled down to this many pixels; 0 keeps their size."""
 
     def check(self, ref: ImageRef, field: str) -> None:
         """Refuse what ``load`` could not read, at less cost.
@@ -52,19 +79,22 @@ class ImageReader:
         Raises:
             RowError: E02, E06 to E12.
         """
-        with self._open(ref, field) as image:
+        with self._open(ref, field) as image, _decoding(field):
             image.draft("L", (1, 1))
-            _decode(image, field)
+            image.load()
+            orientation(image)
 
     def load(self, ref: ImageRef, field: str) -> Image.Image:
-        """The image in RGB, upright (EXIF orientation applied), transparency on white.
+        """The image in RGB, upright (EXIF orientation applied), transparency on white, scaled down if it is too large.
 
         Raises:
             RowError: E02, E06 to E12.
         """
-        with self._open(ref, field) as image:
-            _decode(image, field)
-            return to_rgb(image)
+        with self._open(ref, field) as image, _decoding(field):
+            if (size := fit(*image.size, self.resize_above)) != image.size:
+                image.draft(None, size)  # JPEGs decode at 1/2, 1/4 or 1/8, never below this size
+            image.load()
+            return to_rgb(image, self.resize_above)
 
     @contextmanager
     def _open(self, ref: ImageRef, field: str) -> Iterator[Image.Image]:
@@ -73,95 +103,88 @@ class ImageReader:
             self._check_header(ref, field)
             yield ref.copy()
             return
-        with _open_header(self._find(ref, field), field) as image:
-            self._check_header(image, field)
-            if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo with its own preview
-                raise RowError("E08", field, "is an animation; give single frames")
-            yield image
+        with self._find(ref, field) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            self._check_bytes(size, field)
+            with self._open_header(file, field) as image:
+                self._check_header(image, field)
+                yield image
 
-    def _find(self, ref: ImageRef, field: str) -> io.BytesIO | Path:
-        """Where the encoded image is."""
+    def _find(self, ref: ImageRef, field: str) -> BinaryIO:
+        """The encoded image."""
         if isinstance(ref, Mapping):
-            ref = ref.get("bytes") if ref.get("bytes") is not None else ref.get("path")
+            ref = ref.get("bytes") if isinstance(ref.get("bytes"), bytes) else ref.get("path")
         if isinstance(ref, bytes):
-            self._check_bytes(len(ref), field)
             return io.BytesIO(ref)
-        if not isinstance(ref, str):
-            expected = 'a path, bytes, {"bytes": ...} or {"path": ...}'
-            raise RowError("E02", field, f"is {type(ref).__name__}; an image is {expected}")
-        path = self._inside_root(ref, field)
-        self._check_bytes(path.stat().st_size, field)
-        return path
-
-    def _inside_root(self, ref: str, field: str) -> Path:
-        if URL.match(ref):
-            raise RowError("E12", field, f"{ref[:60]!r} is a URL; download the image and give its path")
-        if self.root is None:
-            raise RowError("E07", field, f"{ref!r} is a path, but this source has no folder; set image_root")
-        if Path(ref).is_absolute():
-            raise RowError("E07", field, f"{ref!r} is absolute; give it relative to image_root ({self.root})")
-        try:
-            root, path = self.root.resolve(), (self.root / ref).resolve()
-            found = path.exists()
-        except (OSError, ValueError, RuntimeError) as error:  # name too long, NUL inside, loop of links
-            raise RowError("E06", field, f"{ref[:60]!r} is no path: {error}") from error
-        if not path.is_relative_to(root):
-            raise RowError("E07", field, f"{ref!r} leads outside image_root ({root})")
-        if not found:
-            raise RowError("E06", field, f"{ref!r} is not in image_root ({root})")
-        if not path.is_file():
-            raise RowError("E07", field, f"{ref!r} is not a regular file")
-        return path
+        if isinstance(ref, str):
+            return open_inside(self.root, ref, field)
+        expected = 'a path, bytes, {"bytes": ...} or {"path": ...}'
+        raise RowError("E02", field, f"is {type(ref).__name__}; an image is {expected}")
 
     def _check_bytes(self, size: int, field: str) -> None:
+        if size == 0:
+            raise RowError("E10", field, "is empty; an image file has at least a header")
         if size > self.max_bytes:
             raise RowError("E09", field, f"has {size / MIB:.1f} MiB; max_image_mib is {self.max_bytes / MIB:g}")
 
+    def _open_header(self, file: BinaryIO, field: str) -> Image.Image:
+        try:
+            with warnings.catch_warnings():  # our own limit is checked next, and is stricter than the warning's
+                warnings.simplefilter("ignore")
+                return Image.open(file, formats=list(self.formats))
+        except UnidentifiedImageError as error:
+            file.seek(0)
+            start = file.read(12)
+            if any(name in self.formats and signature.match(start) for name, signature in SIGNATURES.items()):
+                raise RowError("E10", field, "begins like an image, but its header is cut or broken") from error
+            allowed = ", ".join(self.formats)
+            raise RowError("E08", field, f"is no {allowed} image; convert it, or allow its format") from error
+        except Image.DecompressionBombError as error:
+            raise RowError("E09", field, str(error)) from error
+        except DECODE_ERRORS as error:
+            raise RowError("E10", field, f"has a broken header: {error}") from error
+
     def _check_header(self, image: Image.Image, field: str) -> None:
         width, height = image.size
-        if width * height > self.max_pixels:
-            raise RowError("E09", field, f"is {width} x {height} = {width * height} pixels; limit {self.max_pixels}")
+        kind = "progressive" if image.info.get("progressive") else image.format
+        limit = int(self.max_pixels / PIXEL_COST.get(kind or "", 1.0))
+        if width * height > limit:
+            of_kind = f" of a {kind} image" if limit < self.max_pixels else ""
+            raise RowError(
+                "E09", field, f"is {width} x {height} = {width * height} pixels; the limit{of_kind} is {limit}"
+            )
         short, long = min(image.size), max(image.size)
         if short < SHORTEST_SIDE_PIXELS or long > LARGEST_ASPECT * short:
             limits = f"sides from {SHORTEST_SIDE_PIXELS} pixels, ratio up to {LARGEST_ASPECT}"
             raise RowError("E11", field, f"is {width} x {height}; {limits}")
+        moving = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photo with its own preview
+        if moving and self.animations == "reject":
+            raise RowError("E08", field, "is an animation; give single frames, or set animations: first_frame")
+        if kind == "progressive" and (scans := _count_scans(image)) > MOST_SCANS:
+            raise RowError("E09", field, f"is a JPEG of {scans} scans; the limit is {MOST_SCANS}")
 
 
-def _open_header(source: io.BytesIO | Path, field: str) -> Image.Image:
+@contextmanager
+def _decoding(field: str) -> Iterator[None]:
+    """Turn what Pillow raises for broken data into a verdict on the row."""
     try:
-        with warnings.catch_warnings():  # our own limit is checked next, and is stricter than the warning's by default
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(source, formats=FORMATS)
-    except UnidentifiedImageError as error:
-        if SIGNATURE.match(_first_bytes(source)):
-            raise RowError("E10", field, "begins like an image, but its header is cut or broken") from error
-        raise RowError("E08", field, f"is no {', '.join(FORMATS)} image") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on metadata that is damaged but not needed
+            yield
     except Image.DecompressionBombError as error:
         raise RowError("E09", field, str(error)) from error
-    except DECODE_ERRORS as error:
-        raise RowError("E10", field, f"has a broken header: {error}") from error
-
-
-def _first_bytes(source: io.BytesIO | Path) -> bytes:
-    if isinstance(source, io.BytesIO):
-        return source.getvalue()[:12]
-    with source.open("rb") as file:
-        return file.read(12)
-
-
-def _decode(image: Image.Image, field: str) -> None:
-    try:
-        image.load()
     except DECODE_ERRORS as error:
         raise RowError("E10", field, f"is truncated or broken: {error}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB: EXIF orientation applied, transparent parts on white, 16-bit grey scaled to 8 bit."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def _count_scans(image: Image.Image) -> int:
+    """Scans of a JPEG file: their marker cannot occur within compressed data."""
+    file = getattr(image, "fp", None)
+    if file is None:
+        return 0
+    place = file.tell()
+    file.seek(0)
+    scans: int = file.read().count(b"\xff\xda")
+    file.seek(place)
+    return scans

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast, get_args
 
+from rllava_pl.datamodules.paths import is_url
 from rllava_pl.datamodules.rejections import RowError
 from rllava_pl.types import IMAGE, ImageSlot, Message, Role
 
@@ -21,14 +22,24 @@ def check_text(value: object, column: str) -> str:
     if not isinstance(value, str):
         raise RowError("E02", column, f"is {type(value).__name__}; text is needed")
     if not value.strip():
-        raise RowError("E03", column, "is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError("E04", column, f"has a lone surrogate at character {error.start}") from error
-    if "\0" in value:
-        raise RowError("E04", column, f"has a NUL character at {value.index(chr(0))}")
+        raise RowError("E03", column, "is empty; leave the row out, or fill it in")
+    check_unicode(value, column)
     return value
+
+
+def check_unicode(text: str, column: str) -> None:
+    """Refuse text that cannot be written down or passed on.
+
+    Raises:
+        RowError: E04, not encodable or with NUL inside.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        surrogate = f"a lone surrogate at character {error.start}, or is no UTF-8; write whole characters"
+        raise RowError("E04", column, f"has {surrogate}") from error
+    if "\0" in text:
+        raise RowError("E04", column, f"has a NUL character at {text.index(chr(0))}; take it out")
 
 
 def parse_messages(value: object, column: str) -> tuple[Message, ...]:
@@ -60,7 +71,7 @@ def _parse_message(item: object, where: str) -> Message:
     if isinstance(content, list):
         parts = tuple(_parse_part(part, f"{where}.content[{k}]") for k, part in enumerate(content))
         if not parts:
-            raise RowError("E03", where, "has no content")
+            raise RowError("E03", where, "has no content; leave the message out")
         return Message(role, parts)
     return Message.parse(role, check_text(content, f"{where}.content"))
 
@@ -69,9 +80,21 @@ def _parse_part(part: object, where: str) -> str | ImageSlot:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(part, dict) and kind == "text":
         return check_text(part.get("text"), where)
+    if kind in ("image", "image_url") and isinstance(part, dict):
+        _check_inline(part, where)
     if kind == "image":
         return IMAGE
     raise RowError("E02", where, f"has the type {kind!r}; parts are text or image")
+
+
+def _check_inline(part: dict[str, object], where: str) -> None:
+    """Pictures stand in a column of their own; one that is named here by a URL would never be looked at."""
+    named = [part.get(key) for key in ("image", "url", "image_url")]
+    named += [value.get("url") for value in named if isinstance(value, dict)]
+    for value in named:
+        if isinstance(value, str) and is_url(value):
+            hint = "download the image, put its path into the images column and leave a part of type image here"
+            raise RowError("E12", where, f"names the URL {value[:60]!r}; {hint}")
 
 
 def parse_response(value: object, column: str) -> str:

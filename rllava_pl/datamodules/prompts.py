@@ -3,61 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import overload
+from typing import get_args, overload
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from rllava_pl.datamodules.answers import AnswerKind
+from rllava_pl.datamodules.audit import Audit, PromptSource, audit
 from rllava_pl.datamodules.base import BaseDataModule
-from rllava_pl.datamodules.images import MIB, ImageReader
-from rllava_pl.datamodules.rejections import DataError, Rejection, RowError, count_codes
-from rllava_pl.datamodules.schema import ParsedRow, RowSchema
-from rllava_pl.datamodules.tables import Table, as_row, is_remote, open_table
+from rllava_pl.datamodules.images import FORMATS, MIB, Animations, ImageFormat, ImageReader
+from rllava_pl.datamodules.model_checks import ModelChecks, SpecialTokenPolicy
+from rllava_pl.datamodules.rejections import CODES, DataError, Rejection, RowError, count_codes, write_report
+from rllava_pl.datamodules.schema import RowSchema
+from rllava_pl.datamodules.tables import Table, is_remote, open_table
 from rllava_pl.types import Prompt
-
-CountTokens = Callable[[Prompt], int]
-
-
-@dataclass(frozen=True)
-class PromptSource:
-    """One table with everything needed to turn its rows into prompts."""
-
-    table: Table
-    schema: RowSchema
-    images: ImageReader
-
-    def parse(self, row: int) -> ParsedRow:
-        """Text and image references of a row."""
-        return self.schema.parse(as_row(self.table.rows[row]), f"{self.table.name}:{row}")
-
-    def check(self, row: int) -> ParsedRow:
-        """The same, and make sure its images can be read."""
-        parsed = self.parse(row)
-        for field, ref in self._image_fields(parsed):
-            self.images.check(ref, field)
-        return parsed
-
-    def prompt(self, row: int) -> Prompt:
-        """The prompt with its images decoded."""
-        parsed = self.parse(row)
-        images = tuple(self.images.load(ref, field) for field, ref in self._image_fields(parsed))
-        where = f"{self.table.source} row {row}"
-        return Prompt(
-            uid=parsed.uid,
-            messages=parsed.messages,
-            images=images,
-            answer=parsed.answer,
-            target=parsed.target,
-            rejected=parsed.rejected,
-            metadata=parsed.metadata,
-            source=where,
-        )
-
-    def _image_fields(self, parsed: ParsedRow) -> Iterator[tuple[str, object]]:
-        column = self.schema.column("images")
-        return ((f"{column}[{k}]", ref) for k, ref in enumerate(parsed.images))
 
 
 class PromptRows(Sequence[Prompt]):
@@ -65,42 +26,35 @@ class PromptRows(Sequence[Prompt]):
 
     Args:
         sources: Joined in their order.
-        max_prompt_tokens: Longest prompt; 0 does not measure.
-        count_tokens: Length of a prompt in tokens, needed with ``max_prompt_tokens``.
+        verdicts: What became of each of their rows.
     """
 
-    def __init__(
-        self, sources: Sequence[PromptSource], max_prompt_tokens: int = 0, count_tokens: CountTokens | None = None
-    ) -> None:
+    def __init__(self, sources: Sequence[PromptSource], verdicts: Audit) -> None:
         self.sources = tuple(sources)
-        self.rejections: list[Rejection] = []
-        """Every refused row; ``len(self) + len(self.rejections) == self.total``."""
-        self.total = sum(len(source.table.rows) for source in sources)
-        self.slots_added = 0
-        """Rows whose image slots were put in front of the text (W01)."""
-        self.filled: Counter[str] = Counter()
-        """Number of usable rows that have a ``target``, and that have a ``rejected`` response."""
-        self._kept: list[tuple[int, int]] = []
-        self._audit(max_prompt_tokens, count_tokens)
+        self.audit = verdicts
 
-    def _audit(self, max_prompt_tokens: int, count_tokens: CountTokens | None) -> None:
-        seen: dict[str, str] = {}
-        for s, source in enumerate(self.sources):
-            for row in range(len(source.table.rows)):
-                try:
-                    parsed = source.check(row)
-                    _check_unique(parsed.uid, seen, f"{source.table.source} row {row}", source.schema.column("id"))
-                    if count_tokens is not None and max_prompt_tokens > 0:
-                        _check_length(count_tokens(source.prompt(row)), max_prompt_tokens)
-                except RowError as error:
-                    self.rejections.append(error.at(source.table.source, row))
-                else:
-                    self._kept.append((s, row))
-                    self.slots_added += parsed.slots_added
-                    self.filled.update(target=bool(parsed.target), rejected=bool(parsed.rejected))
+    @property
+    def rejections(self) -> list[Rejection]:
+        """Every refused row; ``len(self) + len(self.rejections) == self.total``."""
+        return self.audit.rejections
+
+    @property
+    def total(self) -> int:
+        """Rows of all sources."""
+        return self.audit.total
+
+    @property
+    def repairs(self) -> Counter[str]:
+        """Number of usable rows by the code of what was mended."""
+        return self.audit.repairs
+
+    @property
+    def filled(self) -> Counter[str]:
+        """Number of usable rows that have a ``target``, and that have a ``rejected`` response."""
+        return self.audit.filled
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self.audit.kept)
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
@@ -109,12 +63,15 @@ class PromptRows(Sequence[Prompt]):
     def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        s, row = self._kept[index]
+        s, row = self.audit.kept[index]
         source = self.sources[s]
         try:
             return source.prompt(row)
         except RowError as error:  # the file changed after the audit
-            raise DataError([error.at(source.table.source, row)], self.total) from error
+            raise DataError([source.rejection(row, error)], self.total) from error
+        except Exception as error:
+            error.add_note(f"while reading {source.table.source} row {row}")
+            raise
 
 
 class PromptDataModule(BaseDataModule):
@@ -125,8 +82,10 @@ class PromptDataModule(BaseDataModule):
     response worth imitating) and ``rejected`` (the worse response of a pair). Other columns become ``metadata``. A
     source is a file, a folder of ``Dataset.save_to_disk``, or ``owner/name:config@split`` on the hub.
 
-    Every row of a split is checked in ``setup``: text, slots, and images by header and by decoding them once. Images
-    are decoded again when a batch needs them, so memory does not grow with the data.
+    Every row of a split is checked in ``setup``: text, slots, images by header and by decoding them once, and with the
+    model's processor, if it is known, special tokens, chat template and lengths. Rows that cannot be used are reported,
+    counted and left out; too many of them stop the run. Images are decoded again when a batch needs them, so memory
+    does not grow with their number. ``python -m rllava_pl check-data`` does the same without training.
 
     Args:
         train: Sources of the training split.
@@ -139,11 +98,22 @@ class PromptDataModule(BaseDataModule):
         require_answer: Refuse rows without an answer.
         require_target: Refuse rows without a target; SFT needs one in every row, and often no answer.
         require_rejected: Refuse rows that are no pair of a target and a rejected response; DPO needs pairs.
-        max_image_pixels: Largest width x height of an image.
+        answer_kind: Refuse answers that are no ``number``, ``integer``, ``box`` ([x1, y1, x2, y2]) or ``json``.
+        match_targets: Refuse rows whose target has an ``<answer>`` other than theirs.
+        special_tokens: What becomes of texts that spell special tokens of the model: ``escape`` reads them as plain
+            text, ``reject`` refuses the row, ``allow`` reads them as these tokens, except those of images.
+        image_formats: Formats that may be decoded.
+        animations: What becomes of an animated image: ``reject`` refuses the row, or ``first_frame``.
+        max_image_pixels: Largest width x height of an image that is decoded; a third of it for WebP.
         max_image_mib: Largest image file in MiB.
+        resize_above_pixels: Larger images are scaled down to this many pixels; 0 keeps their size. Labels in pixels
+            then refer to another size: normalise them, or set 0.
         max_prompt_tokens: Longest prompt in tokens, image tokens included; 0 does not measure.
-        processor_path: Model whose processor and chat template measure the prompts; needed by ``max_prompt_tokens``.
+        max_target_tokens: Longest target or rejected response in tokens, end token included; 0 does not measure.
+        processor_path: Model whose processor checks and measures the prompts.
         max_reject_fraction: Share of rows that may be refused, counted and left out; above it ``setup`` raises.
+        report: File for the refused rows, as JSON lines, with ``{split}`` in its name where there are several splits;
+            by default ``rejected_<split>.jsonl`` in the run's folder.
         batch_size: Prompts of one rollout on each rank.
         val_batch_size: Prompts of one validation, test or prediction batch on each rank.
         num_workers: Processes that prepare prompts ahead; 0 prepares them in the training process.
@@ -162,35 +132,66 @@ class PromptDataModule(BaseDataModule):
         require_answer: bool = True,
         require_target: bool = False,
         require_rejected: bool = False,
+        answer_kind: AnswerKind = "text",
+        match_targets: bool = False,
+        special_tokens: SpecialTokenPolicy = "escape",
+        image_formats: Sequence[ImageFormat] = FORMATS,
+        animations: Animations = "reject",
         max_image_pixels: int = 40_000_000,
         max_image_mib: float = 64.0,
+        resize_above_pixels: int = 4_194_304,
         max_prompt_tokens: int = 0,
+        max_target_tokens: int = 0,
         processor_path: str = "",
-        max_reject_fraction: float = 0.0,
+        max_reject_fraction: float = 0.01,
+        report: str = "",
         batch_size: int = 32,
         val_batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, val_batch_size, num_workers, seed)
+        _check_choice("answer_kind", answer_kind, AnswerKind)
+        _check_choice("special_tokens", special_tokens, SpecialTokenPolicy)
+        _check_choice("animations", animations, Animations)
+        for image_format in image_formats:
+            _check_choice("image_formats", image_format, ImageFormat)
         if not 0 <= max_reject_fraction < 1:
             raise ValueError(f"max_reject_fraction is {max_reject_fraction}; it is a share from 0 to below 1")
         if image_root and not Path(image_root).expanduser().is_dir():
             raise FileNotFoundError(f"image_root {image_root!r} is not a folder")
-        if max_prompt_tokens and not processor_path:
-            raise ValueError(
-                f"max_prompt_tokens is {max_prompt_tokens}, but processor_path names no model to measure by"
-            )
+        measured: dict[str, object] = {"max_prompt_tokens": max_prompt_tokens, "max_target_tokens": max_target_tokens}
+        measured |= {"special_tokens": "reject"} if special_tokens == "reject" else {}
+        for name, value in measured.items():
+            if value and not processor_path:
+                raise ValueError(f"{name} is {value}, but processor_path names no model to measure by")
         self.specs = {"train": _as_list(train), "val": _as_list(val), "test": _as_list(test)}
         self.schema = RowSchema(
-            columns or {}, system_prompt, template, require_answer, require_target, require_rejected
+            columns=columns or {},
+            system_prompt=system_prompt,
+            template=template,
+            require_answer=require_answer,
+            require_target=require_target,
+            require_rejected=require_rejected,
+            answer_kind=answer_kind,
+            match_targets=match_targets,
+            markup=special_tokens == "allow",
         )
         self.image_root = image_root
-        self.max_image_pixels = max_image_pixels
-        self.max_image_bytes = int(max_image_mib * MIB)
+        self.images = ImageReader(
+            root=None,
+            max_pixels=max_image_pixels,
+            max_bytes=int(max_image_mib * MIB),
+            formats=tuple(image_formats),
+            animations=animations,
+            resize_above=resize_above_pixels,
+        )
+        self.special_tokens = special_tokens
         self.max_prompt_tokens = max_prompt_tokens
+        self.max_target_tokens = max_target_tokens
         self.processor_path = processor_path
         self.max_reject_fraction = max_reject_fraction
+        self.report = report
 
     def prepare_data(self) -> None:
         """Download hub data sets, in one process."""
@@ -221,16 +222,27 @@ class PromptDataModule(BaseDataModule):
         rows = self.audit(split)
         if not rows.total:
             raise ValueError(f"the {split} split has no rows: {', '.join(self.specs[split])}")
+        report = self._write_report(split, rows.rejections)
         if len(rows.rejections) > self.max_reject_fraction * rows.total:
-            raise DataError(rows.rejections, rows.total)
+            raise DataError(rows.rejections, rows.total, report)
         if rows.rejections:
-            rank_zero_warn(
-                f"{split}: left out {len(rows.rejections)} of {rows.total} rows ({count_codes(rows.rejections)})"
-            )
+            counts, where = count_codes(rows.rejections), f"; see {report}" * bool(report)
+            rank_zero_warn(f"{split}: left out {len(rows.rejections)} of {rows.total} rows ({counts}){where}")
         self._report_responses(split, rows)
-        if rows.slots_added:
-            rank_zero_info(f"{split}: put <image> slots in front of the text of {rows.slots_added} rows (W01)")
+        for code, count in sorted(rows.repairs.items()):
+            rank_zero_info(f"{split}: {count} of {rows.total} rows: {CODES[code]} ({code})")
         return rows
+
+    def _write_report(self, split: str, rejections: Sequence[Rejection]) -> str:
+        """Write the refused rows, if there are any and a place to put them; returns the file's name or nothing."""
+        if not rejections or not (self.report or self.trainer):
+            return ""
+        path = Path(self.report.replace("{split}", split))
+        if not self.report:
+            path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / f"rejected_{split}.jsonl"
+        if self.trainer is None or self.trainer.is_global_zero:
+            write_report(path, rejections)
+        return str(path)
 
     def _report_responses(self, split: str, rows: PromptRows) -> None:
         """Rows may lack responses, but a mapped column that no training row has is a slip of the pen."""
@@ -241,26 +253,44 @@ class PromptDataModule(BaseDataModule):
             if 0 < count < len(rows):
                 rank_zero_info(f"{split}: {count} of {len(rows)} rows have a {name}")
 
-    def audit(self, split: str) -> PromptRows:
-        """Check every row of a split; raises for none of them, see ``PromptRows.rejections``."""
+    def audit(self, split: str, decode: bool = False, tick: Callable[[], None] = lambda: None) -> PromptRows:
+        """Check every row of a split; raises for none of them, see ``PromptRows.rejections``.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+            decode: Also decode every image in full, as training does.
+            tick: Called after every row.
+
+        Raises:
+            ValueError: The split has no source, or one cannot be read at all.
+        """
+        sources = self.sources(split)
+        return PromptRows(sources, audit(sources, decode, tick))
+
+    def sources(self, split: str) -> list[PromptSource]:
+        """The opened sources of a split."""
         if not self.specs[split]:
             raise ValueError(f"there is no source for the {split} split; set {split} to a file or data set")
-        sources = [self._source(open_table(spec)) for spec in self.specs[split]]
-        return PromptRows(sources, self.max_prompt_tokens, self._token_counter())
+        tables, checks = _unique_names(map(open_table, self.specs[split])), self._model_checks()
+        return [self._source(table, checks) for table in tables]
 
-    def _source(self, table: Table) -> PromptSource:
+    def _source(self, table: Table, checks: ModelChecks | None) -> PromptSource:
         root = Path(self.image_root).expanduser() if self.image_root else table.folder
-        return PromptSource(table, self.schema, ImageReader(root, self.max_image_pixels, self.max_image_bytes))
+        return PromptSource(table, self.schema, replace(self.images, root=root), checks)
 
-    def _token_counter(self) -> CountTokens | None:
-        """Prompt length by the model's own processor; None without a limit."""
-        if not self.max_prompt_tokens:
+    def _model_checks(self) -> ModelChecks | None:
+        """Checks by the model's own processor; None if it is not known."""
+        if not self.processor_path:
             return None
-        from rllava_pl.models.encoding import encode
         from rllava_pl.models.processors import load_processor
 
         processor = load_processor(self.processor_path)
-        return lambda prompt: len(encode(processor, [prompt])[0])
+        return ModelChecks(processor, self.special_tokens, self.max_prompt_tokens, self.max_target_tokens)
+
+
+def _check_choice(name: str, value: object, kind: object) -> None:
+    if value not in get_args(kind):
+        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(get_args(kind))}")
 
 
 def _as_list(sources: list[str] | str) -> list[str]:
@@ -269,12 +299,9 @@ def _as_list(sources: list[str] | str) -> list[str]:
     return list(sources)
 
 
-def _check_unique(uid: str, seen: dict[str, str], where: str, column: str) -> None:
-    if uid in seen:
-        raise RowError("E15", column, f"{uid!r} is already the id of {seen[uid]}; ids must be unique in a split")
-    seen[uid] = where
-
-
-def _check_length(tokens: int, limit: int) -> None:
-    if tokens > limit:
-        raise RowError("E14", "prompt", f"has {tokens} tokens after the chat template; max_prompt_tokens is {limit}")
+def _unique_names(tables: Iterable[Table]) -> Iterator[Table]:
+    """Tables whose names differ, since ids begin with them: a second ``train`` becomes ``train-2``."""
+    seen = Counter[str]()
+    for table in tables:
+        seen[table.name] += 1
+        yield table if seen[table.name] == 1 else replace(table, name=f"{table.name}-{seen[table.name]}")

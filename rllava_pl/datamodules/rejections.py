@@ -1,14 +1,19 @@
-"""Why a row of a data set was refused."""
+"""What became of a row of a data set: why it was refused, or what was mended."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import MappingProxyType
+
+from rllava_pl.strategies.durable import write_text
 
 CODES: Mapping[str, str] = MappingProxyType(
     {
+        "E00": "unreadable row",
         "E01": "missing field",
         "E02": "wrong type",
         "E03": "empty text",
@@ -21,11 +26,18 @@ CODES: Mapping[str, str] = MappingProxyType(
         "E10": "image cannot be decoded",
         "E11": "image degenerate",
         "E12": "URL instead of a file",
+        "E13": "special tokens in the text",
         "E14": "prompt too long",
         "E15": "duplicate id",
+        "E16": "bad answer",
         "E17": "bad messages",
+        "E18": "target too long",
+        "E19": "target contradicts the answer",
         "E20": "pair of equal responses",
         "W01": "image slots put in front of the prompt",
+        "W02": "special tokens in the text, read as plain text",
+        "W03": "control characters taken out",
+        "W04": "columns that are no text or too long left out of the metadata",
     }
 )
 """Meaning of every code; W codes are repaired and counted, E codes refuse the row."""
@@ -47,9 +59,14 @@ class Rejection:
     """Key of ``CODES``."""
     message: str
     """What is wrong and what would be right."""
+    id: str = ""
+    """Id of the row, as far as it could be read."""
+    line: int = 0
+    """Line of the file, from 1, where the row begins; 0 in files that have no lines."""
 
     def __str__(self) -> str:
-        return f"{self.source} row {self.row}, {self.field}: {self.message} ({self.code} {CODES[self.code]})"
+        line = f" (line {self.line})" if self.line else ""
+        return f"{self.source} row {self.row}{line}, {self.field}: {self.message} ({self.code} {CODES[self.code]})"
 
 
 class DataError(ValueError):
@@ -58,15 +75,18 @@ class DataError(ValueError):
     Args:
         rejections: All of them; the message lists the first ten and counts the rest by code.
         total: Number of rows looked at.
+        report: File with all of them, if one was written.
     """
 
-    def __init__(self, rejections: Sequence[Rejection], total: int) -> None:
+    def __init__(self, rejections: Sequence[Rejection], total: int, report: str = "") -> None:
         self.rejections = tuple(rejections)
         self.total = total
         lines = [f"{len(self.rejections)} of {total} rows cannot be used ({count_codes(self.rejections)}):"]
         lines += [f"  {rejection}" for rejection in self.rejections[:SHOWN]]
         if (rest := len(self.rejections) - SHOWN) > 0:
             lines.append(f"  ... and {rest} more")
+        if report:
+            lines.append(f"  all of them: {report}")
         super().__init__("\n".join(lines))
 
 
@@ -77,12 +97,13 @@ class RowError(ValueError):
         super().__init__(message)
         self.code, self.field, self.message = code, field, message
 
-    def at(self, source: str, row: int) -> Rejection:
-        """The rejection of row ``row`` of ``source``."""
-        return Rejection(source, row, self.field, self.code, self.message)
-
 
 def count_codes(rejections: Sequence[Rejection]) -> str:
     """``"E03 empty text: 2, E06 image missing: 1"``."""
     counts = Counter(rejection.code for rejection in rejections)
     return ", ".join(f"{code} {CODES[code]}: {n}" for code, n in sorted(counts.items()))
+
+
+def write_report(path: Path, rejections: Sequence[Rejection]) -> None:
+    """One JSON object a refused row, as JSON lines; the file appears whole or not at all."""
+    write_text(path, "".join(json.dumps(asdict(rejection)) + "\n" for rejection in rejections))

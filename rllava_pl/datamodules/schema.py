@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, time
 from decimal import Decimal
 from typing import Literal
 
+from rllava_pl.datamodules.answers import AnswerKind, check_answer, check_target
 from rllava_pl.datamodules.images import ImageRef
-from rllava_pl.datamodules.messages import check_text, continue_think, opening_think, parse_messages, parse_response
+from rllava_pl.datamodules.messages import (
+    check_text,
+    check_unicode,
+    continue_think,
+    opening_think,
+    parse_messages,
+    parse_response,
+)
 from rllava_pl.datamodules.rejections import RowError
 from rllava_pl.datamodules.tables import Row
-from rllava_pl.types import IMAGE, Message
+from rllava_pl.types import IMAGE, Markup, Message
 
 FIELDS = ("id", "prompt", "messages", "images", "answer", "target", "rejected")
+CONTROLS = re.compile(r"[\x01-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters other than tab, line feed and NUL; NUL is refused."""
+DEEPEST = 8
+"""Levels of nesting that are searched for control characters; texts of messages stand at the fourth."""
+MOST_METADATA_CHARS = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -31,8 +45,8 @@ class ParsedRow:
     rejected: str
     """The worse response of a pair; empty if the row has none."""
     metadata: Mapping[str, str]
-    slots_added: bool
-    """The text had no image slot although there are images: slots were put in front (W01)."""
+    repairs: tuple[str, ...] = ()
+    """Codes of what was mended."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,12 @@ class RowSchema:
     """Whether a row without target is refused."""
     require_rejected: bool = False
     """Whether a row that is no pair is refused: one without rejected response, or without target."""
+    answer_kind: AnswerKind = "text"
+    """What the reward reads the answer as."""
+    match_targets: bool = False
+    """Whether a row is refused whose target gives another answer than the row."""
+    markup: bool = False
+    """Whether the model's special tokens are meant where texts of messages spell them."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.columns if name not in FIELDS]
@@ -65,27 +85,42 @@ class RowSchema:
         """Check and convert one row.
 
         Raises:
-            RowError: E01 to E05, E17, E20.
+            RowError: E01 to E05, E12, E16, E17, E19, E20.
         """
+        row, stripped = self._without_controls(row)
         messages = self._messages(row)
-        images = _image_refs(self._get(row, "images"))
+        images = self._images(row)
         slots = sum(message.image_slots for message in messages)
         if add := slots == 0 and len(images) > 0:
             messages = _prepend_slots(messages, len(images))
         elif slots != len(images):
             counts = f"has {len(images)} images for {slots} <image> slots; every image needs one slot"
             raise RowError("E05", self.column("images"), counts)
+        answer = self._answer(row)
         target, rejected = self._responses(row, opening_think(messages))
+        if self.match_targets:
+            check_target(target, answer, self.column("target"))
+        metadata, left_out = self._metadata(row)
         return ParsedRow(
             uid=self._uid(row, default_uid),
-            messages=messages,
+            messages=_as_markup(messages) if self.markup else messages,
             images=images,
-            answer=self._answer(row),
+            answer=answer,
             target=target,
             rejected=rejected,
-            metadata=self._metadata(row),
-            slots_added=add,
+            metadata=metadata,
+            repairs=tuple(code for code, done in (("W01", add), ("W03", stripped), ("W04", left_out)) if done),
         )
+
+    def text_column(self, row: Row) -> str:
+        """Where the prompt of a row stands."""
+        in_messages = "prompt" not in self.columns and row.get(self.column("messages")) is not None
+        return self.column("messages" if in_messages else "prompt")
+
+    def id_of(self, row: Row, default: str) -> str:
+        """The row's id as far as it has a readable one; for reports."""
+        value = row.get(self.column("id"))
+        return value if isinstance(value, str) else default if value is None else _json(value) or default
 
     def column(self, name: str) -> str:
         """The column of a field."""
@@ -94,8 +129,24 @@ class RowSchema:
     def _get(self, row: Row, name: str) -> object:
         column = self.column(name)
         if name in self.columns and column not in row:
-            raise RowError("E01", column, f"is not a column; the row has {', '.join(map(str, row)) or 'none'}")
+            raise RowError(
+                "E01", column, f"is not a column; the row has {', '.join(map(str, row)) or 'none'}; mend columns"
+            )
         return row.get(column)
+
+    def _without_controls(self, row: Row) -> tuple[Row, bool]:
+        """The row without control characters in its texts, and whether there were any; names of images stay as is."""
+        pictures = self.column("images")
+        dirty = {k for k, value in row.items() if k != pictures and any(map(CONTROLS.search, _texts(value)))}
+        return ({k: _strip(v) if k in dirty else v for k, v in row.items()} if dirty else row), bool(dirty)
+
+    def _images(self, row: Row) -> tuple[ImageRef, ...]:
+        if row.get("videos") and self.column("images") != "videos":
+            raise RowError("E02", "videos", "holds a video; only images are read, so give its frames as images")
+        value = self._get(row, "images")
+        if value is None or value == "":
+            return ()
+        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
     def _messages(self, row: Row) -> tuple[Message, ...]:
         if "prompt" not in self.columns and (messages := self._get(row, "messages")) is not None:
@@ -110,21 +161,28 @@ class RowSchema:
         value = self._get(row, "id")
         if value is None:
             return default
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        return check_text(value, self.column("id"))
+        number = isinstance(value, int) and not isinstance(value, bool)
+        return check_text((_json(value) or "") if number else value, self.column("id"))
 
     def _answer(self, row: Row) -> str:
         column, value = self.column("answer"), self._get(row, "answer")
-        if value is None:
-            if self.require_answer:
-                raise RowError("E01", column, "is missing; set require_answer: false if no reward reads it")
+        if value is None and self.require_answer:
+            raise RowError("E01", column, "is missing; set require_answer: false if no reward reads it")
+        if value is None or (value in ("", [], {}) and not self.require_answer):
             return ""
-        if value == "" and not self.require_answer:
-            return ""
-        if isinstance(value, str):
-            return check_text(value, column)
-        text = _json(value) if isinstance(value, (int, float, list, dict)) and not isinstance(value, bool) else None
+        if value in ([], {}):
+            raise RowError("E03", column, "is empty; set require_answer: false if no reward reads it")
+        answer = value if isinstance(value, str) else self._literal(value, column)
+        check_answer(check_text(answer, column), self.answer_kind, column)
+        return answer
+
+    @staticmethod
+    def _literal(value: object, column: str) -> str:
+        """An answer that is no text, written down."""
+        if isinstance(value, (date, time)) or (isinstance(value, Decimal) and value.is_finite()):
+            return str(value)
+        plain = isinstance(value, (int, float, list, dict)) and not isinstance(value, bool)
+        text = _json(value) if plain else None
         if text is None:
             shown = value if isinstance(value, (bool, float)) else type(value).__name__
             raise RowError("E02", column, f"is {shown}; an answer is text, a finite number, a list or an object")
@@ -148,19 +206,36 @@ class RowSchema:
             return ""  # the column of that name is another field, e.g. columns: {answer: target}
         return continue_think(parse_response(row.get(column), column), given, column)
 
-    def _metadata(self, row: Row) -> dict[str, str]:
-        """Columns that are no field, as text; those that hold binary data or nothing are left out."""
+    def _metadata(self, row: Row) -> tuple[dict[str, str], bool]:
+        """Columns that are no field, as text, and whether some were left out: binary, nested too deep, too long."""
         used = {self.column(name) for name in FIELDS}
         rest = {name: value for name, value in row.items() if name not in used and value is not None}
         texts = {name: value if isinstance(value, str) else _json(value) for name, value in rest.items()}
-        return {name: text for name, text in texts.items() if text is not None}
+        kept = {name: text for name, text in texts.items() if text is not None and len(text) <= MOST_METADATA_CHARS}
+        for name, text in kept.items():
+            check_unicode(name, repr(name))
+            check_unicode(text, name)
+        return kept, len(kept) < len(rest)
 
 
-def _image_refs(value: object) -> tuple[ImageRef, ...]:
-    """A list of references; a single one is wrapped, nothing and empty text are no image."""
-    if value is None or value == "":
-        return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+def _texts(value: object, depth: int = 0) -> Iterator[str]:
+    """All texts in nested data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)) and depth < DEEPEST:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item, depth + 1)
+
+
+def _strip(value: object, depth: int = 0) -> object:
+    """The same without control characters in its texts."""
+    if isinstance(value, str):
+        return CONTROLS.sub("", value)
+    if depth == DEEPEST:
+        return value
+    if isinstance(value, dict):
+        return {name: _strip(item, depth + 1) for name, item in value.items()}
+    return [_strip(item, depth + 1) for item in value] if isinstance(value, list) else value
 
 
 def _prepend_slots(messages: Sequence[Message], count: int) -> tuple[Message, ...]:
@@ -168,6 +243,13 @@ def _prepend_slots(messages: Sequence[Message], count: int) -> tuple[Message, ..
     return tuple(
         Message(message.role, (IMAGE,) * count + message.parts) if k == first else message
         for k, message in enumerate(messages)
+    )
+
+
+def _as_markup(messages: Sequence[Message]) -> tuple[Message, ...]:
+    return tuple(
+        Message(message.role, tuple(Markup(part) if isinstance(part, str) else part for part in message.parts))
+        for message in messages
     )
 
 
@@ -180,6 +262,6 @@ def _json(value: object) -> str | None:
 
 
 def _plain(value: object) -> str:
-    if isinstance(value, (date, Decimal)):
+    if isinstance(value, (date, time, Decimal)):
         return str(value)
     raise TypeError(f"{type(value).__name__} is no literal data")

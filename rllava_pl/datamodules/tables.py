@@ -1,10 +1,15 @@
-"""Rows of JSON lines, JSON, CSV, Parquet, Arrow, saved or hub data sets, all as sequences of dicts."""
+"""Rows of JSON lines, JSON, CSV, Parquet, Arrow, saved or hub data sets, all as sequences of dicts.
+
+A row that cannot be read is a bad row, not a bad file: it raises ``RowError`` when it is asked for.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+import math
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -16,14 +21,23 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, object]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+LONGEST_INT_DIGITS = 1000
 
 
-class LazyRows(Sequence[Row]):
+class Rows(Sequence[Row]):
     """A sequence whose rows are made one at a time; subclasses define ``__len__`` and ``row``."""
 
     def row(self, index: int) -> Row:
-        """Row ``index``, from 0."""
+        """Row ``index``, from 0.
+
+        Raises:
+            RowError: It cannot be read.
+        """
         raise NotImplementedError
+
+    def line(self, index: int) -> int:
+        """The line of the file, from 1, where row ``index`` begins; 0 where a file has no lines."""
+        return 0
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -37,27 +51,81 @@ class LazyRows(Sequence[Row]):
         return self.row(index)
 
 
-class JsonLines(LazyRows):
-    """Lines kept as bytes and parsed when asked for, so that a broken line is a broken row, not a broken file."""
+class JsonLines(Rows):
+    """Lines that stay in the file: what is kept of each, 16 bytes, is where it begins."""
 
     def __init__(self, path: Path) -> None:
-        self.lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+        self.path = path
+        self._offsets, self._lines = array("Q"), array("Q")
+        offset = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self._offsets.append(offset)
+                    self._lines.append(number)
+                offset += len(line)
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self._offsets)
+
+    def line(self, index: int) -> int:
+        """Blank lines count as lines and not as rows."""
+        return self._lines[index]
 
     def row(self, index: int) -> Row:
-        """Parse line ``index`` (blank lines not counted)."""
+        """Read and parse one line."""
+        with self.path.open("rb") as file:  # anew each time: workers would share the position of an open file
+            file.seek(self._offsets[index])
+            line = file.readline()
         try:
-            row = json.loads(self.lines[index])
+            return as_row(_parse_json(line.decode("utf-8-sig" if index == 0 else "utf-8")))
         except UnicodeDecodeError as error:
             raise RowError("E04", "line", f"is not UTF-8: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise RowError("E02", "line", f"is not JSON: {error}") from error
-        return as_row(row)
+        except RecursionError as error:
+            raise RowError("E02", "line", "is nested too deep") from error
+        except json.JSONDecodeError as error:
+            raise RowError("E02", "line", f"is not JSON: {error.msg} at column {error.colno}") from error
 
 
-class ArrowRows(LazyRows):
+class ListedRows(Rows):
+    """Rows of a JSON list, whatever they are."""
+
+    def __init__(self, rows: Sequence[object]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> Row:
+        """An item of the list."""
+        return as_row(self.rows[index])
+
+
+class CsvRows(Rows):
+    """Records of a CSV file; those with an error keep it until they are asked for."""
+
+    def __init__(self, header: list[str], records: list[tuple[int, list[str] | str]]) -> None:
+        self.header, self.records = header, records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def line(self, index: int) -> int:
+        """Quoted cells may have several lines; this is the first."""
+        return self.records[index][0]
+
+    def row(self, index: int) -> Row:
+        """Cells by the names in the header."""
+        _, cells = self.records[index]
+        if isinstance(cells, str):
+            raise RowError("E02", "line", f"is not CSV: {cells}")
+        if len(cells) != len(self.header):
+            hint = "quote cells that contain commas" if len(cells) > len(self.header) else "write empty cells as well"
+            raise RowError("E02", "line", f"has {len(cells)} cells, the header has {len(self.header)}; {hint}")
+        return dict(zip(self.header, cells, strict=True))
+
+
+class ArrowRows(Rows):
     """A Hugging Face data set without decoding: images stay bytes or paths until their header was checked."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -71,7 +139,10 @@ class ArrowRows(LazyRows):
 
     def row(self, index: int) -> Row:
         """Row ``index``; class labels by their name instead of their number."""
-        row = self.table[index].to_pylist()[0]
+        try:
+            row = self.table[index].to_pylist()[0]
+        except (ValueError, OverflowError) as error:  # e.g. bytes that are no UTF-8, a date beyond Python's
+            raise RowError("E00", "row", f"cannot be converted: {error}") from error
         for name, names in self.labels.items():
             if row[name] is not None and row[name] >= 0:
                 row[name] = names[row[name]]
@@ -88,7 +159,7 @@ class Table:
     """Short form that default ids begin with: ``train`` for ``data/train.jsonl``."""
     folder: Path | None
     """Where relative image paths start unless ``image_root`` says otherwise."""
-    rows: Sequence[Row]
+    rows: Rows
 
 
 def open_table(source: str) -> Table:
@@ -130,46 +201,73 @@ def as_row(row: object) -> Row:
     return row
 
 
-def _read_file(path: Path) -> Sequence[Row]:
+def _read_file(path: Path) -> Rows:
     if path.suffix == ".jsonl":
         return JsonLines(path)
     if path.suffix == ".json":
         return _read_json(path)
     if path.suffix == ".csv":
         return _read_csv(path)
-    from datasets import Dataset
-
-    if path.suffix == ".parquet":
-        return ArrowRows(Dataset.from_parquet(str(path)))
-    if path.suffix == ".arrow":
-        return ArrowRows(Dataset.from_file(str(path)))
+    if path.suffix in (".parquet", ".arrow"):
+        return _read_arrow(path)
     raise ValueError(f"{path}: unknown kind of data file {path.suffix!r}; known are {', '.join(SUFFIXES)}")
 
 
-def _read_json(path: Path) -> Sequence[Row]:
+def _parse_json(text: str) -> object:
+    """JSON in which a number too long to be one is infinite, and so refused wherever a number is read."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= LONGEST_INT_DIGITS else math.inf)
+
+
+def _read_json(path: Path) -> Rows:
     try:
-        rows = json.loads(path.read_bytes())
+        rows = _parse_json(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        hint = "in a .jsonl file, one row a line, broken rows are refused one by one"
+        raise ValueError(f"{path} is not JSON in UTF-8: {error}; {hint}") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds {type(rows).__name__}; a .json data file is one list of objects")
-    return rows
+    return ListedRows(rows)
 
 
-def _read_csv(path: Path) -> Sequence[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+def _read_csv(path: Path) -> Rows:
+    """Bytes that are no UTF-8 become lone surrogates, which are refused in the cell they stand in."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, strict=True)  # strict: a quote that is never closed would swallow all rows behind it
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}: the header names a column twice: {', '.join(header)}")
+        return CsvRows(header, list(_records(reader)))
+
+
+def _records(reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str] | str]]:
+    """Line and cells of every record that is not blank, or what is wrong with it."""
+    while True:
+        line = reader.line_num + 1  # type: ignore[attr-defined]
         try:
-            rows = list(reader)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} line {reader.line_num} is not CSV in UTF-8: {error}") from error
-    for number, row in enumerate(rows):
-        if None in row:
-            raise ValueError(f"{path} row {number} has more cells than the header; quote cells that contain commas")
-    return rows
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, str(error)
+        else:
+            if cells:
+                yield line, cells
 
 
-def _read_folder(folder: Path, split: str) -> Sequence[Row]:
+def _read_arrow(path: Path) -> Rows:
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
+
+    try:
+        parquet = path.suffix == ".parquet"
+        return ArrowRows(Dataset.from_parquet(str(path)) if parquet else Dataset.from_file(str(path)))
+    except (ArrowException, DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{path} cannot be read as {path.suffix.removeprefix('.')}: {cause}") from error
+
+
+def _read_folder(folder: Path, split: str) -> Rows:
     from datasets import DatasetDict, load_from_disk
 
     dataset = load_from_disk(str(folder))
@@ -180,7 +278,7 @@ def _read_folder(folder: Path, split: str) -> Sequence[Row]:
     return ArrowRows(dataset[split])
 
 
-def _read_hub(base: str, split: str) -> Sequence[Row]:
+def _read_hub(base: str, split: str) -> Rows:
     from datasets import load_dataset
 
     name, _, config = base.partition(":")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,7 +100,7 @@ def test_e02_no_image_reference(reader, ref):
     assert code_of(reader, ref) == {"E02"}
 
 
-@pytest.mark.parametrize("ref", ["none.png", "a" * 5000, "a\0b"])
+@pytest.mark.parametrize("ref", ["none.png", "a" * 5000, "a\ud800", "none/../none.png"])
 def test_e06_missing(reader, ref):
     assert code_of(reader, ref) == {"E06"}
 
@@ -107,12 +109,33 @@ def test_e07_paths_that_leave_the_folder(reader):
     outside = reader.root.parent / "outside.png"
     outside.write_bytes(encoded(noise()))
     (reader.root / "link.png").symlink_to(outside)
+    (reader.root / "proc").symlink_to("/proc/self")
     (reader.root / "folder").mkdir()
-    for ref in ("../outside.png", str(outside), "link.png", "folder"):
+    os.mkfifo(reader.root / "pipe.png")
+    for ref in ("../outside.png", str(outside), "link.png", "proc/environ", "/proc/self/mem", "a\0b", "folder", "."):
         assert code_of(reader, ref) == {"E07"}, ref
-    (reader.root / "inside.png").write_bytes(encoded(noise()))
-    (reader.root / "inner.png").symlink_to("inside.png")
-    reader.check("inner.png", "images[0]")
+    assert code_of(reader, "pipe.png") == {"E07"}  # and does not wait for somebody to write into it
+
+
+def test_links_that_stay_inside_are_followed(reader):
+    (reader.root / "deep").mkdir()
+    (reader.root / "deep" / "inside.png").write_bytes(encoded(noise()))
+    (reader.root / "inner.png").symlink_to("deep/inside.png")
+    (reader.root / "shallow").symlink_to("deep")
+    for ref in ("inner.png", "shallow/inside.png", "deep/../deep/inside.png"):
+        reader.check(ref, "images[0]")
+
+
+def test_a_link_put_in_place_after_the_check_is_not_followed(reader, monkeypatch):
+    """Whoever can write into the folder exchanges a picture, or a folder, between the check and the opening."""
+    secret = reader.root.parent / "secret"
+    secret.mkdir()
+    (secret / "a.png").write_bytes(encoded(noise()))
+    for trap, ref in ((reader.root / "a.png", "a.png"), (reader.root / "sub", "sub/a.png")):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(trap), "resolve", lambda path: path.absolute())  # what it was a moment ago
+            trap.symlink_to(secret / "a.png" if trap.suffix else secret)
+            assert code_of(reader, ref) <= {"E06", "E07"}
 
 
 def test_e07_no_folder_to_start_from():
@@ -121,8 +144,23 @@ def test_e07_no_folder_to_start_from():
 
 def test_e08_other_formats_and_animations(reader):
     moving = encoded(noise(), "WEBP", save_all=True, append_images=[noise().rotate(90)])
-    for data in (encoded(noise(), "BMP"), encoded(noise(), "GIF"), b"no image", b"", moving):
+    for data in (encoded(noise(), "BMP"), encoded(noise(), "GIF"), b"no image", b"<svg/>", b"%PDF-1.7", moving):
         assert code_of(reader, data) == {"E08"}
+
+
+def test_other_formats_and_first_frames_by_option(reader):
+    moving = encoded(noise(), "GIF", save_all=True, append_images=[noise().rotate(90)])
+    lenient = replace(reader, formats=("BMP", "GIF"), animations="first_frame")
+    for data in (encoded(noise(), "BMP"), moving):
+        lenient.check(data, "images[0]")
+        assert lenient.load(data, "images[0]").size == (20, 12)
+    assert code_of(replace(lenient, animations="reject"), moving) == {"E08"}
+    assert code_of(lenient, encoded(noise(), "PNG")) == {"E08"}
+
+
+def test_e10_nothing_in_it(reader):
+    (reader.root / "empty.png").touch()
+    assert code_of(reader, b"") == code_of(reader, "empty.png") == {"E10"}
 
 
 @pytest.mark.parametrize("side", [7000, 12_000, 40_000])
@@ -151,7 +189,11 @@ def test_e11_degenerate(reader, size):
     reader.check(encoded(Image.new("RGB", (400, 2))), "images[0]")
 
 
-@pytest.mark.parametrize("ref", ["https://a.org/b.png", "file:///b.png", "data:image/png;base64,AAAA", "HTTP://a/b"])
+URLS = """https://a.org/b.png|file:///b.png|data:image/png;base64,AAAA|HTTP://a/b|http:/a|http:a| https://a|//a.org/b
+http:\\\\a|\\\\a\\b|s3://a/b|hf://a|zip::a.zip|ftp://a|http://2130706433/|http://[::ffff:7f00:1]/|file:b.png|gopher://a"""
+
+
+@pytest.mark.parametrize("ref", URLS.replace("\n", "|").split("|"))
 def test_e12_url(reader, ref):
     assert code_of(reader, ref) == code_of(reader, {"path": ref}) == {"E12"}
 

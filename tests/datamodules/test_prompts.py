@@ -178,14 +178,14 @@ def test_bad_rows_are_named_with_source_row_field_and_reason(tmp_path):
     ]
     message = str(caught.value)
     assert message.startswith("3 of 5 rows cannot be used (E03 empty text: 1, E06 image missing: 1, E10 image cannot")
-    assert f"{source} row 3, prompt: is empty (E03 empty text)" in message
+    assert f"{source} row 3 (line 4), prompt: is empty; leave the row out, or fill it in (E03 empty text)" in message
 
 
 def test_the_message_shows_ten_rows_and_the_total(tmp_path):
     source = jsonl(tmp_path / "train.jsonl", [{"prompt": ""}] * 25)
     with pytest.raises(DataError, match=r"25 of 25 rows cannot be used") as caught:
         PromptDataModule(train=source).setup("fit")
-    assert str(caught.value).count(" row ") == 10
+    assert str(caught.value).count("jsonl row ") == 10
     assert str(caught.value).endswith("... and 15 more")
     assert len(caught.value.rejections) == 25
 
@@ -207,7 +207,7 @@ def test_e15_duplicate_ids_name_the_first_one(tmp_path):
     source = jsonl(tmp_path / "train.jsonl", [row | {"id": "same"} for row in texts(2)])
     (rejection,) = PromptDataModule(train=source).audit("train").rejections
     message = f"'same' is already the id of {source} row 0; ids must be unique in a split"
-    assert rejection == Rejection(source, 1, "id", "E15", message)
+    assert rejection == Rejection(source, 1, "id", "E15", message, "same", 2)
 
 
 def test_a_share_of_bad_rows_may_be_left_out_with_one_warning(tmp_path):
@@ -223,7 +223,7 @@ def test_a_share_of_bad_rows_may_be_left_out_with_one_warning(tmp_path):
 def test_added_slots_are_counted(tmp_path, rows):
     rows[0]["problem"] = "Which color?"
     audit = PromptDataModule(train=as_jsonl(tmp_path, rows), columns=COLUMNS).audit("train")
-    assert (audit.slots_added, len(audit)) == (1, 2)
+    assert (audit.repairs["W01"], len(audit)) == (1, 2)
     assert audit[0].messages[0].parts == (IMAGE, "Which color?")
 
 
@@ -269,7 +269,9 @@ def test_a_mapped_response_that_no_training_row_has_is_a_slip(tmp_path):
 
 def test_equal_responses_are_named_with_their_row(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", [row | {"target": "4", "rejected": "4"} for row in texts(1)])
-    with pytest.raises(DataError, match=r"row 0, rejected: equals the target; .* \(E20 pair of equal responses\)"):
+    with pytest.raises(
+        DataError, match=r"row 0 \(line 1\), rejected: equals the target; .* \(E20 pair of equal responses\)"
+    ):
         PromptDataModule(train=source).setup("fit")
 
 
@@ -277,7 +279,7 @@ def test_an_image_that_vanishes_after_the_audit_names_its_row(tmp_path, rows):
     data = PromptDataModule(train=as_jsonl(tmp_path, rows), columns=COLUMNS)
     data.setup("fit")
     (tmp_path / "blue.png").unlink()
-    with pytest.raises(DataError, match=r"train\.jsonl row 1, image\[0\]: 'blue\.png' is not in image_root"):
+    with pytest.raises(DataError, match=r"train\.jsonl row 1 \(line 2\), image\[0\]: 'blue\.png' is not in image_root"):
         data.train_prompts[1]
 
 
@@ -294,7 +296,7 @@ def test_only_the_splits_of_the_stage_are_read(tmp_path):
     [
         ("a.json", '{"prompt": "a"}', "holds dict; a .json data file is one list of objects"),
         ("a.json", "[1,", "a.json is not JSON"),
-        ("a.csv", "prompt,answer\na,b,c\n", "row 0 has more cells than the header"),
+        ("a.csv", "prompt,prompt\na,b\n", "the header names a column twice: prompt, prompt"),
         ("a.txt", "a", r"unknown kind of data file '\.txt'; known are \.jsonl, \.json, \.csv, \.parquet, \.arrow"),
         ("a.jsonl", "", "the train split has no rows: .*a.jsonl"),
     ],

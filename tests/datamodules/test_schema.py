@@ -75,8 +75,8 @@ def test_w01_slots_are_put_in_front_of_the_first_user_message():
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Compare."}]
     parsed = RowSchema().parse({"messages": chat, "images": ["a", "b"], "answer": "4"}, "t:0")
     assert parsed.messages[1] == Message("user", (IMAGE, IMAGE, "Compare."))
-    assert parsed.slots_added
-    assert not RowSchema().parse(ROW | {"prompt": "<image>a", "images": ["a"]}, "t:0").slots_added
+    assert parsed.repairs == ("W01",)
+    assert RowSchema().parse(ROW | {"prompt": "<image>a", "images": ["a"]}, "t:0").repairs == ()
 
 
 @pytest.mark.parametrize("images", [None, "", [], ()])

@@ -1,0 +1,82 @@
+"""What an answer has to look like for the reward that will read it, checked when the data is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal
+
+from rllava_pl.datamodules.rejections import RowError
+from rllava_pl.rewards.text import exact, last_block, number
+
+AnswerKind = Literal["text", "number", "integer", "box", "json"]
+MOST_CHARS = 64 * 1024
+
+
+def check_answer(answer: str, kind: AnswerKind, column: str) -> None:
+    """Refuse an answer that is too long, or that a reward for this kind of answers could not read.
+
+    Raises:
+        RowError: E16.
+    """
+    if len(answer) > MOST_CHARS:
+        raise RowError("E16", column, f"has {len(answer)} characters; an answer has at most {MOST_CHARS}")
+    label = last_block(answer, "answer")  # rewards accept a tagged label
+    expected, fits = KINDS[kind]
+    if not fits((answer if label is None else label).strip()):
+        raise RowError("E16", column, f"is {_shown(answer)}; answer_kind {kind} needs {expected}")
+
+
+def check_target(target: str, answer: str, column: str) -> None:
+    """Refuse a target whose last ``<answer>`` block says something else than the row's answer.
+
+    Raises:
+        RowError: E19.
+    """
+    said, label = last_block(target, "answer"), last_block(answer, "answer")
+    truth = answer if label is None else label
+    if said is not None and truth.strip() and not exact(said, truth):
+        raise RowError("E19", column, f"answers {_shown(said)}, but the row's answer is {_shown(truth)}; mend one")
+
+
+def _is_integer(text: str) -> bool:
+    value = number(text)
+    return value is not None and value.denominator == 1
+
+
+def _is_box(text: str) -> bool:
+    box = _literal(text)
+    if not (isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)):
+        return False
+    left, top, right, bottom = box
+    return all(map(math.isfinite, box)) and right > left and bottom > top
+
+
+def _literal(text: str) -> object:
+    """JSON as data; None for what is none, and for numbers that are not finite."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:60] + "...")
+
+
+KINDS: Mapping[AnswerKind, tuple[str, Callable[[str], bool]]] = MappingProxyType(
+    {
+        "text": ("text", bool),
+        "number": ("a number such as 4, -0.5, 1/2, 1,000 or 50%", lambda text: number(text) is not None),
+        "integer": ("a whole number", _is_integer),
+        "box": ("[x1, y1, x2, y2] with finite numbers, x2 > x1 and y2 > y1", _is_box),
+        "json": ("valid JSON", lambda text: text == "null" or _literal(text) is not None),
+    }
+)
+"""What is needed, in words and as a check."""

@@ -1,0 +1,154 @@
+"""Checking every row: what is kept, what is refused and why, what was mended. Nothing is skipped uncounted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from rllava_pl.datamodules.images import ImageReader
+from rllava_pl.datamodules.model_checks import ModelChecks
+from rllava_pl.datamodules.rejections import Rejection, RowError
+from rllava_pl.datamodules.schema import ParsedRow, RowSchema
+from rllava_pl.datamodules.tables import Table
+from rllava_pl.types import Prompt
+
+MOST_CHARS = 400
+"""Of a message; a hostile row must not flood the report."""
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """One table with everything needed to turn its rows into prompts."""
+
+    table: Table
+    schema: RowSchema
+    images: ImageReader
+    model: ModelChecks | None = None
+    """Checks by the model's processor, if it is known."""
+
+    def check(self, row: int) -> ParsedRow:
+        """Check everything about a row; its images are decoded, and dropped again.
+
+        Raises:
+            RowError: What is wrong with it.
+        """
+        parsed = self.parse(row)
+        for name, ref in self._image_fields(parsed):
+            self.images.check(ref, name)
+        if self.model is None:
+            return parsed
+        fields = {name: self.schema.column(name) for name in ("target", "rejected")}
+        fields["prompt"] = self.schema.text_column(self.table.rows[row])
+        more = self.model.check(self._prompt(parsed, row), fields, lambda: self.prompt(row))
+        return replace(parsed, repairs=parsed.repairs + more)
+
+    def parse(self, row: int) -> ParsedRow:
+        """Text and image references of a row."""
+        return self.schema.parse(self.table.rows[row], self.default_id(row))
+
+    def prompt(self, row: int) -> Prompt:
+        """The prompt with its images decoded."""
+        parsed = self.parse(row)
+        images = tuple(self.images.load(ref, name) for name, ref in self._image_fields(parsed))
+        return replace(self._prompt(parsed, row), images=images)
+
+    def default_id(self, row: int) -> str:
+        """Id of a row that brings none."""
+        return f"{self.table.name}:{row}"
+
+    def rejection(self, row: int, error: RowError) -> Rejection:
+        """The verdict on a row, fit to be printed whatever the row holds."""
+        try:
+            uid = self.schema.id_of(self.table.rows[row], self.default_id(row))
+        except RowError:
+            uid = self.default_id(row)
+        line = self.table.rows.line(row)
+        name, message, uid = (_printable(text) for text in (error.field, error.message, uid))
+        return Rejection(self.table.source, row, name, error.code, message, uid, line)
+
+    def _prompt(self, parsed: ParsedRow, row: int) -> Prompt:
+        return Prompt(
+            uid=parsed.uid,
+            messages=parsed.messages,
+            answer=parsed.answer,
+            target=parsed.target,
+            rejected=parsed.rejected,
+            metadata=parsed.metadata,
+            source=f"{self.table.source} row {row}",
+        )
+
+    def _image_fields(self, parsed: ParsedRow) -> Iterator[tuple[str, object]]:
+        column = self.schema.column("images")
+        return ((f"{column}[{k}]", ref) for k, ref in enumerate(parsed.images))
+
+
+@dataclass
+class Audit:
+    """What became of every row: ``len(kept) + len(rejections) == total``, always."""
+
+    total: int = 0
+    """Rows looked at."""
+    kept: list[tuple[int, int]] = field(default_factory=list)
+    """Source and row of every usable row."""
+    rejections: list[Rejection] = field(default_factory=list)
+    repairs: Counter[str] = field(default_factory=Counter)
+    """Number of usable rows by the code of what was mended."""
+    filled: Counter[str] = field(default_factory=Counter)
+    """Number of usable rows that have a ``target``, and that have a ``rejected`` response."""
+
+
+def audit(sources: Sequence[PromptSource], decode: bool = False, tick: Callable[[], None] = lambda: None) -> Audit:
+    """Check every row of some sources.
+
+    Args:
+        sources: Ids are unique among all of them.
+        decode: Also decode every image in full, as training does; without it JPEGs are only decoded small.
+        tick: Called after every row.
+    """
+    result, seen = Audit(), dict[str, tuple[int, int]]()
+    for s, source in enumerate(sources):
+        for row in range(len(source.table.rows)):
+            try:
+                parsed = _check(source, row, decode)
+                _check_unique(parsed.uid, seen, sources, source.schema.column("id"))
+            except RowError as error:
+                result.rejections.append(source.rejection(row, error))
+            else:
+                seen[parsed.uid] = (s, row)
+                result.kept.append(seen[parsed.uid])
+                result.repairs.update(parsed.repairs)
+                result.filled.update(target=bool(parsed.target), rejected=bool(parsed.rejected))
+            result.total += 1
+            tick()
+    return result
+
+
+def _check(source: PromptSource, row: int, decode: bool) -> ParsedRow:
+    """Check one row; whatever it makes the libraries raise is a verdict on it, and none on the rows behind it.
+
+    Raises:
+        RowError: What is wrong with it; E00 if nobody foresaw it.
+    """
+    try:
+        parsed = source.check(row)
+        if decode:
+            source.prompt(row)
+    except (RowError, MemoryError):
+        raise
+    except Exception as error:
+        raise RowError("E00", "row", f"raised {type(error).__name__}: {error}; see what is unusual about it") from error
+    return parsed
+
+
+def _check_unique(uid: str, seen: dict[str, tuple[int, int]], sources: Sequence[PromptSource], column: str) -> None:
+    if uid in seen:
+        s, row = seen[uid]
+        first = f"{sources[s].table.source} row {row}"
+        raise RowError("E15", column, f"{uid!r} is already the id of {first}; ids must be unique in a split")
+
+
+def _printable(text: str) -> str:
+    """Without characters that a terminal or a file would stumble over, and of bounded length."""
+    text = text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

@@ -1,0 +1,97 @@
+"""What only the model's own processor can tell of a row: special tokens, the chat template's objections, lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rllava_pl.datamodules.rejections import RowError
+from rllava_pl.models.encoding import encode, prompt_text, tokenizer_of, unexpanded_ids
+from rllava_pl.models.literal import SpecialTokens
+from rllava_pl.types import Prompt
+
+if TYPE_CHECKING:
+    from rllava_pl.models.encoding import Processor
+
+SpecialTokenPolicy = Literal["escape", "reject", "allow"]
+
+
+@dataclass(frozen=True)
+class ModelChecks:
+    """Checks by a model's processor, on prompts whose rows are right by themselves."""
+
+    processor: Processor
+    special_tokens: SpecialTokenPolicy = "escape"
+    """Texts that spell special tokens: read as plain text, refused, or (but for image tokens) read as these tokens."""
+    max_prompt_tokens: int = 0
+    """Longest prompt with its image tokens; 0 does not measure."""
+    max_target_tokens: int = 0
+    """Longest target or rejected response with its end token; 0 does not measure."""
+
+    def check(self, prompt: Prompt, fields: dict[str, str], with_images: Callable[[], Prompt]) -> tuple[str, ...]:
+        """Check one prompt.
+
+        Args:
+            prompt: Without its images.
+            fields: Column of ``prompt``, ``target`` and ``rejected``, for messages.
+            with_images: Makes the prompt with its images, which is needed to measure it.
+
+        Returns:
+            Codes of what was mended.
+
+        Raises:
+            RowError: E13, E14, E17, E18.
+        """
+        for name in ("target", "rejected"):
+            self._check_response(getattr(prompt, name), fields[name])
+        repairs = self._check_special_tokens(prompt, fields["prompt"])
+        self._check_template(prompt, fields["prompt"])
+        if self.max_prompt_tokens:
+            self._check_length(with_images(), fields["prompt"])
+        return repairs
+
+    def _check_special_tokens(self, prompt: Prompt, field: str) -> tuple[str, ...]:
+        special = SpecialTokens.of(tokenizer_of(self.processor))
+        if not any(map(special.spelled_by, prompt.messages)):
+            return ()
+        found = [token for message in prompt.messages for part in message.parts for token in special.spelled_in(part)]
+        spelled = f"spells {found[0]!r}" if found else "has parts that together spell a token"
+        if self.special_tokens == "reject":
+            raise RowError("E13", field, f"{spelled}, special to the model; take it out, or set special_tokens: escape")
+        if self.special_tokens == "allow":  # then only image tokens are found
+            raise RowError("E13", field, f"{spelled}, which stands for image content; images have slots instead")
+        try:
+            unexpanded_ids(self.processor, prompt)
+        except ValueError as error:  # this tokenizer cannot tell the two apart
+            raise RowError("E13", field, f"{spelled}, special to the model; take it out") from error
+        return ("W02",)
+
+    def _check_response(self, text: str, field: str) -> None:
+        """A response is read as the policy would write it, so tokens that it cannot write must not stand in it."""
+        tokenizer = tokenizer_of(self.processor)
+        special = SpecialTokens.of(tokenizer)
+        control = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+        for token in special.all.findall(text):
+            if self.special_tokens == "reject" or token in control or special.pictures.fullmatch(token):
+                raise RowError("E13", field, f"has the special token {token!r}, which no response holds; take it out")
+        if text and self.max_target_tokens:
+            tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
+            if tokens > self.max_target_tokens:
+                limit = f"max_target_tokens is {self.max_target_tokens}"
+                raise RowError("E18", field, f"has {tokens} tokens with its end token; {limit}")
+
+    def _check_template(self, prompt: Prompt, field: str) -> None:
+        """Some chat templates refuse some orders of roles; better now than in the middle of a run."""
+        from jinja2 import TemplateError
+
+        try:
+            prompt_text(self.processor, prompt)
+        except TemplateError as error:
+            raise RowError("E17", field, f"is refused by the model's chat template: {error}") from error
+
+    def _check_length(self, prompt: Prompt, field: str) -> None:
+        tokens = len(encode(self.processor, [prompt])[0])
+        if tokens > self.max_prompt_tokens:
+            limit = f"max_prompt_tokens is {self.max_prompt_tokens}"
+            raise RowError("E14", field, f"has {tokens} tokens after the chat template; {limit}")
