@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rllava_pl.functional.logprobs import chunked_token_log_probs, token_log_probs
 from rllava_pl.models import shared_prompt
+from rllava_pl.models.blank import blank_prompt, hide, with_blank
 from rllava_pl.models.encoding import collate, encode, encode_response, tokenizer_of
 from rllava_pl.models.families import banned_token_ids, family_of
 from rllava_pl.types import PolicyBatch, PolicyOutput, Prompt, PromptInputs
@@ -59,7 +60,14 @@ class Policy(nn.Module):
         self.stop_ids = _stop_ids(model, self.tokenizer)
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_ids[0]
         self.shares_prompt = share_prompt and shared_prompt.enable(model)
+        self.always_sees = False
+        """Whether a batch without images is shown a blank one; needed on several ranks, see ``blank.py``."""
         _turn_off_dropout(model)
+
+    @cached_property
+    def blank(self) -> PromptInputs:
+        """A prompt about nothing, with an image where the model has eyes."""
+        return blank_prompt(self.processor, self.family)
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +94,11 @@ class Policy(nn.Module):
 
     def collate(self, inputs: Sequence[PromptInputs]) -> dict[str, Tensor]:
         """Padded model inputs of several prompts with their position ids, on the policy's device and in its dtype."""
-        batch = collate(inputs, pad_id=self.pad_id, axis=self.family.image_axis, device=self.device)
+        blind = self.always_sees and not any(x.images for x in inputs)
+        shown = with_blank(inputs, self.blank) if blind else inputs
+        batch = collate(shown, pad_id=self.pad_id, axis=self.family.image_axis, device=self.device)
+        if blind:
+            hide(batch["attention_mask"], len(self.blank))
         batch["position_ids"] = self._positions(batch)
         return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in batch.items()}
 

@@ -101,7 +101,9 @@ def _expect(found: set[str], pattern: str, names: set[str], key: str = "freeze")
 
 
 def hf_weights(
-    model: PreTrainedModel, full: Callable[[Tensor], Tensor] = Tensor.detach
+    model: PreTrainedModel,
+    full: Callable[[Tensor], Tensor] = Tensor.detach,
+    within: Callable[[nn.Module], bool] = lambda module: True,
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream ``(name, tensor)`` of the whole model as its ``state_dict`` names it, one tensor at a time.
 
@@ -111,15 +113,29 @@ def hf_weights(
     Args:
         model: With or without adapters.
         full: Gathers a parameter that is sharded; by default the parameter as it is.
+        within: Whether to stream what a module holds itself; by default all is.
     """
-    scale = {f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if ".lora_" in name:
+    adapted = {id(module.base_layer): module for module in model.modules() if hasattr(module, "lora_A")}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if ".lora_" in prefix or not within(module):
             continue
-        weight = full(tensor)
-        if name in scale:
-            layer = scale[name]
-            (adapter,) = layer.active_adapters
-            a, b = full(layer.lora_A[adapter].weight), full(layer.lora_B[adapter].weight)
-            weight = weight + (layer.scaling[adapter] * (b.float() @ a.float())).to(weight.dtype)
-        yield name.replace(".base_layer.", "."), weight
+        for name, tensor in _own_state(module):
+            weight = full(tensor)
+            if name == "weight" and id(module) in adapted:
+                layer = adapted[id(module)]
+                (adapter,) = layer.active_adapters
+                a, b = full(layer.lora_A[adapter].weight), full(layer.lora_B[adapter].weight)
+                weight = weight + (layer.scaling[adapter] * (b.float() @ a.float())).to(weight.dtype)
+            parts = [part for part in prefix.split(".") if part not in _WRAPPERS]
+            yield ".".join([*filter(None, parts), name]), weight
+
+
+_WRAPPERS = {"base_layer", "_fsdp_wrapped_module"}
+"""Attributes under which adapters and FSDP keep what they wrap."""
+
+
+def _own_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a module itself, without its children, adds to a ``state_dict``: parameters and persistent buffers."""
+    yield from ((name, p) for name, p in module._parameters.items() if p is not None)
+    hidden = module._non_persistent_buffers_set
+    yield from ((name, b) for name, b in module._buffers.items() if b is not None and name not in hidden)

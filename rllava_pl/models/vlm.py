@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +12,7 @@ from rllava_pl.models.quiet import no_progress_bar
 from rllava_pl.models.trainable import LoRA, add_lora, freeze
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from rllava_pl.models.encoding import Processor
     from rllava_pl.models.policy import Policy
@@ -60,17 +61,21 @@ class VLM:
     def prepare(self, seed: int) -> None:
         """Make the checkpoint available; called once a machine, before anything is loaded."""
 
-    def load(self, *, temperature: float = 1.0, trainable: bool = True) -> Policy:
+    def load(self, *, temperature: float = 1.0, trainable: bool = True, empty: bool = False) -> Policy:
         """Load weights and processor.
 
         Args:
             temperature: Of sampling, and so of the log-probs.
             trainable: False gives a frozen copy without adapters: a reference policy.
+            empty: Parameters have shapes but no values and no memory (``meta``); buffers are right.
         """
         from rllava_pl.models.policy import Policy
 
         policy = Policy(
-            self._load_model(), self.load_processor(), temperature=temperature, share_prompt=self.share_prompt
+            self._empty_model() if empty else self._load_model(),
+            self.load_processor(),
+            temperature=temperature,
+            share_prompt=self.share_prompt,
         )
         if self.share_prompt and not policy.shares_prompt:
             log.warning("%s: each prompt is computed once a completion; sharing is not known to be exact", self.path)
@@ -86,18 +91,30 @@ class VLM:
         return load_processor(self.path, revision=self.revision)
 
     def _load_model(self) -> PreTrainedModel:
+        _, auto, options = self._architecture()
+        with no_progress_bar():
+            return auto.from_pretrained(self.path, revision=self.revision, **options)
+
+    def _empty_model(self) -> PreTrainedModel:
+        from accelerate import init_empty_weights
+        from transformers import GenerationConfig
+
+        config, auto, options = self._architecture()
+        with init_empty_weights(include_buffers=False):
+            model = auto.from_config(config, **options)
+        model.tie_weights()  # empty parameters were made one by one
+        with suppress(OSError):  # a checkpoint need not have one
+            model.generation_config = GenerationConfig.from_pretrained(self.path, revision=self.revision)
+        return model
+
+    def _architecture(self) -> tuple[PretrainedConfig, type, dict[str, object]]:
+        """Config, the class that builds models of it, and how."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
         config = AutoConfig.from_pretrained(self.path, revision=self.revision)
         auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-        with no_progress_bar():
-            return auto.from_pretrained(
-                self.path,
-                revision=self.revision,
-                dtype=getattr(torch, self.dtype),
-                attn_implementation=self.attn_implementation,
-            )
+        return config, auto, {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attn_implementation}
 
     def _make_trainable(self, model: PreTrainedModel) -> None:
         freeze(model, self.freeze)
@@ -155,12 +172,12 @@ class TinyVLM(VLM):
         self.threads = threads
         self.cache_dir = Path(cache_dir) if cache_dir else _cache_home() / "rllava_pl"
 
-    def load(self, *, temperature: float = 1.0, trainable: bool = True) -> Policy:
+    def load(self, *, temperature: float = 1.0, trainable: bool = True, empty: bool = False) -> Policy:
         """As ``VLM.load``; also sets the number of threads."""
         import torch
 
         torch.set_num_threads(self.threads)
-        return super().load(temperature=temperature, trainable=trainable)
+        return super().load(temperature=temperature, trainable=trainable, empty=empty)
 
     def prepare(self, seed: int) -> None:
         """Build the model of this recipe and seed unless it is in the cache, and point ``path`` at it."""

@@ -11,8 +11,8 @@ a request (``prefix_ids``) are read with the prompt and draw no number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from torch import Tensor
 from rllava_pl.functional.seeds import uniforms
 from rllava_pl.models.encoding import extend
 from rllava_pl.models.policy import Policy, next_positions
+from rllava_pl.strategies.collectives import max_over_ranks
+from rllava_pl.strategies.signals import abort_if_asked
 from rllava_pl.types import PromptInputs, Request, Rollout, Sampling, Turn
 
 
@@ -29,13 +31,25 @@ class TransformersEngine:
     Args:
         policy: The one that is trained; its weights are read at every call.
         batch_prompts: Prompts sampled at a time; bounds the memory of the cache.
+        parts: Context in which the policy's model may be called by itself, where it is sharded.
+        in_step: Whether every call of a layer is a call on all ranks. They then make equally many: ranks with fewer
+            prompts, or whose answers have ended, go on with rows that count for nothing.
     """
 
-    def __init__(self, policy: Policy, *, batch_prompts: int = 64) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        batch_prompts: int = 64,
+        parts: Callable[[], AbstractContextManager[None]] = nullcontext,
+        in_step: bool = False,
+    ) -> None:
         if batch_prompts < 1:
             raise ValueError(f"batch_prompts is {batch_prompts}; at least one prompt must be sampled at a time")
         self.policy = policy
         self.batch_prompts = batch_prompts
+        self.parts = parts
+        self.in_step = in_step
         self.version = -1
 
     @property
@@ -46,10 +60,18 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """Complete every request once a seed; see ``RolloutEngine``."""
         rollouts: list[Rollout] = []
-        with _evaluating(self.policy), torch.no_grad():
-            for start in range(0, len(requests), self.batch_prompts):
-                rollouts += self._complete(requests[start : start + self.batch_prompts], sampling)
+        with _evaluating(self.policy), self.parts(), torch.no_grad():
+            for batch in self._batches(requests):
+                rollouts += self._complete(batch, sampling)
         return rollouts
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+        """``batch_prompts`` requests at a time; in step, as many batches on every rank, the last ones empty."""
+        batches = -(-len(requests) // self.batch_prompts)
+        if self.in_step:
+            batches = int(max_over_ranks(torch.tensor(batches, device=self.policy.device)))
+        for start in range(0, batches * self.batch_prompts, self.batch_prompts):
+            yield requests[start : start + self.batch_prompts]
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Nothing to copy: the engine reads the trained weights themselves."""
@@ -65,10 +87,10 @@ class TransformersEngine:
         """Nothing to free."""
 
     def _complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-        row_of_N = [p for p, request in enumerate(requests) for _ in request.seeds]
-        seeds_N = torch.tensor([seed for request in requests for seed in request.seeds], device=self.policy.device)
-        sampler = _Sampler(self.policy, sampling, seeds_N)
-        contexts = [self._context(request) for request in requests]
+        row_of_N = [p for p, request in enumerate(requests) for _ in request.seeds] or [0]
+        seeds = [seed for request in requests for seed in request.seeds] or [0]
+        sampler = _Sampler(self.policy, sampling, torch.tensor(seeds, device=self.policy.device), self.in_step)
+        contexts = [self._context(request) for request in requests] or [self.policy.blank]
         if _expandable(self.policy):
             self._decode(contexts, torch.tensor(row_of_N, device=self.policy.device), sampler)
         else:
@@ -76,6 +98,7 @@ class TransformersEngine:
         return [
             self._rollout(requests[p], ids, logp, stopped)
             for p, ids, logp, stopped in zip(row_of_N, *sampler.result(), strict=True)
+            if requests
         ]
 
     def _context(self, request: Request) -> PromptInputs:
@@ -153,8 +176,9 @@ class TransformersEngine:
 class _Sampler:
     """Draws tokens row by row and remembers ids, log-probs and which rows have ended."""
 
-    def __init__(self, policy: Policy, sampling: Sampling, seeds_N: Tensor) -> None:
+    def __init__(self, policy: Policy, sampling: Sampling, seeds_N: Tensor, in_step: bool = False) -> None:
         self.sampling = sampling
+        self.in_step = in_step
         self.temperature = sampling.temperature or policy.temperature
         """Of the log-probs: those of a greedy response are the policy's, as the trainer scores it."""
         self.seeds_N = seeds_N
@@ -172,10 +196,16 @@ class _Sampler:
 
     @property
     def finished(self) -> bool:
-        return self.step == self.sampling.max_tokens or bool(self.stopped_N.all())
+        """Whether nothing is left to draw, here or, in step, on any rank; then collective."""
+        if self.step == self.sampling.max_tokens:
+            return True
+        going = (~self.stopped_N).any()
+        return not bool(max_over_ranks(going.long()) if self.in_step else going)
 
     def draw(self, logits_NV: Tensor) -> Tensor:
         """One token for every row of the batch; rows that have ended get the pad id."""
+        if not self.in_step:  # else the other ranks would wait in the next layer
+            abort_if_asked()
         scores = (logits_NV.float() / self.temperature).index_fill(1, self.banned, float("-inf"))
         logp_NV = scores.log_softmax(-1)
         token = logp_NV.argmax(-1) if self.sampling.temperature == 0 else self._invert(logp_NV)
@@ -200,7 +230,7 @@ class _Sampler:
     def drop_finished(self) -> Tensor | None:
         """Positions of the rows to go on with once most have ended; None while shrinking the batch does not pay."""
         going = (~self.stopped_N[self.alive]).nonzero()[:, 0]
-        if len(going) * 2 > len(self.alive):
+        if len(going) * 2 > len(self.alive) or not len(going):  # another rank's answers may go on
             return None
         self.alive = self.alive[going]
         return going

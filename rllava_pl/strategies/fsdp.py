@@ -1,0 +1,121 @@
+"""Fully sharded data parallelism, first generation: the parameters of a layer are flattened into one, and cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rllava_pl.models.trainable import hf_weights
+from rllava_pl.strategies import updates
+from rllava_pl.strategies.ddp import RLStrategyMixin
+from rllava_pl.strategies.sharding import LocalShards, units
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class RLFSDPStrategy(RLStrategyMixin, LocalShards, FSDPStrategy):
+    """Weights, gradients and optimizer states in equal parts on all ranks; ``rl_fsdp2`` is its successor.
+
+    Rank 0 alone reads the checkpoint, the others begin empty and receive their parts. Gradients are exchanged in every
+    micro-batch, so that no rank ever holds those of the whole model.
+
+    Args:
+        sharding_strategy: ``HYBRID_SHARD`` cuts within a machine and copies between machines.
+        allow_cpu: Run on CPU processes; for tests, it saves no memory there.
+        process_group_backend: By default ``nccl`` on GPUs, ``gloo`` on CPUs.
+        timeout: After so long without an answer from another rank the run fails.
+    """
+
+    def __init__(
+        self,
+        sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"] = "FULL_SHARD",
+        allow_cpu: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            sharding_strategy=sharding_strategy, process_group_backend=process_group_backend, timeout=timeout
+        )
+        self.allow_cpu = allow_cpu
+
+    def setup_environment(self) -> None:
+        """As usual, where there are GPUs or CPUs will do."""
+        updates.check_accelerator(self, self.allow_cpu)
+        super().setup_environment()
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        """Wrap layer by layer; stock code takes no CPU for a device."""
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        if isinstance(model, FullyShardedDataParallel):  # it stays wrapped between the stages of a run
+            return model
+        apart = {id(unit) for unit in units(model)}
+        return FullyShardedDataParallel(
+            module=model,
+            device_id=self.root_device,
+            auto_wrap_policy=lambda module, recurse, nonwrapped_numel: recurse or id(module) in apart,
+            mixed_precision=self.mixed_precision_config,
+            sharding_strategy=self.sharding_strategy,
+            sync_module_states=True,
+            param_init_fn=self._make_room,
+            **self.kwargs,
+        )
+
+    def _make_room(self, module: nn.Module) -> None:
+        """Empty parameters in place of those that rank 0 will send; buffers have their values."""
+        module._apply(lambda x: torch.empty_like(x, device=self.root_device) if x.is_meta else x, recurse=False)
+
+
+StrategyRegistry.register("rl_fsdp", RLFSDPStrategy, description="FSDP for steps with many forwards")
+
+
+@updates.check.register(RLFSDPStrategy)
+def _(strategy: RLFSDPStrategy) -> None:
+    """Right: gradients are summed in shards, in every micro-batch."""
+
+
+@updates.clip_gradients.register(RLFSDPStrategy)
+def _(strategy: RLFSDPStrategy, optimizer: Optimizer, max_norm: float) -> Tensor:
+    return strategy.model.clip_grad_norm_(max_norm)  # type: ignore[no-any-return, operator]
+
+
+@updates.full_weights.register(RLFSDPStrategy)
+def _(strategy: RLFSDPStrategy, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Unit by unit: what a layer holds, or what belongs to none, is gathered at a time."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    units = FullyShardedDataParallel.fsdp_modules(strategy.model)
+    unit_of = {id(module): unit for unit in units for module in unit.modules()}  # outer units first, inner ones win
+    for unit in units:
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+            yield from hf_weights(
+                model, lambda x: x.detach().clone(), within=lambda module, unit=unit: unit_of[id(module)] is unit
+            )
+
+
+@updates.parts.register(RLFSDPStrategy)
+@contextmanager
+def _(strategy: RLFSDPStrategy) -> Iterator[None]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(strategy.model, recurse=False, writeback=False):
+        yield
+
+
+@updates.in_step.register(RLFSDPStrategy)
+def _(strategy: RLFSDPStrategy) -> bool:
+    return True
+
+
+@updates.reads_weights.register(RLFSDPStrategy)
+def _(strategy: RLFSDPStrategy) -> bool:
+    return strategy.is_global_zero

@@ -1,0 +1,124 @@
+"""Fully sharded data parallelism, second generation: every parameter is cut along its first dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from rllava_pl.models.trainable import hf_weights
+from rllava_pl.strategies import updates
+from rllava_pl.strategies.ddp import RLStrategyMixin
+from rllava_pl.strategies.sharding import LocalShards, units
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from torch.distributed.fsdp import FSDPModule
+    from transformers import PreTrainedModel
+
+
+class RLFSDP2Strategy(RLStrategyMixin, LocalShards, ModelParallelStrategy):
+    """Weights, gradients and optimizer states in equal parts on all ranks (``fully_shard``); gathered layer by layer.
+
+    Rank 0 alone reads the checkpoint, the others begin empty and receive their parts. Gradients are exchanged in every
+    micro-batch, so that no rank ever holds those of the whole model.
+
+    Args:
+        allow_cpu: Run on CPU processes; for tests, it saves no memory there.
+        process_group_backend: By default ``nccl`` on GPUs, ``gloo`` on CPUs.
+        timeout: After so long without an answer from another rank the run fails.
+    """
+
+    def __init__(
+        self,
+        allow_cpu: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        self.allow_cpu = allow_cpu
+
+    def setup_environment(self) -> None:
+        """All ranks share the data; none splits a tensor's arithmetic."""
+        updates.check_accelerator(self, self.allow_cpu)
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Shard, then go on as usual: optimizers see the shards."""
+        from torch.distributed.fsdp import FSDPModule
+
+        if not isinstance(self.model, FSDPModule):  # it stays sharded between the stages of a run
+            self.model = self.precision_plugin.convert_module(self.model)
+            self._shard()
+        super().setup(trainer)
+
+    def _shard(self) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+        from torch.distributed.fsdp import fully_shard
+
+        root, mesh, device = self.lightning_module, self.device_mesh["data_parallel"], self.root_device
+        whole: dict[str, Any] = root.state_dict() if self.is_global_zero else {}
+        for unit in units(root):
+            fully_shard(unit, mesh=mesh)
+        fully_shard(root, mesh=mesh)
+        root._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x)  # buffers keep their values
+        set_model_state_dict(root, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        root._get_fsdp_state()._lazy_init()  # the first module that runs would else take itself for the root
+
+
+StrategyRegistry.register("rl_fsdp2", RLFSDP2Strategy, description="FSDP2 for steps with many forwards")
+
+
+def _reshard(root: FSDPModule) -> None:
+    """Free what a forward without a backward left gathered."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in root.modules():  # type: ignore[attr-defined]
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@updates.check.register(RLFSDP2Strategy)
+def _(strategy: RLFSDP2Strategy) -> None:
+    """Right: gradients are summed in shards, in every micro-batch."""
+
+
+@updates.clip_gradients.register(RLFSDP2Strategy)
+def _(strategy: RLFSDP2Strategy, optimizer: Optimizer, max_norm: float) -> Tensor:
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@updates.full_weights.register(RLFSDP2Strategy)
+def _(strategy: RLFSDP2Strategy, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    _reshard(strategy.model)
+    return hf_weights(model, lambda x: (x.full_tensor() if isinstance(x, DTensor) else x).detach())
+
+
+@updates.parts.register(RLFSDP2Strategy)
+@contextmanager
+def _(strategy: RLFSDP2Strategy) -> Iterator[None]:
+    strategy.model.unshard()
+    try:
+        yield
+    finally:
+        strategy.model.reshard()
+
+
+@updates.in_step.register(RLFSDP2Strategy)
+def _(strategy: RLFSDP2Strategy) -> bool:
+    return True
+
+
+@updates.reads_weights.register(RLFSDP2Strategy)
+def _(strategy: RLFSDP2Strategy) -> bool:
+    return strategy.is_global_zero
