@@ -11,6 +11,7 @@
 :mod:`~rllava_pl.functional.reduce`         per-token values to means and to the loss that is differentiated
 :mod:`~rllava_pl.functional.schedules`      learning-rate factor of every step
 :mod:`~rllava_pl.functional.seeds`          randomness as a function of counters
+:mod:`~rllava_pl.functional.rounding`       fp32 to bf16 and to 8 bits, right on average
 =========================================== ====================================================================
 
 Import the modules, not their names: ``from rllava_pl.functional import advantages, losses`` makes a call read

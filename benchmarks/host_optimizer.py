@@ -1,0 +1,168 @@
+"""The host optimizer's step beside the bandwidth of the machine's memory and beside torch's fused AdamW.
+
+    python benchmarks/host_optimizer.py                                # 100 million parameters, one thread
+    python benchmarks/host_optimizer.py --threads 8 --parameters 200
+    python benchmarks/host_optimizer.py --output host_optimizer.json
+
+A step is clipping (the norm over all gradients, always above the limit) and AdamW. ``bound`` is the time that the bytes
+a step cannot do without would take at the speed of ``a += b`` over large arrays: every gradient read twice, every
+moment and weight read and written once. All contestants take turns within a round; a ratio is that of medians. On a
+shared machine read the CPU time (``--clock cpu``), on a quiet one the wall time.
+``sum`` is what a micro-batch costs before: one more bf16 gradient of every parameter added to the fp32 sums.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from rllava_pl.strategies import HostAdamW
+
+WIDTH = 2**20
+"""Parameters of a tensor."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to take a step."""
+
+    name: str
+    bytes_a_parameter: float
+    """That a step cannot do without."""
+    run: Callable[[], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print a table and, if asked for, write a JSON file."""
+    options = _options(arguments)
+    torch.set_num_threads(options.threads)
+    rows = measure(options.parameters * 1_000_000 // WIDTH or 1, options.rounds, CLOCKS[options.clock])
+    print(table(rows, options))
+    if options.output:
+        report = {"options": vars(options), "cores": os.cpu_count(), "torch": torch.__version__, "rows": rows}
+        Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def measure(tensors: int, rounds: int, clock: Callable[[], float]) -> list[dict[str, float | str]]:
+    """Median ns a parameter of every contestant, and the part of the memory's bandwidth it reaches."""
+    parameters, seconds = tensors * WIDTH, {}
+    everyone = [stream(tensors), *contestants(tensors)]
+    for turn in range(rounds + 1):  # the first touches the memory and does not count
+        for contestant in everyone:
+            start = clock()
+            contestant.run()
+            if turn:
+                seconds.setdefault(contestant.name, []).append(clock() - start)
+    ns = {name: 1e9 * median(times) / parameters for name, times in seconds.items()}
+    bandwidth = everyone[0].bytes_a_parameter / ns["stream"]
+    return [
+        {
+            "name": x.name,
+            "bytes_a_parameter": x.bytes_a_parameter,
+            "ns_a_parameter": ns[x.name],
+            "gb_a_second": x.bytes_a_parameter / ns[x.name],
+            "of_bound": x.bytes_a_parameter / ns[x.name] / bandwidth,
+        }
+        for x in everyone
+    ]
+
+
+def stream(tensors: int) -> Contestant:
+    """Two numbers read and one written, over arrays far larger than the caches."""
+    a, b = torch.zeros(tensors * WIDTH), torch.ones(tensors * WIDTH)
+    return Contestant("stream", 12, lambda: a.add_(b))
+
+
+def contestants(tensors: int) -> list[Contestant]:
+    """torch's AdamW on fp32 weights, ours on the same, and ours on bf16 weights in each precision of the states."""
+    return [
+        torch_adamw(tensors),
+        ours("float32, weights fp32", tensors, 4 + 4 + 8 + 8 + 8, torch.float32, states="float32"),
+        ours("float32", tensors, 4 + 4 + 8 + 8 + 8 + 2, torch.bfloat16, states="float32"),
+        ours("float32, sums bf16", tensors, 2 + 2 + 8 + 8 + 8 + 2, torch.bfloat16, gradients="bfloat16"),
+        ours("bfloat16", tensors, 4 + 4 + 4 + 4 + 8 + 2, torch.bfloat16, states="bfloat16"),
+        ours("int8", tensors, 4 + 4 + 2 + 2 + 4 + 4 * 4 / 256, torch.bfloat16, states="int8"),
+        sums(tensors),
+    ]
+
+
+def weights(tensors: int, dtype: torch.dtype) -> list[nn.Parameter]:
+    """Small random numbers."""
+    return [nn.Parameter(torch.randn(WIDTH // 1024, 1024).mul_(0.02).to(dtype)) for _ in range(tensors)]
+
+
+def torch_adamw(tensors: int) -> Contestant:
+    """``clip_grad_norm_`` reads and, when it clips, writes the gradients once more than needed."""
+    parameters = weights(tensors, torch.float32)
+    optimizer = AdamW(parameters, lr=1e-6, fused=True)
+    for p in parameters:
+        p.grad = torch.full_like(p, 1e-3)
+
+    def run() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+
+    return Contestant("torch AdamW, weights fp32", 4 + 4 + 8 + 8 + 8, run)
+
+
+def ours(name: str, tensors: int, bytes_a_parameter: float, dtype: torch.dtype, **options: str) -> Contestant:
+    """The host optimizer; the gradients stay for the next round."""
+    parameters = weights(tensors, dtype)
+    optimizer = HostAdamW(parameters, lr=1e-6, **options)
+    for p in parameters:
+        p.grad = torch.full_like(p, 1e-3)
+
+    def run() -> None:
+        optimizer.clip_grad_norm_(0.5)
+        optimizer.step()
+
+    return Contestant(name, bytes_a_parameter, run)
+
+
+def sums(tensors: int) -> Contestant:
+    """A micro-batch's gradients, one tensor after the other as backward hands them over."""
+    parameters = weights(tensors, torch.bfloat16)
+    optimizer = HostAdamW(parameters, lr=1e-6)
+    gradient = torch.full_like(parameters[0], 1e-3)
+
+    def run() -> None:
+        for p in parameters:
+            p.grad = gradient
+            optimizer._sums.take(p)
+
+    run()
+    return Contestant("sum", 2 + 8, run)
+
+
+def table(rows: list[dict[str, float | str]], options: argparse.Namespace) -> str:
+    """What a person wants to see."""
+    lines = [f"{'':27}{'B':>7}{'ns':>8}{'GB/s':>8}{'of bound':>10}   a parameter; {options.threads} thread(s), {options.clock}"]
+    for row in rows:
+        numbers = f"{row['bytes_a_parameter']:>7.2f}{row['ns_a_parameter']:>8.2f}{row['gb_a_second']:>8.1f}"
+        lines.append(f"{row['name']:27}{numbers}{row['of_bound']:>10.2f}")
+    return "\n".join(lines)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=int, default=100, help="millions of them (default 100)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch's operators (default 1)")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each contestant (default 9)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what is measured (default wall)")
+    parser.add_argument("--output", default="", help="JSON file")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Fewer bits a number: representable values stay, all others are right on average."""
+
+from __future__ import annotations
+
+import torch
+
+from rllava_pl.functional import rounding
+from rllava_pl.functional.rounding import BLOCK, DECK, deck, draw, unit_deck
+
+STEP = 2.0**-7  # of bf16 between 1 and 2
+
+
+def test_a_deck_holds_every_value_equally_often():
+    counts = torch.bincount(deck(16)[:DECK].long(), minlength=2**16)
+    assert (counts == DECK / 2**16).all()
+    assert torch.equal(deck(16)[:DECK], deck(16)[DECK:])
+    assert sorted(set(deck(19)[:DECK].tolist())) == list(range(0, 2**19, 2))
+    assert 0.0 <= unit_deck().min() and unit_deck().max() < 1.0
+
+
+def test_noise_is_a_function_of_counters():
+    noise = draw(deck(16), 5, "weight", 3)
+    assert torch.equal(noise, draw(deck(16), 5, "weight", 3))
+    assert not torch.equal(noise, draw(deck(16), 5, "weight", 4))
+    assert len(draw(deck(16), DECK, "weight", 3)) == DECK
+
+
+def test_bf16_is_one_of_the_neighbours_and_right_on_average():
+    for part in (0.0, 0.25, 0.7, 1.0):
+        for sign in (1.0, -1.0):
+            x = sign * (1.5 + part * STEP)
+            rounded = rounding.to_bfloat16(torch.full((DECK,), x), deck(16)[:DECK]).double()
+            assert set(rounded.tolist()) <= {sign * 1.5, sign * (1.5 + STEP)}
+            assert abs(rounded.mean() - x) < STEP / 2**15
+
+
+def test_bf16_numbers_stay_as_they_are():
+    x = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[:3] = torch.tensor([0.0, -0.0, 1e-38])
+    assert torch.equal(rounding.to_bfloat16(x.float(), draw(deck(16), len(x), 1)).view(torch.int16), x.view(torch.int16))
+
+
+def test_int8_is_right_on_average_and_within_a_step():
+    """In a block whose largest is 127 a step is 1: 41.75 becomes 42 three times of four."""
+    x = torch.zeros(DECK).view(-1, BLOCK)
+    x[:, 0], x[:, 1], x[:, 2] = 127.0, 41.75, -0.25
+    back = rounding.from_int8(*rounding.to_int8(x.view(-1), unit_deck()[:DECK])).view(-1, BLOCK)
+    assert (back[:, 0] == 127.0).all() and (back[:, 3:] == 0.0).all()
+    assert set(back[:, 1].tolist()) == {41.0, 42.0} and abs(back[:, 1].mean() - 41.75) < 0.05  # 1,024 draws
+    assert set(back[:, 2].tolist()) == {0.0, -1.0} and abs(back[:, 2].mean() + 0.25) < 0.05
+
+
+def test_float8_is_right_on_average_and_relative():
+    """Between 2**-5 and 2**-4 of the largest a step is 2**-9; 3.25 steps above 2**-5 become 3 or 4."""
+    x = torch.zeros(DECK).view(-1, BLOCK)
+    x[:, 0], x[:, 1] = 1.0, 2.0**-5 + 3.25 * 2.0**-9
+    back = rounding.from_float8(*rounding.to_float8(x.view(-1), deck(19)[:DECK])).view(-1, BLOCK)
+    steps = (back[:, 1] - 2.0**-5) * 2**9
+    assert (back[:, 0] == 1.0).all()
+    assert set(steps.tolist()) == {3.0, 4.0} and abs(steps.mean() - 3.25) < 0.05
+    x = torch.rand(DECK, generator=torch.Generator().manual_seed(0)).add_(2.0**-8)
+    back = rounding.from_float8(*rounding.to_float8(7.0 * x, draw(deck(19), DECK, 1)))
+    assert ((back / (7.0 * x) - 1.0).abs() <= 1 / 16).all()
+
+
+def test_a_small_second_moment_is_never_0_beside_a_large_one():
+    codes, scales = rounding.to_float8(torch.tensor([4.0, 1e-12, 0.0]), torch.zeros(BLOCK, dtype=torch.int32))
+    back = rounding.from_float8(codes, scales)
+    assert back[0] == 4.0
+    assert back[1] == back[2] == 4.0 * 2.0**-16 * (1 + 1 / 16)
+
+
+def test_blocks_of_zeros_and_ragged_ends():
+    for encode, decode, noise in (
+        (rounding.to_int8, rounding.from_int8, unit_deck()),
+        (rounding.to_float8, rounding.from_float8, deck(19)),
+    ):
+        x = torch.zeros(BLOCK + 3)
+        x[BLOCK:] = torch.tensor([1.0, 0.5, 0.25])
+        codes, scales = encode(x, noise[: rounding.padded(len(x))])
+        assert len(codes) == 2 * BLOCK and scales.tolist() == [0.0, 1.0]
+        back = decode(codes, scales)
+        assert (back[:BLOCK] == 0.0).all()
+        torch.testing.assert_close(back[BLOCK : BLOCK + 3], x[BLOCK:], atol=1 / 127, rtol=0)
