@@ -78,6 +78,7 @@ class Optimization(Guard):
         self.updates_done += 1
         self.skipped_in_a_row = 0
         self.tally.add("grad_norm", norm)
+        self.tally.add("micro_batch_size", torch.full_like(norm, max(len(done.piece) for done in losses)))
         self.tally.add("loss", torch.zeros_like(norm), 1 / world_size())
         return True
 
