@@ -7,6 +7,7 @@ from rllava_pl.callbacks.summary import RunSummary
 from rllava_pl.callbacks.table import RolloutTable
 from rllava_pl.callbacks.vllm import VLLMRollout
 from rllava_pl.callbacks.vllm_server import VLLMServerRollout
+from rllava_pl.callbacks.watchdog import Watchdog
 from rllava_pl.callbacks.writer import RolloutWriter
 from rllava_pl.rollout.lifecycle import RolloutCallback, TransformersRollout
 
@@ -21,4 +22,5 @@ __all__ = [
     "TransformersRollout",
     "VLLMRollout",
     "VLLMServerRollout",
+    "Watchdog",
 ]

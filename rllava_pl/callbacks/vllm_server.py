@@ -35,6 +35,8 @@ class VLLMServerRollout(RolloutCallback):
             else a mean of 0.05. Servers in a coarser dtype than the trainer need it set.
     """
 
+    retries = 0  # the client makes its own, request by request
+
     def __init__(
         self,
         urls: list[str],

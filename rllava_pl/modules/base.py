@@ -91,7 +91,10 @@ class RLModule(Observation, Evaluation):
         """``group_size`` completions of every prompt from the engine."""
         with self.phase("rollout"):
             self.rollout_version = self.weight_version
-            return self.sample(self.requests(list(prompts), samples=self.group_size, stream="train"))
+            rollouts = self.sample(self.requests(list(prompts), samples=self.group_size, stream="train"))
+            if self.engine.retries:
+                self.tally.add_total("engine_faults", torch.tensor(self.engine.take_faults(), device=self.policy.device))
+            return rollouts
 
     def judge(self, rollouts: Sequence[Rollout]) -> Experience:
         """Rewards; groups with a sample that could not be scored are dropped and counted."""

@@ -34,6 +34,9 @@ class Samples(Protocol):
 class RolloutCallback(Callback, ABC):
     """Owns an engine: builds it, keeps it in step with the policy, closes it. Subclasses say how to build it."""
 
+    retries = 2
+    """Times a call that failed is made again before the run stops."""
+
     @abstractmethod
     def build(self, module: Samples) -> RolloutEngine:
         """The engine for this module's policy."""
@@ -50,6 +53,7 @@ class RolloutCallback(Callback, ABC):
             version=lambda: module.weight_version,
             after_sync=self.after_sync,
             phase=module.phase,
+            retries=self.retries,
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -65,6 +69,8 @@ class TransformersRollout(RolloutCallback):
     Args:
         batch_prompts: Prompts sampled at a time; bounds the memory of the cache.
     """
+
+    retries = 0  # it computes in this process, with other ranks if sharded: what fails once fails again
 
     def __init__(self, batch_prompts: int = 64) -> None:
         self.batch_prompts = batch_prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
@@ -10,6 +11,11 @@ from torch import Tensor
 
 from rllava_pl.strategies import signals
 from rllava_pl.types import Request, Rollout, RolloutEngine, Sampling
+
+log = logging.getLogger(__name__)
+
+FAULTS = (RuntimeError, OSError)
+"""Errors of an engine after which it is asked again; others say that the request or the program is wrong."""
 
 
 class ManagedEngine:
@@ -24,6 +30,8 @@ class ManagedEngine:
         version: Number of updates in the policy's weights now.
         after_sync: Called with this object whenever the engine has taken over new weights, before it samples.
         phase: Context around each sync, given the name ``sync``; the module's clock.
+        retries: Times a call that fails, or whose answer fails the check, is made again. Seeds belong to the requests,
+            so that a second answer is what the first should have been.
     """
 
     def __init__(
@@ -32,13 +40,18 @@ class ManagedEngine:
         weights: Callable[[], Iterable[tuple[str, Tensor]]],
         version: Callable[[], int],
         after_sync: Callable[[ManagedEngine], None] | None = None,
-        phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
+        phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+        retries: int = 0,
     ) -> None:
         self._build = build
         self._weights = weights
         self._version = version
         self._after_sync = after_sync
         self._phase = phase
+        self.retries = retries
+        self._faults = 0
+        self.pending: tuple[str, ...] = ()
+        """Prompts that the engine is at work on."""
         self._engine: RolloutEngine | None = None
 
     @property
@@ -57,17 +70,37 @@ class ManagedEngine:
         """Rollouts of the policy's present weights; see ``RolloutEngine.generate``. Collective.
 
         Raises:
+            RuntimeError: The engine failed once more than there are retries; its own error, with what was asked.
             Interrupted: The run was asked to end; no rank waits for an answer that nobody will use.
         """
-        with self._awake(), suppress(signals.Aborted):
+        rollouts: list[Rollout] = []
+        with self._awake(), self._at_work(requests), suppress(signals.Aborted):
             if self.engine.version != self._version():
                 self.synchronise()
                 if self._after_sync is not None:
                     self._after_sync(self)
-            rollouts = self.engine.generate(requests, sampling)
+            rollouts = self._answer(requests, sampling)
         signals.leave_if_asked()
-        check_rollouts(requests, rollouts, self._version())
         return rollouts
+
+    def _answer(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """A checked answer, if need be after some that were none."""
+        for retry in range(self.retries + 1):
+            try:
+                rollouts = self.engine.generate(requests, sampling)
+                check_rollouts(requests, rollouts, self._version())
+                return rollouts
+            except FAULTS as error:
+                if retry == self.retries:
+                    raise
+                self._faults += 1
+                log.warning("the engine failed, retry %d of %d: %s", retry + 1, self.retries, error)
+        raise AssertionError("the last attempt returns or raises")
+
+    def take_faults(self) -> int:
+        """Calls that failed and were made again since this was last asked."""
+        faults, self._faults = self._faults, 0
+        return faults
 
     def synchronise(self) -> None:
         """Push the policy's present weights, whatever the engine has."""
@@ -81,6 +114,17 @@ class ManagedEngine:
             self._engine = None
 
     @contextmanager
+    def _at_work(self, requests: Sequence[Request]) -> Iterator[None]:
+        self.pending = tuple(dict.fromkeys(request.prompt.uid for request in requests))
+        try:
+            yield
+        except FAULTS as error:
+            error.add_note(f"the engine was asked for {len(requests)} prompts at update {self._version()}")
+            raise
+        finally:
+            self.pending = ()
+
+    @contextmanager
     def _awake(self) -> Iterator[None]:
         self.engine.wake()
         try:
@@ -89,23 +133,27 @@ class ManagedEngine:
             self.engine.sleep()
 
 
+class FaultyRolloutsError(RuntimeError):
+    """An engine returned something else than what was asked of it."""
+
+
 def check_rollouts(requests: Sequence[Request], rollouts: Sequence[Rollout], version: int) -> None:
     """What an engine returned is what was asked of it.
 
     Raises:
-        RuntimeError: Naming the prompt: wrong number or order of rollouts, other prompt tokens than the trainer's,
-            stale weights, lengths that differ, given tokens that are missing or not marked as a demonstration's,
-            log-probs that are positive or not finite.
+        FaultyRolloutsError: Naming the prompt: wrong number or order of rollouts, other prompt tokens than the
+            trainer's, stale weights, lengths that differ, given tokens that are missing or not marked as a
+            demonstration's, log-probs that are positive or not finite.
     """
     expected = [request for request in requests for _ in request.seeds]
     if len(rollouts) != len(expected):
-        raise RuntimeError(f"the engine was asked for {len(expected)} samples and returned {len(rollouts)}")
+        raise FaultyRolloutsError(f"the engine was asked for {len(expected)} samples and returned {len(rollouts)}")
     for request, rollout in zip(expected, rollouts, strict=True):
         if fault := _fault(request, rollout, version):
-            raise RuntimeError(f"rollout of prompt {request.prompt.uid!r}: {fault}")
+            raise FaultyRolloutsError(f"rollout of prompt {request.prompt.uid!r}: {fault}")
     if rollouts and not _sound(torch.cat([rollout.engine_logprobs for rollout in rollouts])):  # one look at all of them
         uid = next(rollout.prompt.uid for rollout in rollouts if not _sound(rollout.engine_logprobs))
-        raise RuntimeError(f"rollout of prompt {uid!r}: a log-prob is positive or not finite")
+        raise FaultyRolloutsError(f"rollout of prompt {uid!r}: a log-prob is positive or not finite")
 
 
 def _fault(request: Request, rollout: Rollout, version: int) -> str:

@@ -14,20 +14,19 @@ Task = Callable[[int], None]
 """What a process does, given its rank."""
 
 
-def run(task: Task, log: Path, ranks: int = 1, limit_seconds: float = 120.0) -> list[int]:
+def run(task: Task, log: Path, ranks: int = 1, limit_seconds: float = 120.0, together: bool = True) -> list[int]:
     """Fork once a rank and wait for all; returns exit codes, negative for signals.
-
-    As on a real machine, where one process of a run is killed the others are killed too.
 
     Args:
         task: What each rank does.
         log: Where their output goes.
         ranks: Number of processes.
         limit_seconds: After which all are killed, for a test that fails instead of hanging.
+        together: As on a machine where the others are killed too when one process of a run is.
     """
     port = free_port() if ranks > 1 else 0
     pids = [_fork(task, rank, ranks, port, log) for rank in range(ranks)]
-    return _wait(pids, time.monotonic() + limit_seconds)
+    return _wait(pids, time.monotonic() + limit_seconds, together)
 
 
 def _fork(task: Task, rank: int, ranks: int, port: int, log: Path) -> int:
@@ -58,7 +57,7 @@ def _become(rank: int, ranks: int, port: int, log: Path) -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def _wait(pids: Sequence[int], deadline: float) -> list[int]:
+def _wait(pids: Sequence[int], deadline: float, together: bool) -> list[int]:
     codes: dict[int, int] = {}
     while len(codes) < len(pids):
         left = [pid for pid in pids if pid not in codes]
@@ -66,7 +65,7 @@ def _wait(pids: Sequence[int], deadline: float) -> list[int]:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
-        killed = any(code == -9 for code in codes.values())
+        killed = together and any(code == -9 for code in codes.values())
         for pid in pids:
             if pid not in codes and (killed or time.monotonic() > deadline):
                 os.kill(pid, 9)

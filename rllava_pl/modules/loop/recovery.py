@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -13,7 +13,7 @@ from rllava_pl.modules.loop.experience import join_rows, microbatches, split
 from rllava_pl.modules.loop.phases import Phases
 from rllava_pl.strategies import updates
 from rllava_pl.strategies.collectives import world_size
-from rllava_pl.types import Experience, PolicyOutput
+from rllava_pl.types import Experience, PolicyBatch, PolicyOutput
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +79,10 @@ class Recovery(Phases):
             pieces = split(experience, self.micro_batch_size)
 
     @torch.no_grad()
-    def score(self, policy: torch.nn.Module, experience: Experience) -> PolicyOutput:
+    def score(self, policy: Callable[[PolicyBatch], PolicyOutput], experience: Experience) -> PolicyOutput:
         """Log-probs, and values where there is a critic, of an experience under ``policy``, without gradients."""
         with updates.micro_batch(self.trainer.strategy, last=False):  # nothing is exchanged
-            done = self.in_pieces(experience, lambda piece, last: cast(PolicyOutput, policy(piece.batch)))
+            done = self.in_pieces(experience, lambda piece, last: policy(piece.batch))
         rows, width = len(experience), experience.mask_NT.shape[1]
         parts = zip(*(output for _, output in done), strict=True)
         return PolicyOutput(*(None if part[0] is None else join_rows(part, width)[:rows] for part in parts))

@@ -1,0 +1,155 @@
+"""A run that hangs ends, says where, and exits with the code of its phase; a dead rank is named by the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Callback
+
+from rllava_pl.callbacks import RolloutCheckpoint, Watchdog
+from rllava_pl.callbacks.watchdog import EXIT_CODES, LOST
+from rllava_pl.modules import RLModule
+from rllava_pl.testing import FaultyRollout
+from tests import runs
+from tests.reliability import forks
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+
+def hang(*args: object, **kwargs: object) -> None:
+    threading.Event().wait()
+
+
+def fit(root: Path, phase: str, callbacks: list[Callback], **options: object) -> None:
+    """A short run in which this phase hangs."""
+    module = runs.module(max_rollouts=4, kl_loss_coef=0.01)
+    watchdog = Watchdog(
+        deadlines={phase: 4.0 if phase == "between" else 1.5}
+    )  # the former begins before anything is loaded
+    runs.trainer(root, callbacks=[*callbacks, watchdog], **options).fit(module, runs.data())
+
+
+class InThirdRollout(Callback):
+    """Puts something else in the place of a method of the module."""
+
+    def __init__(self, name: str, replacement: Callable[..., object]) -> None:
+        self.name, self.replacement = name, replacement
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if batch_idx == 2:
+            setattr(pl_module, self.name, self.replacement)
+
+
+class Saves(RolloutCheckpoint):
+    def _save(self, trainer, rollouts) -> None:
+        trainer.save_checkpoint = hang
+        super()._save(trainer, rollouts)
+
+
+class Syncs(FaultyRollout):
+    def build(self, module):
+        engine = super().build(module)
+        engine.sync = hang
+        return engine
+
+
+HANGS: dict[str, Callable[[], Callback]] = {
+    "rollout": lambda: FaultyRollout(faults=["hangs"], rate=1.0),
+    "reward": lambda: InThirdRollout("score_rollouts", hang),
+    "evaluate": lambda: InThirdRollout("score", hang),
+    "update": lambda: InThirdRollout("loss", hang),
+    "sync": lambda: Syncs(rate=0.0),
+    "save": lambda: Saves(every_n_rollouts=2),
+    "validate": lambda: InThirdRollout("_evaluate", hang),
+    "between": lambda: InThirdRollout("credit", hang),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model_is_there() -> None:
+    runs.tiny().prepare(1)
+
+
+def test_every_phase_that_hangs_is_named_and_has_its_exit_code(tmp_path: Path) -> None:
+    assert HANGS.keys() == EXIT_CODES.keys()
+    for phase in HANGS:
+        log = tmp_path / f"{phase}.log"
+        options = {"limit_val_batches": 1.0, "val_check_interval": 3, "check_val_every_n_epoch": None}
+        options = options if phase == "validate" else {}
+
+        def task(rank: int, phase=phase, options=options) -> None:
+            fit(tmp_path, phase, [HANGS[phase]()], **options)
+
+        (code,) = forks.run(task, log)
+        said = log.read_text()
+        assert code == EXIT_CODES[phase], (phase, code, said[-3000:])
+        assert f"[watchdog] rank 0: phase '{phase}' of rollout " in said
+        assert "Current thread" in said and "test_watchdog.py" in said  # the stacks show where
+        waited_for = "the engine has not answered for color-train:"
+        assert (waited_for in said) == (phase in ("rollout", "sync")), phase
+
+
+def test_the_other_ranks_show_their_stacks_and_exit_with_the_same_code(tmp_path: Path) -> None:
+    def task(rank: int) -> None:
+        fit(tmp_path, "reward", [HANGS["reward"]()] if rank else [], strategy="rl_ddp", devices=2)
+
+    codes = forks.run(task, log := tmp_path / "log", ranks=2)
+    said = log.read_text()
+    assert codes == [EXIT_CODES["reward"]] * 2, said[-3000:]
+    assert "rank 1: phase 'reward' of rollout 2 has taken" in said
+    assert "rank 0: rank 1 says: phase 'reward' of rollout 2" in said
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_by_the_other(tmp_path: Path, victim: int) -> None:
+    def task(rank: int) -> None:
+        die = InThirdRollout("loss", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        fit(tmp_path, "save", [die] if rank == victim else [], strategy="rl_ddp", devices=2)
+
+    codes = forks.run(task, log := tmp_path / "log", ranks=2, limit_seconds=30.0, together=False)
+    said = log.read_text()
+    assert codes[victim] == -9 and codes[1 - victim] == LOST, said[-3000:]
+    assert f"rank {1 - victim}: rank {victim} is gone: its process ended without a word" in said
+
+
+def test_a_rank_that_fails_alone_is_named_with_its_error(tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("the key that was missing")
+
+    def task(rank: int) -> None:
+        fit(tmp_path, "save", [InThirdRollout("credit", fail if rank else hang)], strategy="rl_ddp", devices=2)
+
+    codes = forks.run(task, log := tmp_path / "log", ranks=2, limit_seconds=60.0)
+    said = log.read_text()
+    assert codes[1] == 1 and codes[0] == LOST, said[-3000:]
+    assert "rank 0: rank 1 failed: KeyError: 'the key that was missing'" in said
+
+
+def test_a_run_that_works_is_left_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    module, watchdog = runs.module(max_rollouts=2), Watchdog()
+    runs.trainer(tmp_path, callbacks=[watchdog]).fit(module, runs.data())
+    assert module.rollout_index == 2 and "[watchdog]" not in capfd.readouterr().err
+    assert module.observers == [] and not any(thread.name == "watchdog" for thread in threading.enumerate())
+
+
+def test_limits_follow_the_usual_time() -> None:
+    watchdog = Watchdog(factor=10.0, floor_seconds=60.0, first_seconds=3600.0, deadlines={"save": 5.0})
+    assert (watchdog.limit("rollout"), watchdog.limit("save")) == (3600.0, 5.0)
+    for seconds in (1.0, 30.0, 20.0):
+        watchdog.phase_ends("rollout", seconds)
+    assert watchdog.limit("rollout") == 200.0
+    for _ in range(20):
+        watchdog.phase_ends("rollout", 1.0)
+    assert watchdog.limit("rollout") == 60.0
+
+
+def test_wrong_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="there is no phase 'rolout'; there are between, rollout, reward"):
+        Watchdog(deadlines={"rolout": 5.0})
+    with pytest.raises(ValueError, match=r"floor_seconds \(0\)"):
+        Watchdog(floor_seconds=0)
