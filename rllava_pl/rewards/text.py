@@ -1,8 +1,8 @@
 """Reading what a policy wrote: tags, answers, numbers.
 
 A response is hostile input: a policy finds every text that makes a parser slow, wrong or fail. So each function here
-takes time linear in the text (scanning with ``str.find``, and no pattern with two open-ended repetitions in a row) and
-raises on no string.
+takes time linear in the text (no pattern has two open-ended repetitions in a row, unless they are possessive) and raises
+on no string. ``benchmarks/parsers.py`` measures it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import islice, pairwise
 from typing import NamedTuple
 
@@ -19,8 +20,13 @@ MAX_CHARS = 64 * 1024
 MAX_DIGITS = 40
 """A longer number is none; arithmetic on it is a way to waste time."""
 
+MAX_ANSWER_CHARS = 4096
+"""A longer answer is right only if it is the label to the letter; looking past punctuation and case would take long."""
+
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
 """Ends of a turn in common chat formats, ignored at the end of a response."""
+
+_TAIL = re.compile(rf"(?:\s|{'|'.join(map(re.escape, END_OF_TURN))})*+")
 
 
 class Tag(NamedTuple):
@@ -50,18 +56,14 @@ def tag_tokens(text: str, names: Collection[str]) -> Iterator[Tag]:
 
     A token holds no second ``<``, so each ``>`` can only end the token of the last ``<`` before it.
     """
-    seen = 0
-    while (end := text.find(">", seen)) >= 0:
-        start = text.rfind("<", seen, end)
-        seen = end + 1
-        if start < 0:
-            continue
-        name = text[start + 1 : end].strip(" ")
-        closing = name.startswith("/")
-        if closing:
-            name = name[1:].lstrip(" ")
-        if name in names:
-            yield Tag(name, closing, start, end + 1)
+    for match in _tag(tuple(names)).finditer(text):
+        yield Tag(match[2], match[1] != "", match.start(), match.end())
+
+
+@lru_cache(maxsize=256)
+def _tag(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Possessive repetitions: what they took is never tried again, so that spaces without end cost no more than once."""
+    return re.compile(rf"< *+(/?) *+({'|'.join(map(re.escape, names))}) *+>" if names else "(?!)")
 
 
 def blocks(text: str, tag: str) -> Blocks:
@@ -94,15 +96,14 @@ def strict(text: str, names: Sequence[str]) -> bool:
     """
     if len(text) > MAX_CHARS:
         return False
-    text = text[: _end(text)]
     wanted = [(name, closing) for name in names for closing in (False, True)]
     tokens = list(islice(tag_tokens(text, names), len(wanted) + 1))  # one more is one too many
     if not wanted or [(token.name, token.closing) for token in tokens] != wanted:
         return False
-    starts = [token.start for token in tokens[::2]] + [len(text)]
     stops = [0] + [token.stop for token in tokens[1::2]]
-    outside = (text[stop:start] for stop, start in zip(stops, starts, strict=True))
-    return not any(gap.strip() for gap in outside) and text[tokens[-2].stop : tokens[-1].start].strip() != ""
+    outside = (text[stop : token.start] for stop, token in zip(stops, tokens[::2], strict=False))
+    last = text[tokens[-2].stop : tokens[-1].start]
+    return not any(gap.strip() for gap in outside) and last.strip() != "" and bool(_TAIL.fullmatch(text, stops[-1]))
 
 
 def answer_scope(text: str) -> str:
@@ -112,20 +113,6 @@ def answer_scope(text: str) -> str:
         if token.closing:
             stop = token.stop
     return text[stop:]
-
-
-def _end(text: str) -> int:
-    """Where the text ends without white space and end-of-turn strings; by index, as cutting would be quadratic."""
-    end = len(text)
-    while end:
-        if text[end - 1].isspace():
-            end -= 1
-            continue
-        suffix = next((s for s in END_OF_TURN if text.endswith(s, 0, end)), None)
-        if suffix is None:
-            break
-        end -= len(suffix)
-    return end
 
 
 # Full-width forms become their ASCII twins, and dashes of all kinds the minus that models mean by them.
@@ -174,8 +161,10 @@ def _is_article(word: str, following: str) -> bool:
 def exact(predicted: str, truth: str) -> bool:
     """Whether two short answers are the same: as numbers if both are, else as normalised text.
 
-    Answers of nothing but punctuation are compared as they are.
+    Answers of nothing but punctuation are compared as they are, and so are those of more than ``MAX_ANSWER_CHARS``.
     """
+    if max(len(predicted), len(truth)) > MAX_ANSWER_CHARS:
+        return predicted.strip() == truth.strip()
     a, b = number(predicted), number(truth)
     if a is not None and b is not None:
         return a == b
