@@ -85,7 +85,7 @@ def stream(tensors: int) -> Contestant:
 
 
 def contestants(tensors: int) -> list[Contestant]:
-    """torch's AdamW on fp32 weights, ours on the same, and ours on bf16 weights in each precision of the states."""
+    """The step of torch on fp32 weights, ours on the same, and ours on bf16 weights in each precision of the states."""
     return [
         torch_adamw(tensors),
         ours("float32, weights fp32", tensors, 4 + 4 + 8 + 8 + 8, torch.float32, states="float32"),
@@ -147,11 +147,11 @@ def sums(tensors: int) -> Contestant:
 
 def table(rows: list[dict[str, float | str]], options: argparse.Namespace) -> str:
     """What a person wants to see."""
-    lines = [f"{'':27}{'B':>7}{'ns':>8}{'GB/s':>8}{'of bound':>10}   a parameter; {options.threads} thread(s), {options.clock}"]
+    lines = [f"{'a parameter':27}{'B':>7}{'ns':>8}{'GB/s':>8}{'of bound':>10}"]
     for row in rows:
         numbers = f"{row['bytes_a_parameter']:>7.2f}{row['ns_a_parameter']:>8.2f}{row['gb_a_second']:>8.1f}"
         lines.append(f"{row['name']:27}{numbers}{row['of_bound']:>10.2f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{options.threads} thread(s), {options.clock} time"])
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

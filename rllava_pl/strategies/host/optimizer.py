@@ -51,7 +51,7 @@ class HostState:
             name = next(name for name in {**kept, **found} if kept.get(name) != found.get(name))
             raise ValueError(
                 f"optimizer state {name!r} of the checkpoint is {_described(found.get(name))}, but states: {states} "
-                f"keeps {_described(kept.get(name))}; resume with the `states` and the dtype of weights it was made with"
+                f"keeps {_described(kept.get(name))}; resume with the `states` and the dtype it was made with"
             )
         self.step = tensors["step"]
         for name, part in self.parts.items():
@@ -210,7 +210,9 @@ class HostAdamW(Optimizer):
 
 def _check(p: Tensor) -> None:
     if p.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"HostAdamW updates weights in float32 or bfloat16; one of shape {tuple(p.shape)} is {p.dtype}")
+        raise ValueError(
+            f"HostAdamW updates weights in float32 or bfloat16; one of shape {tuple(p.shape)} is {p.dtype}"
+        )
     if not p.is_contiguous():
         raise ValueError(f"HostAdamW needs contiguous weights; one of shape {tuple(p.shape)} has strides {p.stride()}")
 

@@ -40,7 +40,7 @@ class Float32(Stored):
 
     @classmethod
     def zeros(cls, n: int) -> Float32:
-        """n zeros."""
+        """All of them 0."""
         return cls(torch.zeros(n))
 
     def read(self, span: slice) -> Tensor:

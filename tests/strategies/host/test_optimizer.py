@@ -126,7 +126,10 @@ def test_bf16_weights_are_the_rounded_fp32_weights() -> None:
     for ids_NT in batches(5):
         for part in ids_NT.chunk(2):
             for p, q in zip(model.parameters(), masters, strict=True):
-                if p.requires_grad and (g := torch.autograd.grad(loss(model, part), p, allow_unused=True)[0]) is not None:
+                if (
+                    p.requires_grad
+                    and (g := torch.autograd.grad(loss(model, part), p, allow_unused=True)[0]) is not None
+                ):
                     q.grad = g.float() if q.grad is None else q.grad + g.float()
             loss(model, part).backward()
         ours.step(), ours.zero_grad(), theirs.step(), theirs.zero_grad()
@@ -219,7 +222,7 @@ def test_a_checkpoint_of_another_kind_is_refused() -> None:
     model = net()
     optimizer = host(groups(model))
     train(model, optimizer, 1)
-    with pytest.raises(ValueError, match="'exp_avg' of the checkpoint is float32.* states: bfloat16 keeps bfloat16"):
+    with pytest.raises(ValueError, match=r"'exp_avg' of the checkpoint is float32.* states: bfloat16 keeps bfloat16"):
         host(groups(model), states="bfloat16").load_state_dict(optimizer.state_dict())
     other = net(torch.bfloat16)
     with pytest.raises(ValueError, match="'master' of the checkpoint is absent, but states: float32 keeps float32"):
