@@ -27,8 +27,7 @@ class Observation(Optimization, Lifecycle):
         }
         if self.group_size > 1:  # a completion without others to compare with says nothing about its prompt
             samples["informative_groups"] = self.collection.informative(experience)
-        for name, values_N in samples.items():
-            self.tally.add_masked(name, values_N.float(), counted_N)
+        self.tally.add_all(samples, counted_N)
 
     def observe_credit(self, experience: Experience) -> None:
         """How far advantages spread over the tokens that the policy sampled: 0 means that nothing is learnt."""
@@ -40,22 +39,22 @@ class Observation(Optimization, Lifecycle):
         """Statistics of one micro-batch in its update; ``cut_NT``: where the loss has cut the gradient off."""
         logp_NT, own_NT, tally = output.logp_NT, batch.own_mask_NT, self.tally
         tally.add("loss", loss, 0)  # a sum over micro-batches and ranks; counted once an optimizer step
-        tally.add_masked("entropy", output.entropy_NT, own_NT)
+        tokens = {"entropy": output.entropy_NT}
+        if batch.advantages_NT is not None:
+            tokens["clip_fraction"] = cut_NT
+            tokens["clip_fraction/high"] = cut_NT & (batch.advantages_NT > 0)
+            tokens["clip_fraction/low"] = cut_NT & (batch.advantages_NT < 0)
+        if batch.ref_logp_NT is not None:
+            tokens["kl"] = kl_estimate(logp_NT, batch.ref_logp_NT, "k3")
+        if self.first_update:  # the policy still is the one that sampled: what differs is the engine's arithmetic
+            tokens["engine_mismatch_kl"] = kl_estimate(batch.engine_logp_NT, logp_NT, "k3")
+            if not self.engine.exact:
+                tokens["engine_gap_mean"] = gap_NT = (batch.engine_logp_NT - logp_NT).abs()
+                tally.add_largest("engine_gap_max", gap_NT, own_NT)
+        tally.add_all(tokens, own_NT)
         if batch.old_logp_NT is not None:
             ratio_NT = (logp_NT - batch.old_logp_NT).clamp(-20, 20).exp()
             tally.add_effective_size("effective_sample_size", ratio_NT, own_NT)
-        if batch.advantages_NT is not None:
-            tally.add_masked("clip_fraction", cut_NT.float(), own_NT)
-            tally.add_masked("clip_fraction/high", (cut_NT & (batch.advantages_NT > 0)).float(), own_NT)
-            tally.add_masked("clip_fraction/low", (cut_NT & (batch.advantages_NT < 0)).float(), own_NT)
-        if batch.ref_logp_NT is not None:
-            tally.add_masked("kl", kl_estimate(logp_NT, batch.ref_logp_NT, "k3"), own_NT)
-        if self.first_update:  # the policy still is the one that sampled: what differs is the engine's arithmetic
-            tally.add_masked("engine_mismatch_kl", kl_estimate(batch.engine_logp_NT, logp_NT, "k3"), own_NT)
-            if not self.engine.exact:
-                gap_NT = (batch.engine_logp_NT - logp_NT).abs()
-                tally.add_masked("engine_gap_mean", gap_NT, own_NT)
-                tally.add_largest("engine_gap_max", gap_NT, own_NT)
 
     def publish_metrics(self) -> None:
         """Metrics to loggers, advice to the log; the next rollout begins from nothing. Collective."""

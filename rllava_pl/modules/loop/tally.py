@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from rllava_pl.strategies.collectives import max_over_ranks, sum_over_ranks, wor
 
 Derived = Callable[[float, float], float]
 """A metric of the means of x and of x²."""
-TallyState = dict[str, list[list[Tensor]]]
+TallyState = dict[str, list[list[Tensor | float]]]
 """By name: the sums and the counts that were added."""
 
 
@@ -23,24 +23,31 @@ class Tally:
 
     def __init__(self) -> None:
         self._sums: dict[str, list[Tensor]] = {}
-        self._counts: dict[str, list[Tensor]] = {}
+        self._counts: dict[str, list[Tensor | float]] = {}
         self._derived: dict[str, Derived] = {}
         self._largest: dict[str, list[Tensor]] = {}
-        self._stores = (self._sums, self._counts, self._largest)
-        self._mark: dict[int, int] = {}
+        self._began: tuple[TallyState, dict[str, list[Tensor]]] = ({}, {})
 
-    def add(self, name: str, total: Tensor, count: Tensor | float = 1) -> None:
+    def add(self, name: str, total: Tensor, count: Tensor | float = 1.0) -> None:
         """Add a 0-dim sum and the number of things in it."""
         self._sums.setdefault(name, []).append(total.detach())
-        self._counts.setdefault(name, []).append(torch.as_tensor(count, dtype=torch.float64, device=total.device))
+        self._counts.setdefault(name, []).append(count)
 
     def add_total(self, name: str, total: Tensor) -> None:
         """Add to a metric that is the sum over everything and over all ranks, not a mean."""
-        self.add(name, total, 0 if name in self._sums else 1 / world_size())
+        self.add(name, total, 0.0 if name in self._sums else 1 / world_size())
 
     def add_masked(self, name: str, x: Tensor, mask: Tensor) -> None:
         """Add the elements of ``x`` where ``mask`` is True."""
-        self.add(name, x.detach().masked_fill(~mask, 0.0).sum(), mask.sum())
+        self.add_all({name: x}, mask)
+
+    def add_all(self, values: Mapping[str, Tensor], mask: Tensor) -> None:
+        """As ``add_masked`` with each of several tensors of one shape, in one go."""
+        stacked = torch.stack([x.detach() for x in values.values()])
+        totals = stacked.masked_fill(~mask, 0).flatten(1).sum(1, dtype=torch.float64)
+        count = mask.sum()
+        for name, total in zip(values, totals.unbind(), strict=True):
+            self.add(name, total, count)
 
     def add_spread(self, name: str, x: Tensor, mask: Tensor) -> None:
         """Standard deviation of the elements of ``x`` where ``mask`` is True: sqrt(mean x² - (mean x)²)."""
@@ -56,17 +63,15 @@ class Tally:
 
     def _add_moments(self, name: str, x: Tensor, mask: Tensor, derived: Derived) -> None:
         x = x.detach().double()
-        self.add_masked(name, x, mask)
-        self.add_masked(_square(name), x.square(), mask)
+        self.add_all({name: x, _square(name): x.square()}, mask)
         self._derived[name] = derived
 
     def means(self) -> dict[str, float]:
         """Means over everything added on all ranks; 0 for a name with count 0. Collective."""
         if not self._sums:
             return {}
-        sums = torch.stack([torch.stack([x.double() for x in parts]).sum() for parts in self._sums.values()])
-        counts = torch.stack([torch.stack([x.double() for x in parts]).sum() for parts in self._counts.values()])
-        totals = sum_over_ranks(torch.stack([sums, counts]))
+        device = next(iter(self._sums.values()))[0].device
+        totals = sum_over_ranks(torch.stack([_added_up(store, device) for store in (self._sums, self._counts)]))
         means = dict(zip(self._sums, (totals[0] / totals[1].clamp(min=1e-12)).tolist(), strict=True))
         for name, parts in self._largest.items():
             means[name] = float(max_over_ranks(torch.stack(parts).max()))
@@ -77,15 +82,14 @@ class Tally:
 
     def begin(self) -> None:
         """Remember this moment, for ``undo``."""
-        self._mark = {id(parts): len(parts) for store in self._stores for parts in store.values()}
+        self._began = self.state(), {name: [*parts] for name, parts in self._largest.items()}
 
     def undo(self) -> None:
         """Forget what was added since ``begin``."""
-        for store in self._stores:
-            for name, parts in list(store.items()):
-                del parts[self._mark.get(id(parts), 0) :]
-                if not parts:
-                    del store[name]
+        state, largest = self._began
+        derived = dict(self._derived)
+        self.restore(state)
+        self._derived, self._largest = derived, {name: [*parts] for name, parts in largest.items()}
 
     def state(self) -> TallyState:
         """What was added before the first update, for ``restore``; plain data."""
@@ -95,7 +99,7 @@ class Tally:
         """Begin from what ``state`` gave."""
         self.clear()
         for name, (sums, counts) in state.items():
-            self._sums[name], self._counts[name] = [*sums], [*counts]
+            self._sums[name], self._counts[name] = [*sums], [*counts]  # type: ignore[list-item]
 
     def clear(self) -> None:
         """Forget everything."""
@@ -103,6 +107,15 @@ class Tally:
         self._counts.clear()
         self._derived.clear()
         self._largest.clear()
+
+
+def _added_up(store: Mapping[str, Sequence[Tensor | float]], device: torch.device) -> Tensor:
+    """The sum of each name's numbers, float64; those of the host are added there."""
+    host = [sum(x for x in parts if not isinstance(x, Tensor)) for parts in store.values()]
+    total = torch.tensor(host, dtype=torch.float64, device=device)
+    tensors = [(row, x.double()) for row, parts in enumerate(store.values()) for x in parts if isinstance(x, Tensor)]
+    rows, numbers = zip(*tensors, strict=True) if tensors else ((), ())
+    return total.index_add(0, torch.tensor(rows, device=device), torch.stack(numbers)) if tensors else total
 
 
 def _square(name: str) -> str:
