@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rllava_pl.callbacks import RolloutCheckpoint
 from rllava_pl.modules import GRPO, RLModule
@@ -31,10 +34,11 @@ class Clock:
     Args:
         at: Number of the call; 0: never.
         act: What happens then.
+        counts: Whether it counts at all, which makes a run slower.
     """
 
-    def __init__(self, at: int = 0, act: Callable[[Clock], None] | None = None) -> None:
-        self.at, self.act = at, act
+    def __init__(self, at: int = 0, act: Callable[[Clock], None] | None = None, counts: bool = True) -> None:
+        self.at, self.act, self.counts = at, act, counts
         self.calls = 0
         self.phases = [BETWEEN]
         self.spans: list[tuple[str, int]] = []
@@ -66,19 +70,34 @@ class Clock:
             sys.setprofile(None)
 
 
+class Record(Logger):
+    """Appends to a file all that is logged, and which checkpoint had been committed by then."""
+
+    name, version = "record", 0
+
+    def __init__(self, path: Path, saved: RolloutCheckpoint) -> None:
+        super().__init__()
+        self.path, self.saved = path, saved
+
+    def log_hyperparams(self, *_: object) -> None:
+        pass
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        exact = {name: value for name, value in metrics.items() if not name.startswith("time/")}
+        committed = int(Path(self.saved.last_path).stem[-6:]) if self.saved.last_path else -1
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "metrics": exact, "committed": committed}) + "\n")
+
+
 class Watched(Callback):
-    """Puts the clock into the run, and keeps a record of what was committed."""
+    """Puts the clock into the run."""
 
-    def __init__(self, clock: Clock, saved: RolloutCheckpoint, record: Path) -> None:
-        self.clock, self.saved, self.record = clock, saved, record
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
 
-    def setup(self, trainer: object, pl_module: RLModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: RLModule, stage: str) -> None:
         pl_module.observers.append(self.clock)
-
-    def on_train_batch_end(self, trainer: object, pl_module: RLModule, *_: object) -> None:
-        if self.saved.last_path and pl_module.trainer.is_global_zero:
-            with self.record.open("a") as file:
-                file.write(f"{Path(self.saved.last_path).stem[-6:]}\n")
 
 
 def train(root: Path, clock: Clock, every_n_rollouts: int = 1) -> None:
@@ -98,14 +117,15 @@ def train(root: Path, clock: Clock, every_n_rollouts: int = 1) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     trainer = runs.trainer(
         root,
-        callbacks=[saved, Watched(clock, saved, root / "committed")],
+        callbacks=[saved, Watched(clock)],
+        logger=Record(root / "record.jsonl", saved),
         strategy="rl_ddp" if ranks > 1 else "auto",
         devices=ranks,
         limit_val_batches=2,
         val_check_interval=2,
         check_val_every_n_epoch=None,
     )
-    with clock.running():
+    with clock.running() if clock.counts else nullcontext():
         data = runs.data(batch_size=2, train_size=18, val_size=4 * ranks, val_batch_size=2)
         trainer.fit(module, data, ckpt_path=saved.newest(trainer))
     torch.save(state(module), root / f"final-{trainer.global_rank}.pt")
@@ -114,27 +134,33 @@ def train(root: Path, clock: Clock, every_n_rollouts: int = 1) -> None:
 def state(module: RLModule) -> dict[str, object]:
     """All that must not depend on what happened on the way."""
     optimizer = module.optimizers().optimizer
-    metrics = {k: float(x) for k, x in module.trainer.callback_metrics.items() if not k.startswith("time/")}
     return {
         "weights": module.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": module.lr_schedulers().state_dict(),
         "kl_factor": module.kl_controller.coef,
         "rounds": module.collection.rounds,
-        "metrics": metrics,
         "step": module.trainer.global_step,
     }
 
 
-def same(a: object, b: object) -> bool:
-    """Equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
+def record(root: Path) -> list[dict[str, object]]:
+    """What was logged of each pass and validation, by all processes that worked on the run."""
+    path = root / "record.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def difference(a: object, b: object, place: str = "") -> str:
+    """Where two results first differ, if only in the last bit; empty if nowhere."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return "" if torch.equal(a, b) else place
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return f"{place}: {sorted(map(str, a.keys() ^ b.keys()))}"
+        return next((found for k in a if (found := difference(a[k], b[k], f"{place}.{k}"))), "")
+    return "" if a == b else f"{place}: {a} and {b}"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from rllava_pl.modules.loop.interruption import Interruption
+from rllava_pl.modules.loop.progress import begin_anew
 from rllava_pl.strategies import manifest
 from rllava_pl.strategies.collectives import gather_objects, rank
 
@@ -21,13 +22,14 @@ class Checkpointing(Interruption):
 
     def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Keep what training changes; frozen weights and the reference come from the policy's own checkpoint again."""
-        frozen = self._frozen_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        if checkpoint["state_dict"]:  # else the strategy saves weights in its own way
+            frozen = self._frozen_names()
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         checkpoint["kl_factor"] = self.kl_controller.coef
         checkpoint["collection"] = self.collection.state() if self.collection.max_refills else []
         checkpoint["tally"] = gather_objects(self.tally.state()) if self.collection.rounds else []
         checkpoint[manifest.FACTS] = self._facts()
-        _begin_anew(checkpoint["loops"]["fit_loop"])
+        begin_anew(checkpoint["loops"]["fit_loop"], self.trainer)
 
     def _facts(self) -> dict[str, int | str]:
         """For the manifest. A later checkpoint of a run is the newer one, also if it moved to a slower clock."""
@@ -57,8 +59,9 @@ class Checkpointing(Interruption):
         if len(set(gather_objects(self._saved_at_ns))) > 1:
             raise ValueError("ranks read different checkpoints; all need the same directory, on a shared file system")
         self.configure_model()
-        present = self.state_dict()
-        checkpoint["state_dict"] |= {name: present[name] for name in self._frozen_names()}
+        if checkpoint["state_dict"]:  # else the strategy has loaded them
+            present = self.state_dict()
+            checkpoint["state_dict"] |= {name: present[name] for name in self._frozen_names()}
         self.kl_controller.coef = checkpoint.get("kl_factor", 1.0)
         self.collection.restore(checkpoint.get("collection", []), rank())
         if tallies := checkpoint.get("tally"):
@@ -68,20 +71,3 @@ class Checkpointing(Interruption):
         kept = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
         kept |= {"rollouts_done", "updates_done"}
         return set(self.state_dict()) - kept
-
-
-def _begin_anew(fit_loop: dict[str, Any]) -> None:
-    """Have what was under way when the checkpoint was made begin from its start.
-
-    Lightning would go on with a validation behind the batches that were done, whose scores are lost, and would count a
-    training batch that was under way among those that the loggers have seen.
-    """
-    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
-    done = validation["current"]["completed"]
-    if validation["current"]["started"] > done:
-        for counts in (validation["current"], validation["total"]):
-            for name in counts:
-                counts[name] -= done
-    training = fit_loop["epoch_loop.batch_progress"]["current"]
-    if training["started"] > training["processed"]:
-        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1

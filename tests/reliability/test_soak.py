@@ -1,0 +1,119 @@
+"""Many rollouts in which engine, rewards and numbers fail now and then: each fault is counted once, and nothing grows."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import get_args
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from rllava_pl.callbacks import Watchdog
+from rllava_pl.modules import GRPO, RLModule
+from rllava_pl.rewards import AnswerTagReward, Judging
+from rllava_pl.testing import FaultyReward, FaultyRollout, Schedule
+from rllava_pl.testing.reward import IN_PROCESS, RewardFault
+from rllava_pl.types import Experience, Rollout
+from tests import runs
+
+RATE = 0.05
+COUNTED = ("train/engine_faults", "train/unscored_samples", "train/skipped_nonfinite", "train/skipped_updates")
+
+
+class Shaky(GRPO):
+    """Some passes have an advantage that is not finite; keeps count of what fails."""
+
+    schedule = Schedule(["nan", "inf"], RATE, seed=3)
+    poisoned = faulty_samples = 0
+
+    def credit(self, experience: Experience) -> Experience:
+        experience = super().credit(experience)
+        if (kind := self.schedule.at(self.rollout_index)) and experience.mask_NT[0].any():
+            self.poisoned += 1
+            advantages_NT = experience.advantages_NT.clone()
+            advantages_NT[0] = float(kind)
+            return experience.replace(advantages_NT=advantages_NT)
+        return experience
+
+    def score_rollouts(self, rollouts: Sequence[Rollout]):
+        self.faulty_samples += sum(bool(self.rewards[1].fault(rollout)) for rollout in rollouts)
+        return super().score_rollouts(rollouts)
+
+
+class Books(Callback):
+    """What was logged of faults, and what the process holds after every rollout."""
+
+    def __init__(self) -> None:
+        self.totals: Counter[str] = Counter()
+        self.rss_mib: list[float] = []
+        self.files: list[int] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.totals.update({name: round(float(trainer.callback_metrics.pop(name, 0.0))) for name in COUNTED})
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.rss_mib.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+        self.files.append(len(os.listdir("/proc/self/fd")))
+
+
+def drift(values: Sequence[float]) -> float:
+    """Of the last tenth over the tenth that follows a warm-up of a quarter, as a part of it."""
+    tenth, start = len(values) // 10, len(values) // 4
+    before, after = median(values[start : start + tenth]), median(values[-tenth:])
+    return after / before - 1
+
+
+def soak(root: Path, rollouts: int, faults: list[RewardFault], judging: Judging) -> tuple[RLModule, Books]:
+    engine, books = FaultyRollout(rate=RATE, seed=1, retries=4), Books()
+    module = runs.module(Shaky, max_rollouts=rollouts, judging=judging)
+    module.rewards = [AnswerTagReward(), FaultyReward(faults, RATE, seed=2)]
+    trainer = runs.trainer(root, callbacks=[engine, books, Watchdog()])
+    trainer.fit(module, runs.data())
+    injected, calls = engine.engine.injected, range(engine.engine.calls)
+    assert injected == Counter(kind for kind in map(engine.schedule.at, calls) if kind)
+    assert books.totals["train/engine_faults"] == injected.total() == len(calls) - rollouts
+    assert books.totals["train/unscored_samples"] == module.faulty_samples
+    assert books.totals["train/skipped_nonfinite"] == module.poisoned
+    left_out = module.poisoned + books.totals["train/skipped_updates"]
+    assert module.weight_version == 2 * rollouts - left_out and module.rollout_index == rollouts
+    assert all(p.isfinite().all() for p in module.parameters())
+    print(f"\n{rollouts} rollouts: engine {dict(injected)}, samples {module.faulty_samples}, NaN {module.poisoned}")
+    print(f"RSS {books.rss_mib[-1]:.0f} MiB, drift {drift(books.rss_mib):+.2%}; open files {books.files[-1]}")
+    assert min(injected.total(), module.faulty_samples, module.poisoned) > 0
+    return module, books
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.slow
+def test_sixty_rollouts_with_faults(tmp_path: Path) -> None:
+    _, books = soak(tmp_path, 60, list(IN_PROCESS), Judging(isolation="none", max_unscored=1.0))
+    assert abs(drift(books.rss_mib)) < 0.02
+    assert books.files[-1] <= books.files[15]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_two_thousand_rollouts_with_faults(tmp_path: Path) -> None:
+    """Rewards that hang, exit and eat memory among them, in processes of their own."""
+    judging = Judging(timeout_seconds=0.5, memory_gib=0.25, workers=2, max_unscored=1.0)
+    _, books = soak(tmp_path, 2000, list(get_args(RewardFault)), judging)
+    assert abs(drift(books.rss_mib)) < 0.02
+    assert books.files[-1] <= books.files[500]
+
+
+def test_faults_of_the_engine_leave_no_trace_in_the_weights(tmp_path: Path) -> None:
+    """Seeds belong to requests: what is asked again is answered as it should have been at first."""
+
+    def fit(*callbacks: Callback) -> list[torch.Tensor]:
+        module = runs.module(max_rollouts=8)
+        runs.trainer(tmp_path, callbacks=list(callbacks)).fit(module, runs.data())
+        return [p.detach().clone() for p in module.parameters()]
+
+    faulty = FaultyRollout(rate=0.5, seed=4, retries=8)
+    assert all(map(torch.equal, fit(), fit(faulty)))
+    assert faulty.engine.injected.total() >= 4
