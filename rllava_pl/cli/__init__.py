@@ -1,4 +1,4 @@
-"""The command line: ``python -m rllava_pl fit|validate|test|predict|configs``.
+"""The command line: ``python -m rllava_pl fit|validate|test|predict|check-data|plan|configs``.
 
 What needs no training loop is answered without importing torch, so ``--version``, ``--help`` and a mistyped command
 cost a fraction of a second. Everything else is a ``LightningCLI``: its options are those of the classes it is given.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rllava_pl import __version__
 from rllava_pl.cli import configs
 from rllava_pl.cli.errors import UsageError, debugging, nearest
+from rllava_pl.redaction import redact
 
 if TYPE_CHECKING:
     from rllava_pl.cli.app import RLCLI
@@ -22,7 +23,11 @@ TRAINER_COMMANDS = {
     "test": "score a policy on the test split",
     "predict": "write a policy's answers to the test split",
 }
-OTHER_COMMANDS = {"configs": "list the configs that --config finds by name"}
+OTHER_COMMANDS = {
+    "check-data": "check every row of a config's data, without training",
+    "plan": "say how much memory a config's run takes, without weights and without a GPU",
+    "configs": "list the configs that --config finds by name",
+}
 COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
 
 USAGE = f"""\
@@ -31,10 +36,12 @@ usage: python -m rllava_pl COMMAND [options]
 RL post-training of vision-language models, native to PyTorch Lightning.
 
 commands:
-{"".join(f"  {name:10}{what}{chr(10)}" for name, what in COMMANDS.items())}
+{"".join(f"  {name:12}{what}{chr(10)}" for name, what in COMMANDS.items())}
 examples:
   python -m rllava_pl fit --config quickstart
   python -m rllava_pl fit --config quickstart --config algorithms/rloo --model.group_size 16
+  python -m rllava_pl check-data --config my_run.yaml
+  python -m rllava_pl plan --config my_run.yaml --gpu 24GiB --ram 64GB
   python -m rllava_pl test --config runs/quickstart/version_0/config.yaml --ckpt_path PATH
 
 help:
@@ -56,7 +63,8 @@ def main(args: list[str] | None = None) -> RLCLI | None:
 
     Raises:
         SystemExit: With code 2 after a mistake in the arguments, a config or the data, which is told in one line on
-            stderr; with ``RLLAVA_PL_DEBUG=1`` the error itself is raised.
+            stderr; with ``RLLAVA_PL_DEBUG=1`` the error itself is raised. With code 1 if ``check-data`` finds more bad
+            rows than the config allows.
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
@@ -64,7 +72,7 @@ def main(args: list[str] | None = None) -> RLCLI | None:
     except UsageError as error:
         if debugging():
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -76,12 +84,36 @@ def _run(words: list[str]) -> RLCLI | None:
         print(USAGE)
     elif command == "--version":
         print(f"rllava-pl {__version__}")
+    elif command == "check-data":
+        _check_data(words[1:])
+    elif command == "plan":
+        _plan(words[1:])
     elif command == "configs":
         print(configs.listing())
     else:
         hint = nearest(command, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
         raise UsageError(f"{command!r} is no command{hint}")
     return None
+
+
+def _check_data(words: list[str]) -> None:
+    from rllava_pl.cli.startup import import_torchmetrics
+
+    import_torchmetrics()
+    from rllava_pl.cli.check_data import run
+
+    if code := run(words):
+        raise SystemExit(code)
+
+
+def _plan(words: list[str]) -> None:
+    from rllava_pl.cli.startup import import_torchmetrics
+
+    import_torchmetrics()
+    from rllava_pl.cli.plan import run
+
+    if code := run(words):
+        raise SystemExit(code)
 
 
 def _run_trainer(words: list[str]) -> RLCLI:

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 # Classes of these rooms can be named without their module because they are imported here.
@@ -26,6 +26,7 @@ from rllava_pl.cli.explain import Place, explain, unknown_option
 from rllava_pl.cli.names import import_class
 from rllava_pl.cli.quiet import quiet
 from rllava_pl.modules import RLModule
+from rllava_pl.redaction import hide, redacted, redacted_logs
 from rllava_pl.strategies.manifest import DamagedCheckpoint
 
 TRAINER_DEFAULTS = {
@@ -49,6 +50,13 @@ LINKS = {
 ROOTS = {"model": RLModule, "data": LightningDataModule}
 
 
+class SavedConfig(SaveConfigCallback):
+    """The config beside the logs, without the secrets that somebody may have put into it."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: bool) -> None:
+        super().__init__(parser, cast(Namespace, redacted(config)), **options)
+
+
 class RLCLI(LightningCLI):
     """One command from arguments to the end of the run.
 
@@ -70,6 +78,7 @@ class RLCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            save_config_callback=SavedConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,  # the same command gives the same run
@@ -105,6 +114,7 @@ class RLCLI(LightningCLI):
             if debugging():
                 raise
             raise UsageError(explain(str(error), Place(tree, ROOTS, options))) from error
+        hide(self.config)
         parsed = self.config[self.config.subcommand]
         for path, known in given.unknown(tree, parsed):
             raise UsageError(unknown_option(path, known))
@@ -122,11 +132,15 @@ class RLCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what a constructor refuses is told with its place in the config."""
         try:
-            super().instantiate_classes()
+            self.build()
         except (ValueError, OSError, ImportError, MisconfigurationException) as error:
             origin = _origin(error)
             where = _where(origin, self.config[self.subcommand])
             raise UsageError(with_hint(f"{where}{origin}")) from error
+
+    def build(self) -> None:
+        """Everything the config describes; a command that needs less of it builds less."""
+        super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """A Trainer without Lightning's checkpoints, which count optimizer steps, unless a callback asks for them."""
@@ -199,7 +213,7 @@ def run(args: Sequence[str]) -> RLCLI:
     Raises:
         UsageError: As ``RLCLI``.
     """
-    with quiet():
+    with quiet(), redacted_logs():
         return RLCLI(args)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from rllava_pl.datamodules.images import ImageReader
@@ -110,7 +111,10 @@ def audit(sources: Sequence[PromptSource], decode: bool = False, tick: Callable[
     for s, source in enumerate(sources):
         for row in range(len(source.table.rows)):
             try:
-                parsed = _check(source, row, decode)
+                with _foreseen():
+                    parsed = source.check(row)
+                    if decode:
+                        source.prompt(row)
                 _check_unique(parsed.uid, seen, sources, source.schema.column("id"))
             except RowError as error:
                 result.rejections.append(source.rejection(row, error))
@@ -124,21 +128,49 @@ def audit(sources: Sequence[PromptSource], decode: bool = False, tick: Callable[
     return result
 
 
-def _check(source: PromptSource, row: int, decode: bool) -> ParsedRow:
-    """Check one row; whatever it makes the libraries raise is a verdict on it, and none on the rows behind it.
+def audit_prompts(prompts: Sequence[Prompt], name: str, tick: Callable[[], None] = lambda: None) -> Audit:
+    """Check prompts that no file holds: every one can be made, has its images and text, and a uid of its own.
 
-    Raises:
-        RowError: What is wrong with it; E00 if nobody foresaw it.
+    Args:
+        prompts: Any sequence; a prompt is dropped again before the next one is made.
+        name: What the sequence is called in messages.
+        tick: Called after every prompt.
     """
+    result, seen = Audit(), dict[str, int]()
+    for row in range(len(prompts)):
+        uid = ""
+        try:
+            with _foreseen():
+                prompt = prompts[row]
+                uid = prompt.uid
+                _check_prompt(prompt, seen)
+        except RowError as error:
+            result.rejections.append(Rejection(name, row, error.field, error.code, _printable(error.message), uid))
+        else:
+            seen[uid] = row
+            result.kept.append((0, row))
+        result.total += 1
+        tick()
+    return result
+
+
+def _check_prompt(prompt: Prompt, seen: Mapping[str, int]) -> None:
+    slots = sum(message.image_slots for message in prompt.messages)
+    if slots != len(prompt.images):
+        raise RowError("E05", "images", f"are {len(prompt.images)} for {slots} slots; every image needs one slot")
+    if prompt.uid in seen:
+        raise RowError("E15", "uid", f"{prompt.uid!r} is already that of prompt {seen[prompt.uid]}; uids are unique")
+
+
+@contextmanager
+def _foreseen() -> Iterator[None]:
+    """Whatever a row makes the libraries raise is a verdict on it, E00, and none on the rows behind it."""
     try:
-        parsed = source.check(row)
-        if decode:
-            source.prompt(row)
+        yield
     except (RowError, MemoryError):
         raise
     except Exception as error:
         raise RowError("E00", "row", f"raised {type(error).__name__}: {error}; see what is unusual about it") from error
-    return parsed
 
 
 def _check_unique(uid: str, seen: dict[str, tuple[int, int]], sources: Sequence[PromptSource], column: str) -> None:

@@ -1,0 +1,199 @@
+"""``python -m rllava_pl check-data``: every row of a config's data, checked as ``fit`` would, without training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from rllava_pl.cli import configs
+from rllava_pl.cli.app import RLCLI
+from rllava_pl.cli.errors import UsageError, raised_by_us, with_hint
+from rllava_pl.cli.quiet import quiet
+from rllava_pl.datamodules import BaseDataModule, PromptDataModule
+from rllava_pl.datamodules.audit import Audit, audit, audit_prompts
+from rllava_pl.datamodules.rejections import CODES, Rejection, write_report
+
+SPLITS = ("train", "val", "test")
+EXAMPLES = 3
+"""Rows shown a code."""
+ABOUT = """\
+Check every row of the data that a config of `fit` names, images included, and say which rows cannot be used and why.
+Nothing is trained and no model is loaded; its processor is, to measure prompts, where the config names its path.
+All other options are those of `fit`, e.g. --data.max_prompt_tokens 1024.
+"""
+EXIT_CODES = "exit code: 0 the run would start, 1 more rows are refused than data.max_reject_fraction allows, 2 usage"
+
+
+class DataCLI(RLCLI):
+    """The data module of a config of ``fit``, and nothing else of it."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(["fit", *args])
+
+    def build(self) -> None:
+        """The data alone: no model and no Trainer."""
+        parsed = self.config[self.subcommand]
+        self.datamodule = self._parser(self.subcommand).instantiate(Namespace(data=parsed.data)).data
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """There is nothing to run."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One split and what became of its rows."""
+
+    split: str
+    audit: Audit
+    allowed: float
+    """Share of rows that may be refused."""
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether a run would start."""
+        return len(self.audit.rejections) <= self.allowed * self.audit.total
+
+    def by_code(self) -> dict[str, list[Rejection]]:
+        """Refused rows by code, in the order of the codes."""
+        codes = sorted({rejection.code for rejection in self.audit.rejections})
+        return {code: [r for r in self.audit.rejections if r.code == code] for code in codes}
+
+
+def run(words: Sequence[str]) -> int:
+    """Check and print.
+
+    Args:
+        words: Options behind ``check-data``.
+
+    Returns:
+        0 if all splits are good enough to train, else 1.
+
+    Raises:
+        UsageError: The options, the config or a data source as a whole cannot be read.
+    """
+    options, rest = _parser().parse_known_args(list(words))
+    with quiet():
+        data = DataCLI(configs.resolve(rest)).datamodule
+        try:
+            results = [_check(data, split, options.decode) for split in _splits(data, options.split)]
+        except (ValueError, OSError, ImportError) as error:
+            if raised_by_us(error):
+                raise UsageError(with_hint(str(error))) from error
+            raise
+    if options.report:
+        write_report(Path(options.report), [r for result in results for r in result.audit.rejections])
+    if options.json:
+        print(json.dumps({result.split: _as_json(result) for result in results}, indent=2))
+    else:
+        _print(results, options.report)
+    return 0 if all(result.passed for result in results) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rllava_pl check-data",
+        description=ABOUT,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--split", choices=SPLITS, help="only this one; by default every split that has a source")
+    parser.add_argument("--report", metavar="FILE", help="write every refused row there, as JSON lines")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument("--decode", action="store_true", help="decode every image in full; slower, and more thorough")
+    return parser
+
+
+def _splits(data: LightningDataModule, only: str | None) -> list[str]:
+    if not isinstance(data, BaseDataModule):
+        raise ValueError(f"check-data reads data modules derived from BaseDataModule; {type(data).__name__} is none")
+    if only:
+        return [only]
+    if isinstance(data, PromptDataModule):
+        return [split for split in SPLITS if data.specs[split]] or ["train"]
+    return list(SPLITS)
+
+
+def _check(data: BaseDataModule, split: str, decode: bool) -> Checked:
+    start = time.perf_counter()
+    if isinstance(data, PromptDataModule):
+        sources = data.sources(split)
+        with _progress(split, sum(len(source.table.rows) for source in sources)) as tick:
+            verdicts, allowed = audit(sources, decode, tick), data.max_reject_fraction
+    else:  # it makes its prompts by itself
+        data.setup("test" if split == "test" else "fit")
+        prompts = getattr(data, f"{split}_prompts")
+        with _progress(split, len(prompts)) as tick:
+            verdicts, allowed = audit_prompts(prompts, f"{type(data).__name__}.{split}_prompts", tick), 0.0
+    if not verdicts.total:
+        raise ValueError(f"the {split} split has no rows")
+    return Checked(split, verdicts, allowed, time.perf_counter() - start)
+
+
+@contextmanager
+def _progress(split: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on the terminal, if there is one; what is yielded moves it by a row."""
+    console = Console(stderr=True)
+    columns = (TextColumn(split), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(split, total=total)
+        yield lambda: progress.advance(task)
+
+
+def _as_json(result: Checked) -> dict[str, object]:
+    refused = {
+        code: {"meaning": CODES[code], "rows": len(rows), "examples": [asdict(row) for row in rows[:EXAMPLES]]}
+        for code, rows in result.by_code().items()
+    }
+    return {
+        "passed": result.passed,
+        "rows": result.audit.total,
+        "accepted": len(result.audit.kept),
+        "rejected": len(result.audit.rejections),
+        "max_reject_fraction": result.allowed,
+        "rejected_by_code": refused,
+        "repaired_by_code": dict(sorted(result.audit.repairs.items())),
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def _print(results: Sequence[Checked], report: str | None) -> None:
+    console = Console()
+    for result in results:
+        verdicts = result.audit
+        rows = f"{verdicts.total} rows, {len(verdicts.kept)} usable, {len(verdicts.rejections)} refused"
+        limit = "" if result.passed else f", more than the allowed {result.allowed:.2%}"
+        console.print(f"{result.split}: {rows}{limit} ({result.seconds:.1f} s)", highlight=False, markup=False)
+        if verdicts.rejections or verdicts.repairs:
+            console.print(_table(result))
+    if report:
+        console.print(f"every refused row: {report}", highlight=False, markup=False)
+
+
+def _table(result: Checked) -> Table:
+    """Rows a code, with the first of each."""
+    table = Table("code", "meaning", "rows", "the first of them")
+    for code, rows in result.by_code().items():
+        examples = "\n".join(_example(row) for row in rows[:EXAMPLES])
+        table.add_row(code, CODES[code], str(len(rows)), Text(examples))
+    for code, count in sorted(result.audit.repairs.items()):
+        table.add_row(code, CODES[code], str(count), "mended, and used")
+    return table
+
+
+def _example(row: Rejection) -> str:
+    line = f" (line {row.line})" if row.line else ""
+    return f"{row.source} row {row.row}{line}, {row.field}: {row.message}"
