@@ -2,6 +2,7 @@
 
 from rllava_pl.callbacks.checkpoint import RolloutCheckpoint
 from rllava_pl.callbacks.export import ExportHF
+from rllava_pl.callbacks.memory import MemoryReport
 from rllava_pl.callbacks.progress import RolloutProgressBar
 from rllava_pl.callbacks.summary import RunSummary
 from rllava_pl.callbacks.table import RolloutTable
@@ -13,6 +14,7 @@ from rllava_pl.rollout.lifecycle import RolloutCallback, TransformersRollout
 
 __all__ = [
     "ExportHF",
+    "MemoryReport",
     "RolloutCallback",
     "RolloutCheckpoint",
     "RolloutProgressBar",

@@ -104,6 +104,7 @@ class HostAdamW(Optimizer):
         if states not in _MOMENTS:
             raise ValueError(f"states is {states!r}; it is one of {', '.join(_MOMENTS)}")
         self._states = states
+        self.precisions = {"states": states, "gradients": gradients}
         self._lane = cache(lane_to)
         self._sums = HostGradients(self._lane, getattr(torch, gradients))
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
