@@ -28,7 +28,7 @@ COUNTED = ("train/engine_faults", "train/unscored_samples", "train/skipped_nonfi
 class Shaky(GRPO):
     """Some passes have an advantage that is not finite; keeps count of what fails."""
 
-    schedule = Schedule(["nan", "inf"], RATE, seed=3)
+    schedule = Schedule(["nan", "inf"], RATE, seed=18)
     poisoned = faulty_samples = 0
 
     def credit(self, experience: Experience) -> Experience:
@@ -68,7 +68,7 @@ def drift(values: Sequence[float]) -> float:
 
 
 def soak(root: Path, rollouts: int, faults: list[RewardFault], judging: Judging) -> tuple[RLModule, Books]:
-    engine, books = FaultyRollout(rate=RATE, seed=1, retries=4), Books()
+    engine, books = FaultyRollout(rate=RATE, seed=5), Books()
     module = runs.module(Shaky, max_rollouts=rollouts, judging=judging)
     module.rewards = [AnswerTagReward(), FaultyReward(faults, RATE, seed=2)]
     trainer = runs.trainer(root, callbacks=[engine, books, Watchdog()])
