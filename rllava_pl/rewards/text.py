@@ -1,8 +1,8 @@
 """Reading what a policy wrote: tags, answers, numbers.
 
 A response is hostile input: a policy finds every text that makes a parser slow, wrong or fail. So each function here
-takes time linear in the text (no pattern has two open-ended repetitions in a row, unless they are possessive) and raises
-on no string. ``benchmarks/parsers.py`` measures it.
+takes time linear in the text (no pattern has two open-ended repetitions in a row, unless they are possessive) and
+raises on no string. ``benchmarks/parsers.py`` measures it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def tag_tokens(text: str, names: Collection[str]) -> Iterator[Tag]:
 
 @lru_cache(maxsize=256)
 def _tag(names: tuple[str, ...]) -> re.Pattern[str]:
-    """Possessive repetitions: what they took is never tried again, so that spaces without end cost no more than once."""
+    """Its repetitions are possessive: what they took is not tried again, so that endless spaces are read once."""
     return re.compile(rf"< *+(/?) *+({'|'.join(map(re.escape, names))}) *+>" if names else "(?!)")
 
 
