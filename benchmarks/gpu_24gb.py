@@ -1,0 +1,365 @@
+"""Full-parameter RL of a real architecture on a card capped at 24 GiB: peak memory of every phase, and tokens a second.
+
+    python benchmarks/gpu_24gb.py --output gpu.json                  # Qwen3-VL-4B, embedded engine, reference policy
+    python benchmarks/gpu_24gb.py --engine vllm --kl 0               # rollouts by vLLM, no reference
+    python benchmarks/gpu_24gb.py --states int8 --gradients bfloat16 # host memory of a 48 GB machine
+    python benchmarks/gpu_24gb.py --size tiny                        # the same on a CPU, in seconds
+
+The model is built from its published config with random weights, on the device and in bf16; nothing is downloaded. The
+rest is a run as any other: GRPO in a Trainer, real pictures, the host optimizer, gradient checkpointing, log-probs in
+tiles. Random weights hardly ever end a response, so every one is as long as the budget: the worst case for memory.
+
+Beside each measured peak stands what the memory plan said. ``device`` is the whole card as the driver sees it, context
+and libraries included; it is sampled every 20 ms, the allocator's peaks are exact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rllava_pl.callbacks import RolloutCallback, TransformersRollout, VLLMRollout
+from rllava_pl.callbacks.planning import settings_of
+from rllava_pl.datamodules import SyntheticVisionDataModule
+from rllava_pl.datamodules.synthetic import TASKS, DrawnPrompts
+from rllava_pl.models import VLM, tiny
+from rllava_pl.models.architectures import architecture
+from rllava_pl.models.processors import load_processor
+from rllava_pl.modules import GRPO, RLModule
+from rllava_pl.rewards import BaseReward
+from rllava_pl.strategies import HostAdamW
+from rllava_pl.strategies.memory import Plan, Prompts, plan
+from rllava_pl.strategies.memory.placement import host_adamw
+from rllava_pl.types import Rollout, Sampling, Score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GIB = 2**30
+PLANNED = {"rollout": ("rollout",), "evaluate": ("reference",), "update": ("update", "optimizer"), "sync": ("sync",)}
+"""Phases of the plan that make up a phase of the run."""
+SHORT = {"max_tokens": 8, "group_size": 4, "micro_batch_size": 4, "prompts": 2, "image_side": 56}
+"""What ``--size tiny`` changes."""
+
+Row = dict[str, float]
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
+    """Run, print a table and, if asked for, write a JSON file."""
+    options = _options(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.size == "full" and device == "cpu":
+        raise SystemExit("the full size needs a GPU; --size tiny runs on a CPU")
+    context = cap(options) if device == "cuda" else 0
+    with tempfile.TemporaryDirectory() as folder:
+        report = run(options, device, Path(folder))
+    report["machine"] = machine(device) | {"context_gib": context / GIB}
+    print(table(report))
+    if options.output:
+        Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def cap(options: argparse.Namespace) -> int:
+    """Let the allocator have what a card of this size would leave it; returns the bytes of the context."""
+    if options.engine == "embedded":  # lengths that vary then leave no holes; vLLM's sleeping memory needs it off
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    torch.empty(1, device="cuda")
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (options.gib * GIB - context) / total))
+    return context
+
+
+def run(options: argparse.Namespace, device: str, folder: Path) -> dict[str, object]:
+    """A short training run, watched."""
+    source = RandomVLM(str(directory(options, folder)), dtype="bfloat16", gradient_checkpointing=True)
+    rollout, peaks = engine(options), Peaks(device)
+    module = algorithm(options, source)
+    data = SyntheticVisionDataModule(task="color", batch_size=options.prompts, train_size=1024)
+    trainer = Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        max_epochs=-1,
+        callbacks=[rollout, peaks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, data)
+    found = planned(options, module, rollout, device)
+    phases = {name: row | predictions(found, name) for name, row in peaks.rows.items()}
+    return {
+        "options": vars(options),
+        "parameters": sum(p.numel() for p in module.policy.parameters()),
+        "rollouts": peaks.rollouts,
+        "phases": phases,
+        "largest_device_gib": max(row["device_bytes"] for row in phases.values()) / GIB,
+    }
+
+
+# What is run ---------------------------------------------------------------------------------------------------------
+
+
+class RandomVLM(VLM):
+    """Random weights from a config, made on the device that will train them."""
+
+    def _load_model(self) -> PreTrainedModel:
+        from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+
+        config = AutoConfig.from_pretrained(self.path)
+        dtype = getattr(torch, self.dtype)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=self.attn_implementation
+        )
+        model.generation_config = GenerationConfig.from_pretrained(self.path)
+        return model
+
+
+class Parity(BaseReward):
+    """Answers of random weights are all wrong; this tells them apart, so that there is something to learn."""
+
+    isolation = "none"
+
+    def score(self, rollout: Rollout) -> Score:
+        """1 for an even sum of token ids."""
+        return Score(float(1 - int(rollout.response_ids.sum()) % 2))
+
+
+def algorithm(options: argparse.Namespace, source: VLM) -> RLModule:
+    """GRPO; with a KL term there is a reference policy, a second set of weights."""
+    return GRPO(
+        source,
+        [Parity()],
+        group_size=options.group_size,
+        sampling=Sampling(max_tokens=options.max_tokens),
+        max_rollouts=options.rollouts,
+        minibatches=1,
+        micro_batch_size=options.micro_batch_size,
+        kl_loss_coef=options.kl,
+        optimizer=partial(HostAdamW, lr=1e-6, states=options.states, gradients=options.gradients),
+    )
+
+
+def engine(options: argparse.Namespace) -> RolloutCallback:
+    """Who samples."""
+    if options.engine == "embedded":
+        return TransformersRollout(batch_prompts=options.rollout_prompts)
+    context = options.max_tokens + 1024
+    return VLLMRollout(
+        context_tokens=context, images_per_prompt=1, kv_cache_gib=options.kv_gib, options={"load_format": "dummy"}
+    )
+
+
+def directory(options: argparse.Namespace, folder: Path) -> Path:
+    """Config, tokenizer and processor of the model, without weights that anybody would read.
+
+    The tokenizer is that of the tiny model: the architecture's vocabulary is far larger, which is as good for memory.
+    """
+    task = TASKS["color"]
+    path = tiny.build(
+        folder / "model", family="qwen3_vl", questions=[task.question], answers=task.answers, warmup_steps=0
+    )
+    if options.size == "tiny":
+        return path
+    from transformers import AutoConfig
+
+    small, config = AutoConfig.from_pretrained(path), architecture(options.model)
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        setattr(config, name, getattr(small, name))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config.text_config, name, getattr(small.text_config, name))
+    config.save_pretrained(path)
+    processor = load_processor(path)
+    processor.image_processor.patch_size = config.vision_config.patch_size
+    area = options.image_side**2
+    processor.image_processor.size = {"shortest_edge": area, "longest_edge": area}
+    processor.save_pretrained(path)
+    (path / "model.safetensors").unlink()
+    return path
+
+
+# What is measured ----------------------------------------------------------------------------------------------------
+
+
+class Peaks(Callback):
+    """Peak memory of every phase, and the speed of every rollout.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        self.rows: defaultdict[str, Row] = defaultdict(lambda: defaultdict(float))
+        self.rollouts: list[Row] = []
+        self._phases = ["load"]
+        self._done = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Be told of phases; watch from here on."""
+        pl_module.observers.append(self)
+        self._sampler.start()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Loading is over."""
+        self._fold()
+        self._phases = ["between"]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop watching."""
+        self._done.set()
+        self._sampler.join()
+        self._fold()
+
+    def phase_begins(self, name: str) -> None:
+        """What was so far belongs to the phase around it."""
+        self._fold()
+        self._phases.append(name)
+
+    def phase_ends(self, name: str, seconds: float) -> None:
+        """Back to the phase around it."""
+        self._fold()
+        self._phases.pop()
+        self.rows[name]["seconds"] += seconds
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
+        """Speed of one pass."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        tokens = metrics["train/response_tokens"] * len(args[1]) * pl_module.group_size
+        row = {name: value for name, value in metrics.items() if name.startswith("time/")}
+        row["response_tokens"] = tokens
+        row["sampled_tokens_a_second"] = tokens / metrics["time/rollout_seconds"]
+        row["trained_tokens_a_second"] = tokens / metrics["time/update_seconds"]
+        row["grad_norm"] = metrics["train/grad_norm"]
+        self.rollouts.append(row)
+
+    def _fold(self) -> None:
+        """Add the allocator's peaks since the last call to the present phase, and begin anew."""
+        row = self.rows[self._phases[-1]]
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            row["allocated_bytes"] = max(row["allocated_bytes"], torch.cuda.max_memory_allocated())
+            row["reserved_bytes"] = max(row["reserved_bytes"], torch.cuda.max_memory_reserved())
+            torch.cuda.reset_peak_memory_stats()
+        self._look(row)
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.02):
+            self._look(self.rows[self._phases[-1]])
+
+    def _look(self, row: Row) -> None:
+        row["host_bytes"] = max(row["host_bytes"], resident_bytes())
+        free, total = torch.cuda.mem_get_info() if self.on_gpu else (0, 0)
+        row["device_bytes"] = max(row["device_bytes"], total - free)
+
+
+def resident_bytes() -> int:
+    """Memory of this process, of the host."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def planned(options: argparse.Namespace, module: RLModule, rollout: RolloutCallback, device: str) -> Plan:
+    """What the plan says of this run."""
+    (inputs,) = module.policy.encode([DrawnPrompts("color", "train", 1)[0]])
+    image_id = module.policy.model.config.image_token_id
+    tokens, of_image = len(inputs.input_ids_S), int((inputs.input_ids_S == image_id).sum())
+    settings = settings_of(
+        module,
+        [rollout],
+        placement=host_adamw(options.states, options.gradients),
+        precision="32-true",
+        ranks=1,
+        batch_prompts=options.prompts,
+        prompts=Prompts(tokens, 1, of_image),
+        device=device,
+    )
+    return plan(settings, module.optimizer)
+
+
+def predictions(found: Plan, name: str) -> Row:
+    """The plan's bytes for a phase of the run; nothing where it knows none."""
+    phases = [phase for phase in found.phases if phase.name in PLANNED.get(name, (name,))]
+    if not phases:
+        return {}
+    return {
+        "predicted_device_bytes": max(phase.gpu for phase in phases),
+        "predicted_allocated_bytes": max(sum(line.gpu for line in phase.lines if not line.assumed) for phase in phases),
+        "predicted_host_bytes": max(phase.host for phase in phases),
+    }
+
+
+def machine(device: str) -> dict[str, object]:
+    """What a figure must be read with."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found: dict[str, object] = {
+        "cores": os.cpu_count(),
+        "host_gib": host / GIB,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": "cpu",
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "device_gib": properties.total_memory / GIB}
+    return found
+
+
+def table(report: dict[str, object]) -> str:
+    """What a person wants to see."""
+    columns = ("allocated", "predicted_allocated", "reserved", "device", "predicted_device", "host", "predicted_host")
+    lines = [f"{'GiB':10}" + "".join(f"{name.replace('predicted_', '≈'):>12}" for name in columns) + f"{'s':>9}"]
+    for name, row in report["phases"].items():
+        cells = "".join(f"{row.get(f'{column}_bytes', 0) / GIB:>12.2f}" for column in columns)
+        lines.append(f"{name:10}{cells}{row.get('seconds', 0.0):>9.2f}")
+    last = report["rollouts"][-1]
+    sampled, trained = last["sampled_tokens_a_second"], last["trained_tokens_a_second"]
+    lines.append(f"last rollout: {sampled:.0f} tokens a second sampled, {trained:.0f} trained")
+    lines.append(f"{report['parameters']:,} parameters; {report['machine']}; ≈ is the plan's")
+    return "\n".join(lines)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny: 0.3 M parameters, short")
+    parser.add_argument("--model", choices=["qwen3_vl_4b", "qwen3_vl_8b"], default="qwen3_vl_4b")
+    parser.add_argument("--gib", type=float, default=24.0, help="of the card that is emulated (default 24)")
+    parser.add_argument("--engine", choices=["embedded", "vllm"], default="embedded")
+    parser.add_argument("--kl", type=float, default=0.01, help="0: no reference policy (default 0.01)")
+    parser.add_argument("--states", choices=["float32", "bfloat16", "int8"], default="float32")
+    parser.add_argument("--gradients", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rollouts", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=8, help="of a rollout (default 8)")
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=1024, help="of a response (default 1024)")
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--rollout-prompts", type=int, default=2, help="sampled at a time by the embedded engine")
+    parser.add_argument("--kv-gib", type=float, default=4.0, help="of vLLM's cache (default 4)")
+    parser.add_argument("--image-side", type=int, default=448, help="pixels (default 448, which is 196 tokens)")
+    parser.add_argument("--output", default="", help="JSON file")
+    options = parser.parse_args(arguments)
+    if options.size == "tiny":
+        vars(options).update(SHORT)
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The benchmarks of memory and of the host optimizer run, small and on the CPU. No figure is judged."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from rllava_pl.models.architectures import architecture
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow  # the plan traces a model six times
+def test_every_phase_of_a_run_is_measured_beside_the_plan(tmp_path, capsys):
+    file = tmp_path / "gpu.json"
+    script("gpu_24gb").main(["--size", "tiny", "--states", "int8", "--rollouts", "2", "--output", str(file)])
+    report = json.loads(file.read_text())
+    assert {"load", "rollout", "evaluate", "update"} <= report["phases"].keys()
+    for name in ("rollout", "evaluate", "update"):
+        row = report["phases"][name]
+        assert row["seconds"] > 0 and row["host_bytes"] > row["predicted_host_bytes"] > 0
+    assert len(report["rollouts"]) == 2
+    for row in report["rollouts"]:
+        assert row["response_tokens"] == 2 * 4 * 8  # prompts x group x budget: random weights do not stop
+        assert row["sampled_tokens_a_second"] > 0 and row["trained_tokens_a_second"] > 0 and row["grad_norm"] > 0
+    assert report["machine"]["device"] == "cpu"
+    assert "427,584 parameters" in capsys.readouterr().out
+
+
+def test_the_published_architecture_runs_with_the_tokenizer_of_the_tiny_model(monkeypatch, tmp_path):
+    """At its vocabulary and patch size; narrow and with few layers, because this is a CPU."""
+    gpu = script("gpu_24gb")
+
+    def narrow(name):
+        config = architecture(name)
+        text, vision = config.text_config, config.vision_config
+        text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads = 64, 64, 3, 8
+        vision.hidden_size, vision.intermediate_size, vision.num_heads, vision.out_hidden_size = 32, 32, 2, 64
+        vision.depth, vision.deepstack_visual_indexes = 4, [0, 1, 2]
+        return config
+
+    monkeypatch.setattr(gpu, "architecture", narrow)
+    monkeypatch.setattr(gpu, "planned", lambda *_: Namespace(phases=()))
+    options = gpu._options(["--rollouts", "1"])
+    vars(options).update(prompts=2, group_size=2, max_tokens=4, micro_batch_size=2, image_side=96)
+    report = gpu.run(options, "cpu", tmp_path)
+    (row,) = report["rollouts"]
+    assert row["response_tokens"] == 2 * 2 * 4 and row["grad_norm"] > 0
+    assert report["parameters"] > 151_936 * 64
+
+
+def test_the_full_size_is_refused_without_a_gpu(monkeypatch):
+    gpu = script("gpu_24gb")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="the full size needs a GPU; --size tiny runs on a CPU"):
+        gpu.main([])
+
+
+def test_every_way_to_take_a_step_is_timed(tmp_path):
+    file = tmp_path / "steps.json"
+    script("host_optimizer").main(["--parameters", "1", "--rounds", "1", "--output", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["name"] for row in rows][:3] == ["stream", "torch AdamW, weights fp32", "float32, weights fp32"]
+    assert all(row["ns_a_parameter"] > 0 and row["of_bound"] > 0 for row in rows)
+    assert rows[0]["of_bound"] == pytest.approx(1.0)
