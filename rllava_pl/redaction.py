@@ -1,8 +1,8 @@
 """Secrets are kept out of everything that a run writes.
 
-A secret belongs into an environment variable, read where it is used. Two kinds are known here: the values of environment
-variables whose names say so (``..._API_KEY``, ``..._TOKEN``, ``..._SECRET``, ``..._PASSWORD``), and values that somebody
-has put into a config after all, under such a name.
+A secret belongs into an environment variable, read where it is used. Two kinds are known here: values of environment
+variables whose names say so (``..._API_KEY``, ``..._TOKEN``, ``..._SECRET``, ``..._PASSWORD``), and those that
+somebody has put into a config after all, under such a name.
 """
 
 from __future__ import annotations
