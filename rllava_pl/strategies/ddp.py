@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from os import PathLike
+from typing import Any
+
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from rllava_pl.strategies.durable import together
 
 
 class RLStrategyMixin:
@@ -37,6 +42,13 @@ class RLStrategyMixin:
 
 class RLDDPStrategy(RLStrategyMixin, DDPStrategy):
     """A full copy of the policy on every rank: ``--trainer.strategy rl_ddp``. Arguments as of ``DDPStrategy``."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | PathLike[str], storage_options: object | None = None
+    ) -> None:
+        """Written by rank 0; where that fails, all ranks learn of it instead of waiting."""
+        with together():
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
 
 StrategyRegistry.register("rl_ddp", RLDDPStrategy, description="DDP for steps with many forwards")

@@ -1,6 +1,6 @@
 """Kills a run again and again, resumes it, and compares the end with that of a run that was left alone.
 
-python -m tests.reliability.kills --trials 50
+python -m tests.reliability.kills --trials 50 --workers 2
 python -m tests.reliability.kills --trials 10 --ranks 2
 """
 
@@ -14,6 +14,9 @@ import re
 import shutil
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +35,6 @@ SHARE = {WRITE: 5, "rollout": 5, "update": 3, "save": 2, "validate": 2, "reward"
 class Outcome:
     """Of all trials."""
 
-    trials: int
     killed: dict[str, int] = field(default_factory=dict)
     """By the phase that was hit."""
     finished_before: int = 0
@@ -43,17 +45,16 @@ class Outcome:
     """Committed checkpoints that were no longer there, or not whole."""
     leftovers: int = 0
     """Files of killed processes that the resumed run left."""
-    seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
 
 
-def reference(root: Path, ranks: int) -> tuple[object, dict[str, list[range]]]:
+def reference(root: Path, ranks: int, every_n_rollouts: int = 1) -> tuple[object, dict[str, list[range]]]:
     """A run that is left alone: how it ends, and which phase each moment belongs to."""
     clock = Clock()
 
     def task(rank: int) -> None:
         with victim.marking_writes(clock):
-            victim.train(root, clock)
+            victim.train(root, clock, every_n_rollouts)
         torch.save({"spans": clock.spans, "calls": clock.calls}, root / f"clock-{rank}.pt")
 
     codes = forks.run(task, root / "log", ranks)
@@ -119,32 +120,60 @@ def lost(root: Path) -> int:
     return damaged + (newest < known)
 
 
-def campaign(trials: int, ranks: int = 1, seed: int = 0) -> Outcome:
+def campaign(trials: int, ranks: int = 1, seed: int = 0, workers: int = 1) -> dict[str, object]:
     """Run all trials in a directory that is removed again."""
-    start, outcome, draw = time.monotonic(), Outcome(trials), random.Random(seed)
+    start = time.monotonic()
     victim.runs.tiny().prepare(1)
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)
         (base / "whole").mkdir()
         expected, moments = reference(base / "whole", ranks)
         phases = [phase for phase, share in SHARE.items() for _ in range(share) if phase in moments]
-        for k in range(trials):
-            root = base / str(k)
-            root.mkdir()
-            at = draw.choice(draw.choice(moments[phases[k * 8 % len(phases)]]))  # 8: coprime, so that all come early
-            trial(root, at, ranks, bool(k % 2), outcome, expected)
-            shutil.rmtree(root)
-    outcome.seconds = round(time.monotonic() - start, 1)
-    return outcome
+
+        def work(worker: int) -> dict[str, object]:
+            outcome = Outcome()
+            for k in range(worker, trials, workers):
+                draw = random.Random(f"{seed}/{k}")
+                at = draw.choice(draw.choice(moments[phases[k * 8 % len(phases)]]))  # 8: so that all come early
+                with fresh(base / str(k)) as root:
+                    trial(root, at, ranks, bool(k % 2), outcome, expected)
+            return asdict(outcome)
+
+        found = merged(forks.share_out(work, workers, base))
+    return {"trials": trials, "ranks": ranks, **found, "seconds": round(time.monotonic() - start, 1)}
 
 
-def main() -> None:
+@contextmanager
+def fresh(directory: Path) -> Iterator[Path]:
+    """A directory for the time of a trial."""
+    directory.mkdir()
+    yield directory
+    shutil.rmtree(directory)
+
+
+def merged(outcomes: list[dict[str, object]]) -> dict[str, object]:
+    """Of all workers: numbers added, the slowest kept."""
+    total: dict[str, object] = {}
+    for outcome in outcomes:
+        for name, value in outcome.items():
+            if name not in total:
+                total[name] = value
+            elif isinstance(value, dict):
+                total[name] = dict(Counter(total[name]) + Counter(value))
+            else:
+                total[name] = max(total[name], value) if isinstance(value, float) else total[name] + value
+    return total
+
+
+def arguments(trials: int) -> dict[str, int]:
+    """Of the command line."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--trials", type=int, default=trials)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    print(json.dumps(asdict(campaign(**vars(parser.parse_args())))))
+    parser.add_argument("--workers", type=int, default=1)
+    return vars(parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(campaign(**arguments(trials=50))))
