@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, object]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 LONGEST_INT_DIGITS = 1000
+UNCLOSED = "unexpected end of data"
+"""What the CSV reader says of a quote that is never closed."""
 
 
 class Rows(Sequence[Row]):
@@ -118,7 +120,8 @@ class CsvRows(Rows):
         """Cells by the names in the header."""
         _, cells = self.records[index]
         if isinstance(cells, str):
-            raise RowError("E02", "line", f"is not CSV: {cells}")
+            hint = "; a quote is not closed, and the rest of the file is inside it" * (cells == UNCLOSED)
+            raise RowError("E02", "line", f"is not CSV: {cells}{hint}")
         if len(cells) != len(self.header):
             hint = "quote cells that contain commas" if len(cells) > len(self.header) else "write empty cells as well"
             raise RowError("E02", "line", f"has {len(cells)} cells, the header has {len(self.header)}; {hint}")
