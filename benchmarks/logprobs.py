@@ -15,18 +15,12 @@ On a busy machine read the CPU time, with one thread; on a quiet one the wall ti
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 from statistics import median
 
 import torch
+from _fresh import forget_peak, fresh, peak
 from torch import Tensor
 
 from rllava_pl.functional.logprobs import chunked_token_log_probs, token_log_probs
@@ -69,11 +63,11 @@ def measure(case: str, *, width: int, vocabulary: int, rows: int) -> dict[str, f
     method, frozen = METHODS[case.removesuffix(FROZEN)], case.endswith(FROZEN)
     _forward_backward(method, *_inputs(width, 4096, 64, frozen))
     inputs = _inputs(width, vocabulary, rows, frozen)
-    before = _forget_peak()
+    before = forget_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     _forward_backward(method, *inputs)
     clocks = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-    return clocks | {"megabytes": (_peak() - before) / 1e6}
+    return clocks | {"megabytes": (peak() - before) / 1e6}
 
 
 def _inputs(width: int, vocabulary: int, rows: int, frozen: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -88,29 +82,14 @@ def _forward_backward(method: Method, hidden: Tensor, weight: Tensor, ids: Tenso
     method(hidden, weight, ids).backward(upstream)
 
 
-def _forget_peak() -> float:
-    """Bytes the process holds now; where Linux allows it, its peak is set back to that."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return float(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def _peak() -> float:
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return float(line.split()[1]) * 1024
-
-
 def take_turns(options: argparse.Namespace, width: int) -> dict[str, list[dict[str, float]]]:
     """All measurements of one width."""
     found: dict[str, list[dict[str, float]]] = {case: [] for case in options.cases}
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    sizes = {"width": width, "vocabulary": options.vocabulary, "rows": options.rows}
     for turn in range(options.turns):
         first = turn % len(options.cases)
         for case in (*options.cases[first:], *options.cases[:first]):
-            command = [sys.executable, __file__, "--one", case, "--widths", str(width)]
-            command += ["--rows", str(options.rows), "--vocabulary", str(options.vocabulary)]
-            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-            found[case].append(json.loads(done.stdout))
+            found[case].append(fresh(measure, case, **sizes))
     return found
 
 
@@ -137,13 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--threads", type=int, default=2, help="of torch's operators (default 2)")
     parser.add_argument("--turns", type=int, default=7, help="measurements of each (default 7)")
-    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.one:
-        (width,) = options.widths
-        result = measure(options.one, width=width, vocabulary=options.vocabulary, rows=options.rows)
-        print(json.dumps(result))
-        return
+    torch.set_num_threads(options.threads)
+    if any(case.startswith("trl") for case in options.cases):
+        import trl.trainer.utils  # noqa: F401 - here, not in every process
     print(f"{options.rows} rows, V = {options.vocabulary}, fp32, {options.threads} threads, {options.turns} turns")
     for width in options.widths:
         print(table(take_turns(options, width), width), flush=True)

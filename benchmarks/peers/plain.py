@@ -68,7 +68,7 @@ def run(work: Work, pace: Pace) -> None:
         rewards_PG = rewards_PG.view(-1, work.group_size)
         advantages = (rewards_PG - rewards_PG.mean(1, keepdim=True)) / (rewards_PG.std(1, keepdim=True) + 1e-6)
         with torch.no_grad():
-            ref_NT, _ = log_probs(reference, inputs, done.ids_NT, banned)
+            ref_NT, _ = log_probs(reference, inputs, done, banned)
         metrics = []
         rows_PG = torch.arange(rewards_PG.numel()).view_as(rewards_PG)
         for part in torch.randperm(len(prompts), generator=generator).chunk(work.minibatches):
@@ -147,24 +147,27 @@ def reward(text: str, answer: str) -> float:
     return 0.0 if form is None else 0.1 + 0.9 * (form[1].strip().lower() == answer)
 
 
-def log_probs(model: PreTrainedModel, inputs: Inputs, ids_NT: Tensor, banned: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs of the responses and of all tokens in their place; every prompt is computed once, as a packed row."""
-    prompt_ids = inputs["input_ids"]
-    (prompts, width), group, tokens = prompt_ids.shape, len(ids_NT) // len(prompt_ids), ids_NT.shape[1] - 1
-    positions = torch.cat([torch.arange(width), (width + torch.arange(tokens)).repeat(group)])
+def log_probs(model: PreTrainedModel, inputs: Inputs, done: Completions, banned: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs of the responses and of all tokens in their place; every prompt is computed once, in a packed row."""
+    prompts, width = inputs["input_ids"].shape
+    steps_N = done.mask_NT.sum(1) - 1
+    layout = shared_prompt.Layout.of([width] * prompts, steps_N.tolist(), torch.device("cpu"))
+    following = width + torch.arange(int(steps_N.max())).expand(len(steps_N), -1)
     hidden = model.model(
-        input_ids=torch.cat([prompt_ids, ids_NT[:, :-1].reshape(prompts, group * tokens)], 1),
-        pixel_values=inputs["pixel_values"],
-        pixel_attention_mask=inputs["pixel_attention_mask"],
+        input_ids=layout.row(inputs["input_ids"], done.ids_NT[:, : following.shape[1]])[None],
+        pixel_values=inputs["pixel_values"].flatten(0, 1)[None],
+        pixel_attention_mask=inputs["pixel_attention_mask"].flatten(0, 1)[None],
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),  # 4-D: passed on unread
-        position_ids=positions.expand(prompts, -1),
-        shared_prompt=shared_prompt.Layout.of(inputs["attention_mask"], group, tokens),
+        position_ids=layout.row(torch.arange(width).expand(prompts, -1), following)[None],
+        shared_prompt=layout,
         use_cache=False,
-    ).last_hidden_state
-    first = hidden[:, width - 1 : width].repeat_interleave(group, 0)
-    hidden_NTH = torch.cat([first, hidden[:, width:].reshape(prompts * group, tokens, -1)], 1)
+    ).last_hidden_state[0]
+    first = layout.last_P.repeat_interleave(len(steps_N) // prompts)
+    predictors_NT = torch.cat([first[:, None], layout.response_slots_NR], 1)
+    predictors_NT = torch.nn.functional.pad(predictors_NT, (0, done.ids_NT.shape[1] - predictors_NT.shape[1]))
+    hidden_NTH = hidden.index_select(0, predictors_NT.flatten()).unflatten(0, predictors_NT.shape)
     logp_NTV = model.lm_head(hidden_NTH).index_fill(-1, banned, -1e30).log_softmax(-1)
-    return logp_NTV.gather(-1, ids_NT[:, :, None])[:, :, 0], logp_NTV
+    return logp_NTV.gather(-1, done.ids_NT[:, :, None])[:, :, 0], logp_NTV
 
 
 def grpo_loss(
@@ -177,7 +180,7 @@ def grpo_loss(
     work: Work,
 ) -> tuple[Tensor, list[Tensor]]:
     """Clipped surrogate + KL (k3), mean over tokens and then over completions; and what to report of it."""
-    logp_NT, logp_NTV = log_probs(model, inputs, done.ids_NT, banned)
+    logp_NT, logp_NTV = log_probs(model, inputs, done, banned)
     ratio_NT = (logp_NT - done.logp_NT).exp()
     bounded_NT = ratio_NT.clamp(1 - work.clip_low, 1 + work.clip_high)
     gain_NT = torch.minimum(ratio_NT * advantages_N[:, None], bounded_NT * advantages_N[:, None])

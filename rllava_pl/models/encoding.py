@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 
 Chat = list[dict[str, str | list[dict[str, str]]]]
+PaddingSide = Literal["left", "right"]
 
 
 def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase:
@@ -43,19 +44,23 @@ def chat(messages: Sequence[Message], *, multimodal: bool = True) -> Chat:
     return [{"role": m.role, "content": "".join(str(piece) for piece in m.parts)} for m in messages]
 
 
-def check_images(prompt: Prompt) -> None:
-    """Refuse a prompt whose image slots and images differ in number.
+def check_prompt(prompt: Prompt) -> None:
+    """Refuse a prompt whose image slots and images differ in number, or whose text no tokenizer can read.
 
     Raises:
-        ValueError: Naming the row and both counts.
+        ValueError: Naming the row and what is wrong.
     """
     slots = sum(message.image_slots for message in prompt.messages)
+    where = f"prompt {prompt.uid!r}" + (f" ({prompt.source})" if prompt.source else "")
     if slots != len(prompt.images):
-        where = f" ({prompt.source})" if prompt.source else ""
         raise ValueError(
-            f"prompt {prompt.uid!r}{where} shows {slots} image slot(s) but carries {len(prompt.images)} image(s); "
+            f"{where} shows {slots} image slot(s) but carries {len(prompt.images)} image(s); "
             "every image needs exactly one slot"
         )
+    try:
+        "".join(part for message in prompt.messages for part in message.parts if isinstance(part, str)).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has a lone surrogate in its text, which is no character; take it out") from error
 
 
 def prompt_text(processor: Processor, prompt: Prompt) -> str:
@@ -78,12 +83,12 @@ def encode(processor: Processor, prompts: Sequence[Prompt], family: Family | Non
         family: Row of the family table; by default that of the processor's class.
 
     Raises:
-        ValueError: Image slots and images of a prompt differ in number.
+        ValueError: Image slots and images of a prompt differ in number, or its text cannot be encoded.
     """
     if not prompts:
         return []
     for prompt in prompts:
-        check_images(prompt)
+        check_prompt(prompt)
     texts, marks = zip(*(_literal_text(processor, prompt) for prompt in prompts), strict=True)
     images = [image for prompt in prompts for image in prompt.images]
     outputs = processor(
@@ -207,23 +212,25 @@ def split_images(features: Mapping[str, Tensor], counts: Sequence[int], axis: Im
     return parts
 
 
-def collate(inputs: Sequence[PromptInputs], *, pad_id: int, axis: ImageAxis, device: torch.device) -> dict[str, Tensor]:
-    """One forward input of several prompts: left-padded tokens (P, S), vision inputs joined in the family's layout."""
-    ids_PS = _pad_left([x.input_ids_S for x in inputs], pad_id)
-    lengths_P = torch.tensor([x.input_ids_S.shape[0] for x in inputs])
-    padding_P = ids_PS.shape[1] - lengths_P
-    batch = {"input_ids": ids_PS, "attention_mask": (torch.arange(ids_PS.shape[1]) >= padding_P[:, None]).long()}
+def collate(
+    inputs: Sequence[PromptInputs], *, pad_id: int, axis: ImageAxis, device: torch.device, side: PaddingSide = "left"
+) -> dict[str, Tensor]:
+    """One forward input of several prompts: padded tokens (P, S), vision inputs joined in the family's layout."""
+
+    def padded(rows: list[Tensor], value: int) -> Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+    batch = {
+        "input_ids": padded([x.input_ids_S for x in inputs], pad_id),
+        "attention_mask": padded([torch.ones_like(x.input_ids_S) for x in inputs], 0),
+    }
     for name in inputs[0].tokens:
-        batch[name] = _pad_left([x.tokens[name] for x in inputs], 0)
+        batch[name] = padded([x.tokens[name] for x in inputs], 0)
     for name in dict.fromkeys(name for x in inputs for name in x.images):
         pieces = [x.images.get(name) for x in inputs]
         present = [piece for piece in pieces if piece is not None]
         batch[name] = _stack_padded(pieces) if axis == "prompt" else torch.cat(present)
     return {name: x.to(device, non_blocking=True) for name, x in batch.items()}
-
-
-def _pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
-    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
 
 
 def _stack_padded(pieces: Sequence[Tensor | None]) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rllava_pl.functional.logprobs import chunked_token_log_probs, token_log_probs
 from rllava_pl.models import shared_prompt
 from rllava_pl.models.blank import blank_prompt, hide, with_blank
-from rllava_pl.models.encoding import collate, encode, encode_response, tokenizer_of
+from rllava_pl.models.encoding import PaddingSide, collate, encode, encode_response, tokenizer_of
 from rllava_pl.models.families import banned_token_ids, family_of
 from rllava_pl.types import PolicyBatch, PolicyOutput, Prompt, PromptInputs
 
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rllava_pl.models.encoding import Processor
-
-LOGITS_LIMIT = 1 << 24
-"""Above this many logits (64 MiB in fp32) log-probs are taken from hidden states in slices; below, in one go."""
 
 
 class Policy(nn.Module):
@@ -93,14 +90,21 @@ class Policy(nn.Module):
         return str(self.tokenizer.decode([i for i in response_ids.tolist() if i not in hidden]))
 
     def collate(self, inputs: Sequence[PromptInputs]) -> dict[str, Tensor]:
-        """Padded model inputs of several prompts with their position ids, on the policy's device and in its dtype."""
-        blind = self.always_sees and not any(x.images for x in inputs)
-        shown = with_blank(inputs, self.blank) if blind else inputs
-        batch = collate(shown, pad_id=self.pad_id, axis=self.family.image_axis, device=self.device)
-        if blind:
-            hide(batch["attention_mask"], len(self.blank))
+        """Model inputs of several prompts, padded on the left, on the policy's device and in its dtype."""
+        if not self._blind(inputs):
+            return self._collate(inputs)
+        batch = self._collate(with_blank(inputs, self.blank))
+        hide(batch["attention_mask"], len(self.blank))
+        return batch | {"position_ids": self._positions(batch)}
+
+    def _collate(self, inputs: Sequence[PromptInputs], side: PaddingSide = "left") -> dict[str, Tensor]:
+        batch = collate(inputs, pad_id=self.pad_id, axis=self.family.image_axis, device=self.device, side=side)
         batch["position_ids"] = self._positions(batch)
         return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in batch.items()}
+
+    def _blind(self, inputs: Sequence[PromptInputs]) -> bool:
+        """Whether a blank image has to be shown."""
+        return self.always_sees and not any(x.images for x in inputs)
 
     def _positions(self, batch: dict[str, Tensor]) -> Tensor:
         """Position ids (P, S), or (3, P, S) for rotary embeddings over time, height and width; pads do not count."""
@@ -137,8 +141,7 @@ class Policy(nn.Module):
                 f"no hidden states for the family {self.model.config.model_type!r}: only its logits are known to be "
                 "right; use an algorithm without a critic, or enter the family in models/families.py if it is causal"
             )
-        hidden_NTH = self._hidden_shared(batch) if self.shares_prompt else self._hidden_plain(batch)
-        return hidden_NTH[batch.mask_NT.to(self.device)]
+        return self._hidden_shared(batch) if self.shares_prompt else self._hidden_plain(batch)
 
     def read(self, hidden_MH: Tensor, batch: PolicyBatch) -> PolicyOutput:
         """Log-probs and entropies from ``hidden(batch)``; padding never meets the vocabulary."""
@@ -157,8 +160,7 @@ class Policy(nn.Module):
 
     def _from_hidden(self, hidden_MH: Tensor, ids_M: Tensor) -> tuple[Tensor, Tensor]:
         head = self.model.get_output_embeddings()
-        by_weight = getattr(head, "bias", None) is None and not hasattr(head, "lora_A")  # its weight is all of it
-        if not by_weight or ids_M.numel() * head.weight.shape[0] <= LOGITS_LIMIT:
+        if getattr(head, "bias", None) is not None or hasattr(head, "lora_A"):  # its weight is not all of it
             return self._from_logits(head(hidden_MH), ids_M)
         logp, entropy = chunked_token_log_probs(
             hidden_MH[None], head.weight, ids_M[None], temperature=self.temperature, banned_ids=self.banned_ids
@@ -172,45 +174,53 @@ class Policy(nn.Module):
         return logp[0], entropy[0]
 
     def _hidden_plain(self, batch: PolicyBatch) -> Tensor:
-        """(N, T, H): the states that predict each response token, the prompt computed once a response."""
+        """(M, H): the states that predict the tokens under the mask, the prompt computed once a response."""
         hidden: Tensor = self.model.base_model(**self._repeat_prompts(batch), use_cache=False).last_hidden_state
-        return hidden[:, -batch.response_ids_NT.shape[1] :]
+        return hidden[:, -batch.mask_NT.shape[1] :][batch.mask_NT.to(self.device)]
 
     def _repeat_prompts(self, batch: PolicyBatch) -> dict[str, Tensor]:
         """N rows of [prompt | response]; the last response token is never an input."""
         inputs = self.collate([x for x in batch.inputs for _ in range(batch.group_size)])
-        ids = batch.response_ids_NT[:, :-1].to(self.device)
-        packed = self._append(inputs, ids, torch.arange(ids.shape[1], device=self.device))
-        packed["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1)
-        return packed
-
-    def _hidden_shared(self, batch: PolicyBatch) -> Tensor:
-        """The same states with each prompt computed once: P rows of [prompt | response 1 | ... | response G]."""
-        group, inputs = batch.group_size, self.collate(batch.inputs)
-        steps, prompt_tokens = batch.response_ids_NT.shape[1] - 1, inputs["input_ids"].shape[1]
-        ids = batch.response_ids_NT[:, :-1].to(self.device).reshape(len(batch.inputs), group * steps)
-        offsets = torch.arange(steps, device=self.device).repeat(group)  # every response restarts behind the prompt
-        packed = self._append(inputs, ids, offsets)
-        packed["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # 4-D: never read
-        layout = shared_prompt.Layout.of(inputs["attention_mask"], group, steps)
-        hidden: Tensor = self.model.base_model(**packed, shared_prompt=layout, use_cache=False).last_hidden_state
-        first = hidden[:, prompt_tokens - 1 : prompt_tokens].repeat_interleave(group, 0)
-        return torch.cat([first, hidden[:, prompt_tokens:].unflatten(1, (group, steps)).flatten(0, 1)], 1)
-
-    @staticmethod
-    def _append(inputs: dict[str, Tensor], ids: Tensor, offsets: Tensor) -> dict[str, Tensor]:
-        """Inputs with further text tokens at positions ``next position + offsets`` of their row."""
-        positions, width = inputs["position_ids"], ids.shape[1]
-        following = next_positions(positions)[:, None] + offsets
-        if positions.ndim == 3:
-            following = following.expand(3, -1, -1)
-        longer = inputs | {
+        ids, positions = batch.response_ids_NT[:, :-1].to(self.device), inputs["position_ids"]
+        following = next_positions(positions)[:, None] + torch.arange(ids.shape[1], device=self.device)
+        following = following.expand(*positions.shape[:-1], -1)
+        longer = {
             "input_ids": torch.cat([inputs["input_ids"], ids], 1),
+            "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1),
             "position_ids": torch.cat([positions, following], -1),
         }
-        for name in inputs.keys() & {"mm_token_type_ids", "token_type_ids"}:
-            longer[name] = nn.functional.pad(inputs[name], (0, width))
-        return longer
+        further = {name: nn.functional.pad(inputs[name], (0, ids.shape[1])) for name in batch.inputs[0].tokens}
+        return inputs | longer | further  # further inputs are 0 at text
+
+    def _hidden_shared(self, batch: PolicyBatch) -> Tensor:
+        """The same states from one row that holds every prompt once and no padding; see ``shared_prompt``."""
+        mask_NT = batch.mask_NT.to(self.device)
+        prompts = (*batch.inputs, self.blank) if self._blind(batch.inputs) else batch.inputs  # behind it stands nothing
+        silent = [0] * (len(prompts) * batch.group_size - len(mask_NT))
+        layout = shared_prompt.Layout.of([len(x) for x in prompts], context_lengths(mask_NT) + silent, self.device)
+        packed = self._pack(prompts, batch.response_ids_NT.to(self.device), layout)
+        hidden: Tensor = self.model.base_model(**packed, shared_prompt=layout, use_cache=False).last_hidden_state
+        return hidden[0].index_select(0, layout.predictors(mask_NT))
+
+    def _pack(self, prompts: Sequence[PromptInputs], ids_NT: Tensor, layout: shared_prompt.Layout) -> dict[str, Tensor]:
+        """Model inputs of the row: everything that runs along the tokens as (..., 1, L), images in order."""
+        rows, steps = layout.response_slots_NR.shape
+        ids_NR = nn.functional.pad(ids_NT[:, :steps], (0, 0, 0, rows - len(ids_NT)))
+        packed = self._collate(prompts, side="right")
+        following = torch.arange(steps, device=self.device)  # every response goes on where its prompt ends
+        positions_NR = (
+            next_positions(packed["position_ids"]).repeat_interleave(rows // len(prompts))[:, None] + following
+        )
+        responses = {"input_ids": ids_NR, "position_ids": positions_NR}
+        for name in ("input_ids", "position_ids", *prompts[0].tokens):
+            along = responses.get(name, torch.zeros_like(ids_NR))  # further inputs are 0 at text
+            along = along.expand(*packed[name].shape[:-2], -1, -1)
+            packed[name] = layout.row(packed[name], along).unsqueeze(-2)
+        if self.family.image_axis == "prompt":
+            images = {name for x in prompts for name in x.images}
+            packed |= {name: packed[name].flatten(0, 1)[None] for name in images}  # one prompt of all images
+        packed["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # 4-D: never read
+        return packed
 
     @cached_property
     def _adapted_layers(self) -> list[nn.Module]:
@@ -240,6 +250,17 @@ def spread(values_M: Tensor, mask_NT: Tensor) -> Tensor:
             [2., 3.]])
     """
     return values_M.new_zeros(mask_NT.shape).masked_scatter(mask_NT, values_M)
+
+
+def context_lengths(mask_NT: Tensor) -> list[int]:
+    """Tokens of each response that a later token under the mask is predicted from: all before the last such token.
+
+    >>> context_lengths(torch.tensor([[True, False, True, False], [True, False, False, False], [False] * 4]))
+    [2, 0, 0]
+    """
+    steps = torch.arange(mask_NT.shape[1], device=mask_NT.device)
+    lengths: list[int] = (mask_NT * steps).amax(1).tolist()
+    return lengths
 
 
 def next_positions(position_ids: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
-"""One prompt for its whole group, with gradients.
+"""One prompt for its whole group, with gradients, and no padding.
 
-The G completions of a prompt share its images and its text. Here they share the computation as well: one row holds
+The G completions of a prompt share its images and its text. Here they share the computation as well, and all prompts of
+a batch stand in one row behind each other:
 
-    [ prompt | response 1 | ... | response G ]
+    [ prompt 1 | response 11 | ... | response 1G | prompt 2 | response 21 | ... ]
 
-and attention treats the parts apart: prompt tokens attend to the prompt, the tokens of a response to the prompt and to
-their own response. Every position is computed once, whatever G is. For a causal model that is exact: the prompt never
-sees a response, so its keys and values are the same for all of them, and their gradients add up. Cost: P + G·R tokens
-and P² + G·R·(P + R) attention pairs a row, against G·(P + R) tokens and G·(P + R)² pairs when the prompt is repeated.
+Attention treats the parts apart: prompt tokens attend to their prompt, the tokens of a response to their prompt and to
+their own response. Every position is computed once, whatever G is. For a causal model that is exact: a prompt never
+sees a response, so its keys and values are the same for all of them, and their gradients add up. Cost: P·S + N·R tokens
+as long as they really are, and P·S² + N·R·(S + R) attention pairs as wide as the longest, against N·(S + R) tokens and
+N·(S + R)² pairs, padding included, when the prompt is repeated.
 
 The attention function is registered with transformers under ``shared_prompt`` and falls through to SDPA when a call
 carries no layout, so that sampling and ordinary forwards are untouched.
@@ -15,6 +17,7 @@ carries no layout, so that sampling and ordinary forwards are untouched.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,46 +35,81 @@ NAME = "shared_prompt"
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a packed row stand, and who may attend to whom (True = may)."""
+    """Where the tokens of a packed row belong: prompts (P, S) and responses (N, R), both padded on the right."""
 
-    prompt_tokens: int
-    """S: width of the left-padded prompts."""
-    group_size: int
-    """G responses behind each prompt."""
-    response_tokens: int
-    """R tokens of each response that serve as input."""
-    prompt_mask: Tensor | None
-    """bool (P, 1, S, S); None: plain causal, no prompt is padded."""
-    response_mask: Tensor
-    """bool (N, 1, R, S + R), or (1, 1, R, S + R) when no prompt is padded."""
+    prompt_slots_PS: Tensor
+    """int64: place in the row of every prompt token; anywhere in the row at padding."""
+    response_slots_NR: Tensor
+    """int64: place in the row of every response token; anywhere in the row at padding."""
+    order_L: Tensor
+    """int64 (L,): of every token of the row, its place among the P·S prompt tokens followed by the N·R of responses."""
+    last_P: Tensor
+    """int64: place in the row of each prompt's last token."""
+    seen: Tensor
+    """bool (N, 1, R, S + R), or (1, 1, R, S + R) where all prompts are equally long: what a response attends to."""
 
     @classmethod
-    def of(cls, attention_PS: Tensor, group_size: int, response_tokens: int) -> Layout:
-        """The layout of ``group_size`` responses behind left-padded prompts whose padding is 0 in ``attention_PS``."""
-        prompts, width = attention_PS.shape
-        valid = attention_PS.bool()
-        causal = torch.ones(response_tokens, response_tokens, dtype=torch.bool, device=valid.device).tril()
-        seen = valid[:, None].expand(-1, response_tokens, -1)
-        response = torch.cat([seen, causal.expand(prompts, -1, -1)], -1)[:, None]
-        if bool(valid.all()):
-            return cls(width, group_size, response_tokens, None, response[:1])
-        lower = torch.ones(width, width, dtype=torch.bool, device=valid.device).tril()
-        itself = torch.eye(width, dtype=torch.bool, device=valid.device)  # pads see themselves: no empty softmax row
-        prompt = ((valid[:, None] & lower) | itself)[:, None]
-        return cls(width, group_size, response_tokens, prompt, response.repeat_interleave(group_size, 0))
+    def of(cls, prompt_lengths: Sequence[int], response_lengths: Sequence[int], device: torch.device) -> Layout:
+        """The layout of P prompts, each followed by its part of N = P·G responses; lengths in tokens."""
+        prompt_P, response_N = torch.tensor(prompt_lengths), torch.tensor(response_lengths)
+        length = torch.cat([prompt_P[:, None], response_N.view(len(prompt_P), -1)], 1)
+        start = (length.flatten().cumsum(0) - length.flatten()).view_as(length)
+        prompt_slots_PS, prompt_valid_PS = _slots(start[:, 0], prompt_P)
+        response_slots_NR, response_valid_NR = _slots(start[:, 1:].flatten(), response_N)
+        valid = torch.cat([prompt_valid_PS.flatten(), response_valid_NR.flatten()])
+        slots = torch.cat([prompt_slots_PS.flatten(), response_slots_NR.flatten()])
+        order_L = torch.empty(int(length.sum()), dtype=torch.int64)
+        order_L[slots[valid]] = valid.nonzero()[:, 0]
+        seen = _seen(prompt_valid_PS, response_slots_NR.shape[1], group_size=len(response_N) // len(prompt_P))
+        parts = (prompt_slots_PS, response_slots_NR, order_L, start[:, 0] + prompt_P - 1, seen)
+        return cls(*(part.to(device, non_blocking=True) for part in parts))
 
-    def cut(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(P, heads, S + G·R, d) -> prompts (P, heads, S, d) and responses (N, heads, R, d)."""
-        prompt, responses = x.split([self.prompt_tokens, self.group_size * self.response_tokens], dim=2)
-        return prompt, responses.unflatten(2, (self.group_size, self.response_tokens)).transpose(1, 2).flatten(0, 1)
+    def row(self, prompts: Tensor, responses: Tensor) -> Tensor:
+        """(..., P, S) and (..., N, R), both padded on the right, as (..., L)."""
+        return torch.cat([prompts.flatten(-2), responses.flatten(-2)], -1).index_select(-1, self.order_L)
 
-    def join(self, prompt: Tensor, responses: Tensor) -> Tensor:
-        """Inverse of ``cut``."""
-        return torch.cat([prompt, responses.unflatten(0, (-1, self.group_size)).transpose(1, 2).flatten(2, 3)], 2)
+    def predictors(self, mask_NT: Tensor) -> Tensor:
+        """int64 (M,): place of the token that predicts each response token whose mask is True, row by row.
 
-    def behind(self, prompt: Tensor, responses: Tensor) -> Tensor:
+        The last token of a prompt predicts the first of all its responses.
+        """
+        first_N = self.last_P.repeat_interleave(len(self.response_slots_NR) // len(self.last_P))
+        slots_NT = torch.cat([first_N[:, None], self.response_slots_NR], 1)[: len(mask_NT)]
+        return slots_NT[mask_NT[:, : slots_NT.shape[1]]]
+
+    def states(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, heads, L, d) -> prompts (P, heads, S, d) and responses (N, heads, R, d)."""
+        tokens = x[0].transpose(0, 1)
+        prompts, responses = (
+            tokens.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
+            for slots in (self.prompt_slots_PS, self.response_slots_NR)
+        )
+        return prompts, responses
+
+    def join(self, prompts: Tensor, responses: Tensor) -> Tensor:
+        """(P, heads, S, d) and (N, heads, R, d) -> (1, L, heads, d)."""
+        tokens = [x.transpose(1, 2).flatten(0, 1) for x in (prompts, responses)]
+        return torch.cat(tokens).index_select(0, self.order_L)[None]
+
+    def behind(self, prompts: Tensor, responses: Tensor) -> Tensor:
         """Each response behind its prompt: (N, heads, S + R, d)."""
-        return torch.cat([prompt.repeat_interleave(self.group_size, 0), responses], 2)
+        return torch.cat([prompts.repeat_interleave(len(responses) // len(prompts), 0), responses], 2)
+
+
+def _slots(start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Places (rows, longest) of parts that begin at ``start``, and which of them are no padding."""
+    steps = torch.arange(int(length.max()))
+    valid = steps < length[:, None]
+    return torch.where(valid, start[:, None] + steps, 0), valid
+
+
+def _seen(prompt_valid_PS: Tensor, response_tokens: int, *, group_size: int) -> Tensor:
+    """All real tokens of the prompt, and of the response those that are not later; its padding sees and is unseen."""
+    causal = torch.ones(response_tokens, response_tokens, dtype=torch.bool).tril()
+    prompts = prompt_valid_PS[:1] if prompt_valid_PS.all() else prompt_valid_PS.repeat_interleave(group_size, 0)
+    rows = len(prompts)
+    seen_prompt = prompts[:, None].expand(rows, response_tokens, -1)
+    return torch.cat([seen_prompt, causal.expand(rows, -1, -1)], -1)[:, None]
 
 
 def attention(
@@ -85,7 +123,7 @@ def attention(
     shared_prompt: Layout | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Attention over packed rows, in the signature of transformers' attention interface; SDPA without a layout."""
+    """Attention over a packed row, in the signature of transformers' attention interface; SDPA without a layout."""
     if shared_prompt is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -94,29 +132,23 @@ def attention(
     if key.is_cuda and (repeats := query.shape[1] // key.shape[1]) > 1:  # masked grouped heads have no fast CUDA kernel
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     (query_prompt, query_response), (key_prompt, key_response), (value_prompt, value_response) = map(
-        layout.cut, (query, key, value)
+        layout.states, (query, key, value)
     )
     grouped = key.shape[1] != query.shape[1]
-    prompt = sdpa(
-        query_prompt,
-        key_prompt,
-        value_prompt,
-        attn_mask=layout.prompt_mask,
-        is_causal=layout.prompt_mask is None,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=grouped,
+    # Padding stands behind the tokens of a prompt, so causality alone hides it.
+    prompts = sdpa(
+        query_prompt, key_prompt, value_prompt, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=grouped
     )
     responses = sdpa(
         query_response,
         layout.behind(key_prompt, key_response),
         layout.behind(value_prompt, value_response),
-        attn_mask=layout.response_mask,
+        attn_mask=layout.seen,
         dropout_p=dropout,
         scale=scaling,
         enable_gqa=grouped,
     )
-    return layout.join(prompt, responses).transpose(1, 2).contiguous(), None
+    return layout.join(prompts, responses), None
 
 
 def enable(model: PreTrainedModel) -> bool:
