@@ -89,11 +89,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     words = [f"{name.strip()}={value}" for name, value in options.items()]
     environment = os.environ | {"JUDGE_API_KEY": ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "rllava_pl", "fit", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 1
     return folder, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_no_output_of_a_run_holds_a_secret(run: tuple[Path, str]) -> None:
     folder, printed = run
     written = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".py"}
@@ -104,6 +105,7 @@ def test_no_output_of_a_run_holds_a_secret(run: tuple[Path, str]) -> None:
         assert [name for name, content in written.items() if secret.encode() in content] == []
 
 
+@pytest.mark.slow
 def test_what_was_hidden_is_still_told(run: tuple[Path, str]) -> None:
     folder, printed = run
     assert f"ConnectionError: 401 for {HIDDEN} and {HIDDEN}" in printed  # a fault of a reward

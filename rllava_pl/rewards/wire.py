@@ -74,13 +74,14 @@ class Reader:
                 raise WireError(f"a frame of {stop} bytes; at most {self.limit_bytes} are taken")
             if len(self._bytes) < stop:
                 return
-            whole = bytes(self._bytes[_LENGTHS.size : stop])
+            with memoryview(self._bytes) as view:
+                head, tail = bytes(view[_LENGTHS.size : stop - rest]), bytes(view[stop - rest : stop])
             del self._bytes[:stop]
             try:
-                message = json.loads(whole[:text])
+                message = json.loads(head)
             except (ValueError, RecursionError) as error:
                 raise WireError(f"a frame that is no JSON: {error}") from None
-            yield message, whole[text:]
+            yield message, tail
 
 
 def frames(connection: socket.socket, limit_bytes: int = MAX_REQUEST_BYTES) -> Iterator[tuple[Json, bytes]]:
