@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from rllava_pl.datamodules.images import ImageReader
@@ -12,6 +12,7 @@ from rllava_pl.datamodules.model_checks import ModelChecks
 from rllava_pl.datamodules.rejections import Rejection, RowError
 from rllava_pl.datamodules.schema import ParsedRow, RowSchema
 from rllava_pl.datamodules.tables import Table
+from rllava_pl.strategies.collectives import gather_objects, rank, world_size
 from rllava_pl.types import Prompt
 
 MOST_CHARS = 400
@@ -60,10 +61,9 @@ class PromptSource:
 
     def rejection(self, row: int, error: RowError) -> Rejection:
         """The verdict on a row, fit to be printed whatever the row holds."""
-        try:
-            uid = self.schema.id_of(self.table.rows[row], self.default_id(row))
-        except RowError:
-            uid = self.default_id(row)
+        uid = self.default_id(row)
+        with suppress(Exception):  # whatever made the row unreadable has been said
+            uid = self.schema.id_of(self.table.rows[row], uid)
         line = self.table.rows.line(row)
         name, message, uid = (_printable(text) for text in (error.field, error.message, uid))
         return Rejection(self.table.source, row, name, error.code, message, uid, line)
@@ -99,33 +99,68 @@ class Audit:
     """Number of usable rows that have a ``target``, and that have a ``rejected`` response."""
 
 
-def audit(sources: Sequence[PromptSource], decode: bool = False, tick: Callable[[], None] = lambda: None) -> Audit:
+@dataclass(frozen=True)
+class Usable:
+    """The verdict on a right row."""
+
+    uid: str
+    repairs: tuple[str, ...]
+    filled: tuple[str, ...]
+    """Which of ``target`` and ``rejected`` it has."""
+
+
+def audit(
+    sources: Sequence[PromptSource],
+    decode: bool = False,
+    tick: Callable[[], None] = lambda: None,
+    all_ranks: bool = False,
+) -> Audit:
     """Check every row of some sources.
 
     Args:
         sources: Ids are unique among all of them.
         decode: Also decode every image in full, as training does; without it JPEGs are only decoded small.
         tick: Called after every row.
+        all_ranks: Every rank is here: each checks its share of the rows, and all get all verdicts. Collective.
     """
-    result, seen = Audit(), dict[str, tuple[int, int]]()
-    for s, source in enumerate(sources):
-        for row in range(len(source.table.rows)):
-            try:
-                with _foreseen():
-                    parsed = source.check(row)
-                    if decode:
-                        source.prompt(row)
-                _check_unique(parsed.uid, seen, sources, source.schema.column("id"))
-            except RowError as error:
-                result.rejections.append(source.rejection(row, error))
-            else:
-                seen[parsed.uid] = (s, row)
-                result.kept.append(seen[parsed.uid])
-                result.repairs.update(parsed.repairs)
-                result.filled.update(target=bool(parsed.target), rejected=bool(parsed.rejected))
-            result.total += 1
-            tick()
+    places = [(s, row) for s, source in enumerate(sources) for row in range(len(source.table.rows))]
+    first, step = (rank(), world_size()) if all_ranks else (0, 1)
+    own = []
+    for s, row in places[first::step]:
+        own.append(_verdict(sources[s], row, decode))
+        tick()
+    shares = gather_objects(own) if all_ranks else [own]
+    result, seen = Audit(len(places)), dict[str, tuple[int, int]]()
+    for k, place in enumerate(places):
+        verdict = shares[k % step][k // step]
+        if isinstance(verdict, Usable) and verdict.uid in seen:
+            verdict = _duplicate(sources, place, seen[verdict.uid], verdict.uid)
+        if isinstance(verdict, Rejection):
+            result.rejections.append(verdict)
+        else:
+            seen[verdict.uid] = place
+            result.kept.append(place)
+            result.repairs.update(verdict.repairs)
+            result.filled.update(verdict.filled)
     return result
+
+
+def _verdict(source: PromptSource, row: int, decode: bool) -> Usable | Rejection:
+    try:
+        with _foreseen():
+            parsed = source.check(row)
+            if decode:
+                source.prompt(row)
+    except RowError as error:
+        return source.rejection(row, error)
+    filled = tuple(name for name in ("target", "rejected") if getattr(parsed, name))
+    return Usable(parsed.uid, parsed.repairs, filled)
+
+
+def _duplicate(sources: Sequence[PromptSource], place: tuple[int, int], first: tuple[int, int], uid: str) -> Rejection:
+    (s, row), earlier = place, f"{sources[first[0]].table.source} row {first[1]}"
+    message = f"{uid!r} is already the id of {earlier}; ids must be unique in a split"
+    return sources[s].rejection(row, RowError("E15", sources[s].schema.column("id"), message))
 
 
 def audit_prompts(prompts: Sequence[Prompt], name: str, tick: Callable[[], None] = lambda: None) -> Audit:
@@ -171,13 +206,6 @@ def _foreseen() -> Iterator[None]:
         raise
     except Exception as error:
         raise RowError("E00", "row", f"raised {type(error).__name__}: {error}; see what is unusual about it") from error
-
-
-def _check_unique(uid: str, seen: dict[str, tuple[int, int]], sources: Sequence[PromptSource], column: str) -> None:
-    if uid in seen:
-        s, row = seen[uid]
-        first = f"{sources[s].table.source} row {row}"
-        raise RowError("E15", column, f"{uid!r} is already the id of {first}; ids must be unique in a split")
 
 
 def _printable(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args, overload
@@ -246,26 +246,24 @@ class PromptDataModule(BaseDataModule):
 
     def _report_responses(self, split: str, rows: PromptRows) -> None:
         """Rows may lack responses, but a mapped column that no training row has is a slip of the pen."""
-        for name, count in rows.filled.items():
+        for name in ("target", "rejected"):
+            count = rows.filled[name]
             if not count and split == "train" and name in self.schema.columns:
                 column = self.schema.column(name)
                 raise ValueError(f"columns maps {name} to {column!r}, but no row of the train split has text there")
             if 0 < count < len(rows):
                 rank_zero_info(f"{split}: {count} of {len(rows)} rows have a {name}")
 
-    def audit(self, split: str, decode: bool = False, tick: Callable[[], None] = lambda: None) -> PromptRows:
+    def audit(self, split: str) -> PromptRows:
         """Check every row of a split; raises for none of them, see ``PromptRows.rejections``.
 
-        Args:
-            split: ``train``, ``val`` or ``test``.
-            decode: Also decode every image in full, as training does.
-            tick: Called after every row.
+        Within a run the ranks share the work, so all of them have to call it.
 
         Raises:
             ValueError: The split has no source, or one cannot be read at all.
         """
         sources = self.sources(split)
-        return PromptRows(sources, audit(sources, decode, tick))
+        return PromptRows(sources, audit(sources, all_ranks=self.trainer is not None))
 
     def sources(self, split: str) -> list[PromptSource]:
         """The opened sources of a split."""

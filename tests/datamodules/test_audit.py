@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from rllava_pl.datamodules import DataError, PromptDataModule
-from rllava_pl.datamodules.audit import audit_prompts
+from rllava_pl.datamodules.audit import audit, audit_prompts
 from rllava_pl.datamodules.schema import RowSchema
+from rllava_pl.datamodules.tables import JsonLines
 from rllava_pl.types import IMAGE, Markup, Message, Prompt
 from tests.datamodules.hostile import encoded, noise
 
@@ -190,6 +191,47 @@ def test_an_exception_nobody_foresaw_is_a_verdict_on_its_row(tmp_path, monkeypat
     with pytest.raises(ZeroDivisionError) as caught:
         rows[2]
     assert caught.value.__notes__ == [f"while reading {source} row 1"]
+
+
+def test_a_row_that_nobody_can_read_is_a_verdict_too(tmp_path, monkeypatch):
+    source = jsonl(tmp_path / "a.jsonl", ROW, ROW)
+
+    def unreadable(self, index):
+        raise OverflowError("a date of the year 300000")
+
+    monkeypatch.setattr(JsonLines, "row", unreadable)
+    rejections = PromptDataModule(train=source).audit("train").rejections
+    assert [(r.row, r.code, r.id) for r in rejections] == [(0, "E00", "a:0"), (1, "E00", "a:1")]
+
+
+def test_ranks_share_the_work_and_all_get_all_verdicts(tmp_path, monkeypatch):
+    """Three ranks, one after the other: what each hands in is handed to all."""
+    rows = [ROW | {"id": f"{k % 7}"} if k % 3 else {"prompt": ""} for k in range(11)]
+    source = jsonl(tmp_path / "a.jsonl", *rows)
+    data = PromptDataModule(train=source)
+    alone = data.audit("train").audit
+    sources, handed_in = data.sources("train"), []
+    monkeypatch.setattr("rllava_pl.datamodules.audit.world_size", lambda: 3)
+    for everyone in (False, True):
+        for number in range(3):
+            monkeypatch.setattr("rllava_pl.datamodules.audit.rank", lambda number=number: number)
+            if not everyone:
+                monkeypatch.setattr("rllava_pl.datamodules.audit.gather_objects", _hand_in(handed_in))
+                with pytest.raises(InterruptedError):
+                    audit(sources, all_ranks=True)
+            else:
+                monkeypatch.setattr("rllava_pl.datamodules.audit.gather_objects", lambda own: handed_in)
+                assert audit(sources, all_ranks=True) == alone
+    assert [len(share) for share in handed_in] == [4, 4, 3]
+    assert (len(alone.kept), len(alone.rejections)) == (6, 5)  # four empty ones; the id of row 8 is that of row 1
+
+
+def _hand_in(shares: list[object]):
+    def gather(own: object) -> None:
+        shares.append(own)
+        raise InterruptedError
+
+    return gather
 
 
 def test_messages_can_be_printed_whatever_the_row_holds(tmp_path):

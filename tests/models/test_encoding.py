@@ -10,7 +10,7 @@ import torch
 
 from rllava_pl.models.encoding import extend, split_images
 from rllava_pl.models.policy import Policy
-from rllava_pl.types import PromptInputs
+from rllava_pl.types import Message, PromptInputs
 from tests.models.conftest import FAMILIES, prompts
 
 
@@ -65,6 +65,12 @@ def test_slots_and_images_must_agree(load: Callable[..., Policy]) -> None:
     broken = dataclasses.replace(prompt, images=prompt.images[:1], source="train.jsonl row 7")
     message = r"prompt 'test:0' \(train.jsonl row 7\) shows 2 image slot\(s\) but carries 1 image\(s\)"
     with pytest.raises(ValueError, match=message):
+        load("idefics3").encode([broken])
+
+
+def test_text_that_is_no_text_names_its_row(load: Callable[..., Policy]) -> None:
+    broken = dataclasses.replace(prompts([0])[0], messages=(Message("user", ("half \ud83d",)),), source="a.jsonl row 7")
+    with pytest.raises(ValueError, match=r"prompt 'test:0' \(a.jsonl row 7\) has a lone surrogate in its text"):
         load("idefics3").encode([broken])
 
 
