@@ -54,16 +54,21 @@ class Peers:
     def __init__(self, heard: Callable[[Word], None], machines: int = 1) -> None:
         self._heard = heard
         self._lines: dict[int, socket.socket] = {}
+        self._rest: dict[int, bytes] = {}
         self._left: set[int] = set()
         self._lock = threading.Lock()
         local = machines == 1
         server = socket.create_server(("127.0.0.1" if local else "", 0)) if rank() == 0 else None
         own = (server.getsockname()[1], secrets.token_hex(16)) if server else (0, "")
         port, token = gather_objects(own)[0]
-        if server:
-            self._take_calls(server, token)
-        else:
-            self._call("127.0.0.1" if local else os.environ["MASTER_ADDR"], port, token)
+        try:
+            if server:
+                self._take_calls(server, token)
+            else:
+                self._call("127.0.0.1" if local else os.environ["MASTER_ADDR"], port, token)
+        except OSError:
+            self.close()  # who did get through must not take it for a death
+            raise
         atexit.register(self.close)  # who leaves in order, by whatever exception, is not dead
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
 
@@ -115,7 +120,8 @@ class Peers:
             portion = line.recv(LONGEST)
         except OSError:  # reset, or a machine that no longer answers
             portion = b""
-        words = [Word(*json.loads(text)) for text in portion.splitlines() if text]
+        *texts, self._rest[peer] = (self._rest.get(peer, b"") + portion).split(b"\n")
+        words = [Word(*json.loads(text)) for text in texts]
         if not portion and peer not in self._left:
             words = [Word("gone", peer)]
         for word in words:

@@ -40,6 +40,9 @@ LOST = 88
 RECENT = 20
 """Last times of a phase, whose median says how long it takes."""
 
+GRACE_SECONDS = 20.0
+"""For a rank to feel by itself what another one failed with."""
+
 
 class Phase(NamedTuple):
     """A phase under watch."""
@@ -93,7 +96,10 @@ class Watchdog(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take up the line to the other ranks. Collective."""
         if world_size() > 1 and self._peers is None:
-            self._peers = Peers(self._hear, machines=trainer.num_nodes)
+            try:
+                self._peers = Peers(self._hear, machines=trainer.num_nodes)
+            except OSError as error:
+                log.warning("no line between ranks, the death of one is not told to the others: %s", error)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch."""
@@ -191,9 +197,11 @@ class Watchdog(Callback):
             _report(f"rank {rank()}: rank {word.rank} is gone: its process ended without a word (killed?){self._where}")
             self._lost.set()
             sleep(3.0)  # let the main thread say what it felt of it
+        elif self._stopped.wait(1.0):  # the same has happened here
+            return
         else:
             _report(f"rank {rank()}: rank {word.rank} failed: {word.text}{self._where}")
-            if self._stopped.wait(20.0):  # the same has happened here, or is about to
+            if self._stopped.wait(GRACE_SECONDS):
                 return
         _exit(LOST)
 

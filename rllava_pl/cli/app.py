@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 
 # Classes of these rooms can be named without their module because they are imported here.
 import rllava_pl.datamodules
@@ -39,7 +39,9 @@ TRAINER_DEFAULTS = {
         "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
     },
 }
-CALLBACKS = [{"class_path": f"rllava_pl.callbacks.{name}"} for name in ("RolloutProgressBar", "RolloutCheckpoint")]
+CALLBACKS = [
+    {"class_path": f"rllava_pl.callbacks.{name}"} for name in ("RolloutProgressBar", "RolloutCheckpoint", "Watchdog")
+]
 """Callbacks of a run whose config names none."""
 LINKS = {
     "model.seed": "seed_everything",

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Callback
 
-from rllava_pl.callbacks import RolloutCheckpoint, Watchdog
+from rllava_pl.callbacks import RolloutCheckpoint, Watchdog, watchdog
 from rllava_pl.callbacks.watchdog import EXIT_CODES, LOST
-from rllava_pl.modules import RLModule
 from rllava_pl.testing import FaultyRollout
 from tests import runs
 from tests.reliability import forks
@@ -28,10 +27,8 @@ def hang(*args: object, **kwargs: object) -> None:
 def fit(root: Path, phase: str, callbacks: list[Callback], **options: object) -> None:
     """A short run in which this phase hangs."""
     module = runs.module(max_rollouts=4, kl_loss_coef=0.01)
-    watchdog = Watchdog(
-        deadlines={phase: 4.0 if phase == "between" else 1.5}
-    )  # the former begins before anything is loaded
-    runs.trainer(root, callbacks=[*callbacks, watchdog], **options).fit(module, runs.data())
+    deadlines = {phase: 4.0 if phase == "between" else 1.0}  # the former begins before anything is loaded
+    runs.trainer(root, callbacks=[*callbacks, Watchdog(deadlines=deadlines)], **options).fit(module, runs.data())
 
 
 class InThirdRollout(Callback):
@@ -75,6 +72,7 @@ def model_is_there() -> None:
     runs.tiny().prepare(1)
 
 
+@pytest.mark.slow
 def test_every_phase_that_hangs_is_named_and_has_its_exit_code(tmp_path: Path) -> None:
     assert HANGS.keys() == EXIT_CODES.keys()
     for phase in HANGS:
@@ -94,6 +92,7 @@ def test_every_phase_that_hangs_is_named_and_has_its_exit_code(tmp_path: Path) -
         assert (waited_for in said) == (phase in ("rollout", "sync")), phase
 
 
+@pytest.mark.slow
 def test_the_other_ranks_show_their_stacks_and_exit_with_the_same_code(tmp_path: Path) -> None:
     def task(rank: int) -> None:
         fit(tmp_path, "reward", [HANGS["reward"]()] if rank else [], strategy="rl_ddp", devices=2)
@@ -105,6 +104,7 @@ def test_the_other_ranks_show_their_stacks_and_exit_with_the_same_code(tmp_path:
     assert "rank 0: rank 1 says: phase 'reward' of rollout 2" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named_by_the_other(tmp_path: Path, victim: int) -> None:
     def task(rank: int) -> None:
@@ -117,7 +117,10 @@ def test_a_killed_rank_is_named_by_the_other(tmp_path: Path, victim: int) -> Non
     assert f"rank {1 - victim}: rank {victim} is gone: its process ended without a word" in said
 
 
-def test_a_rank_that_fails_alone_is_named_with_its_error(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_is_named_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "GRACE_SECONDS", 1.0)
+
     def fail(*_: object) -> None:
         raise KeyError("the key that was missing")
 
@@ -134,7 +137,11 @@ def test_a_run_that_works_is_left_alone(tmp_path: Path, capfd: pytest.CaptureFix
     module, watchdog = runs.module(max_rollouts=2), Watchdog()
     runs.trainer(tmp_path, callbacks=[watchdog]).fit(module, runs.data())
     assert module.rollout_index == 2 and "[watchdog]" not in capfd.readouterr().err
-    assert module.observers == [] and not any(thread.name == "watchdog" for thread in threading.enumerate())
+    assert module.observers == []
+    for thread in threading.enumerate():
+        if thread.name == "watchdog":
+            thread.join(timeout=60.0)
+            assert not thread.is_alive()
 
 
 def test_limits_follow_the_usual_time() -> None:
