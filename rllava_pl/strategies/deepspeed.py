@@ -166,12 +166,14 @@ class RLDeepSpeedStrategy(RLStrategyMixin, CheckpointDirectory, DeepSpeedStrateg
 def _weights_only() -> Iterator[None]:
     """Make every ``torch.load`` refuse pickled code, also where DeepSpeed asks for anything."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)
     os.environ[variable] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler]):
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             yield
     finally:
         del os.environ[variable]
@@ -208,12 +210,21 @@ def _(strategy: RLDeepSpeedStrategy, optimizer: Any, max_norm: float) -> Tensor:
 
 @updates.discard_gradients.register(RLDeepSpeedStrategy)
 def _(strategy: RLDeepSpeedStrategy, optimizer: Any) -> None:
-    """What DeepSpeed's step does to the gradients when it finds an overflow."""
+    """What DeepSpeed's own step does to gradients when it finds an overflow."""
     if strategy.stage == 3:
         optimizer._pre_step()
-        optimizer._overflow_clean_up(1.0)
+        optimizer._overflow_clean_up(optimizer.loss_scale)
         return
-    raise NotImplementedError
+    from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+    optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+    optimizer.zero_grad(set_to_none=True)
+    optimizer._release_preflattened_grad_buffers()
+    if optimizer.cpu_offload:
+        optimizer._offload_accumulated_param_ids = set()
+        optimizer.reset_cpu_buffers()
+    for buffers in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+        buffers.update(dict.fromkeys(buffers))
 
 
 @updates.full_weights.register(RLDeepSpeedStrategy)

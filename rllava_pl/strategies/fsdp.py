@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
-import torch
+import torch.distributed
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from rllava_pl.models.trainable import hf_weights
 from rllava_pl.strategies import updates
 from rllava_pl.strategies.ddp import RLStrategyMixin
-from rllava_pl.strategies.sharding import LocalShards, units
+from rllava_pl.strategies.sharding import LocalShards, make_room, units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,21 +58,30 @@ class RLFSDPStrategy(RLStrategyMixin, LocalShards, FSDPStrategy):
 
         if isinstance(model, FullyShardedDataParallel):  # it stays wrapped between the stages of a run
             return model
+        whole = model.state_dict() if self.is_global_zero else {}
+        make_room(model)
         apart = {id(unit) for unit in units(model)}
-        return FullyShardedDataParallel(
+        wrapped = FullyShardedDataParallel(
             module=model,
             device_id=self.root_device,
             auto_wrap_policy=lambda module, recurse, nonwrapped_numel: recurse or id(module) in apart,
             mixed_precision=self.mixed_precision_config,
             sharding_strategy=self.sharding_strategy,
-            sync_module_states=True,
-            param_init_fn=self._make_room,
             **self.kwargs,
         )
+        self._fill(wrapped, whole)
+        return wrapped
 
-    def _make_room(self, module: nn.Module) -> None:
-        """Empty parameters in place of those that rank 0 will send; buffers have their values."""
-        module._apply(lambda x: torch.empty_like(x, device=self.root_device) if x.is_meta else x, recurse=False)
+    def _fill(self, wrapped: nn.Module, whole: Mapping[str, Tensor]) -> None:
+        """Send the parameters of one unit after the other from rank 0; each rank keeps its part of them."""
+        prefixes = {id(module): f"{name}." for name, module in wrapped.named_modules()}
+        for modules in _opened(wrapped, writeback=True):
+            for module in modules:
+                for name, parameter in module.named_parameters(recurse=False):
+                    if self.is_global_zero:
+                        key = (prefixes[id(module)] + name).replace("_fsdp_wrapped_module.", "")
+                        parameter.data.copy_(whole[key])
+                    torch.distributed.broadcast(parameter.data, src=0)
 
 
 StrategyRegistry.register("rl_fsdp", RLFSDPStrategy, description="FSDP for steps with many forwards")
@@ -91,15 +100,25 @@ def _(strategy: RLFSDPStrategy, optimizer: Optimizer, max_norm: float) -> Tensor
 @updates.full_weights.register(RLFSDPStrategy)
 def _(strategy: RLFSDPStrategy, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Unit by unit: what a layer holds, or what belongs to none, is gathered at a time."""
+    for modules in _opened(strategy.model, writeback=False):
+        opened = {id(module) for module in modules}
+        yield from hf_weights(model, _copy, within=lambda module, opened=opened: id(module) in opened)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A gathered parameter is freed with its unit."""
+    return x.detach().clone()
+
+
+def _opened(wrapped: nn.Module, *, writeback: bool) -> Iterator[list[nn.Module]]:
+    """Gather one unit after the other; gives the modules whose own parameters are whole until the next is asked for."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    units = FullyShardedDataParallel.fsdp_modules(strategy.model)
-    unit_of = {id(module): unit for unit in units for module in unit.modules()}  # outer units first, inner ones win
+    units = FullyShardedDataParallel.fsdp_modules(wrapped)
+    unit_of = {id(module): unit for unit in units for module in unit.modules()}  # outer units first, so inner ones win
     for unit in units:
-        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
-            yield from hf_weights(
-                model, lambda x: x.detach().clone(), within=lambda module, unit=unit: unit_of[id(module)] is unit
-            )
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback):
+            yield [module for module in unit.modules() if unit_of[id(module)] is unit]
 
 
 @updates.parts.register(RLFSDPStrategy)

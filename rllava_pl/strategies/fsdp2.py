@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from rllava_pl.models.trainable import hf_weights
 from rllava_pl.strategies import updates
 from rllava_pl.strategies.ddp import RLStrategyMixin
-from rllava_pl.strategies.sharding import LocalShards, units
+from rllava_pl.strategies.sharding import LocalShards, make_room, units
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -65,12 +65,12 @@ class RLFSDP2Strategy(RLStrategyMixin, LocalShards, ModelParallelStrategy):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
         from torch.distributed.fsdp import fully_shard
 
-        root, mesh, device = self.lightning_module, self.device_mesh["data_parallel"], self.root_device
+        root, mesh = self.lightning_module, self.device_mesh["data_parallel"]
         whole: dict[str, Any] = root.state_dict() if self.is_global_zero else {}
+        make_room(root)
         for unit in units(root):
             fully_shard(unit, mesh=mesh)
         fully_shard(root, mesh=mesh)
-        root._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x)  # buffers keep their values
         set_model_state_dict(root, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
         root._get_fsdp_state()._lazy_init()  # the first module that runs would else take itself for the root
 

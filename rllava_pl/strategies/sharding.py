@@ -37,6 +37,19 @@ def units(root: nn.Module) -> list[nn.Module]:
     return layers + [child for child in whole if isinstance(child, nn.Linear) or not _trained(child)]
 
 
+def make_room(root: nn.Module) -> None:
+    """Give empty parameters a place on the host, shared ones the same place.
+
+    Nothing is written there, so the system hands out no memory; buffers have their values.
+    """
+    places: dict[nn.Parameter, nn.Parameter] = {}
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                place = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                module._parameters[name] = places.setdefault(parameter, place)
+
+
 def _trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 

@@ -1,37 +1,42 @@
-"""Run by the tests on each of several ranks: one strategy through several short fits, findings by rank to a directory.
+"""Run by the tests on each of several ranks: one strategy through five short fits, findings by rank to a directory.
 
 ``python shard_on_ranks.py DIRECTORY STRATEGY PROMPTS_A_RANK``
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 
 from rllava_pl import modules
 from rllava_pl.callbacks import RolloutCheckpoint
 from rllava_pl.models.trainable import LoRA
-from rllava_pl.strategies import RLDDPStrategy, RLDeepSpeedStrategy, RLFSDP2Strategy, RLFSDPStrategy
+from rllava_pl.models.vlm import TinyVLM
+from rllava_pl.strategies import RLDeepSpeedStrategy, RLFSDP2Strategy, RLFSDPStrategy
+from rllava_pl.strategies.collectives import rank, sum_over_ranks
 from rllava_pl.strategies.updates import full_weights
+from rllava_pl.types import Message, Prompt
 from tests import runs
 
 
-def zero(stage: int, **options: object) -> RLDeepSpeedStrategy:
-    """With a threshold of 0, or a tiny model would not be cut at all."""
-    return RLDeepSpeedStrategy(stage=stage, param_persistence_threshold=0, allow_cpu=True, **options)
+def zero(stage: int, **offload: bool) -> RLDeepSpeedStrategy:
+    """ZeRO that cuts even a tiny model."""
+    return RLDeepSpeedStrategy(stage, param_persistence_threshold=0, allow_cpu=True, **offload)
 
 
 STRATEGIES: dict[str, Callable[[], Strategy | str]] = {
-    "one": lambda: "auto",
-    "rl_ddp": RLDDPStrategy,
+    "auto": lambda: "auto",
+    "rl_ddp": lambda: "rl_ddp",
     "rl_fsdp": lambda: RLFSDPStrategy(allow_cpu=True),
     "rl_fsdp2": lambda: RLFSDP2Strategy(allow_cpu=True),
     "zero1": lambda: zero(1),
@@ -39,118 +44,127 @@ STRATEGIES: dict[str, Callable[[], Strategy | str]] = {
     "zero3": lambda: zero(3),
     "zero3_offload": lambda: zero(3, offload_optimizer=True, offload_parameters=True),
 }
+SGD = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.5)}  # Adam blows rounding up
+SHORT = {"max_rollouts": 2, "minibatches": 1, "max_grad_norm": 0.5}
+
+
+class HalfBlind(Callback):
+    """Every other prompt loses its image: some micro-batches are text alone, on one rank and not on the other."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        data = trainer.datamodule
+        for name in ("train_prompts", "test_prompts"):
+            setattr(data, name, [blind(prompt) if k % 2 else prompt for k, prompt in enumerate(getattr(data, name))])
+
+
+def blind(prompt: Prompt) -> Prompt:
+    return dataclasses.replace(prompt, messages=(Message("user", ("What color is the shape?",)),), images=())
 
 
 class Notes(Callback):
-    """What a run was like: loss and norm of every update, and the weights it began and ended with."""
+    """What a run was like: loss and norm of every update, the weights before and after.
 
-    def __init__(self) -> None:
+    Args:
+        refused: Number of the update that is left out, as if it were not finite.
+    """
+
+    def __init__(self, refused: int = -1) -> None:
+        self.refused = refused
         self.losses: list[float] = []
         self.norms: list[float] = []
-        self.began: dict[str, torch.Tensor] = {}
-        self.ended: dict[str, torch.Tensor] = {}
 
-    def on_train_start(self, trainer, module):
-        self.began = weights(trainer, module)
-        step = module.step
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = digest(weights(trainer, pl_module))
+        self.most_alive = most_alive(full_weights(trainer.strategy, pl_module.policy.model))
+        self.held = sum(local(p).numel() for p in pl_module.parameters())
+        is_finite = pl_module.is_finite
 
-        def noted(minibatch, losses):
-            total = sum(loss.result.double() for loss in losses)
-            if dist.is_initialized():
-                dist.all_reduce(total)
-            self.losses.append(float(total))
-            return step(minibatch, losses)
+        def noted(minibatch, losses, norm):
+            self.losses.append(float(sum_over_ranks(sum(loss.result.double() for loss in losses))))
+            self.norms.append(float(norm))
+            return is_finite(minibatch, losses, norm) and len(self.losses) - 1 != self.refused
 
-        module.step = noted
-        add = module.tally.add
-        module.tally.add = lambda name, x, *count: (
-            self.norms.append(float(x)) if name == "grad_norm" else None,
-            add(name, x, *count),
-        )
+        pl_module.is_finite = noted
 
-    def on_train_end(self, trainer, module):
-        self.ended = weights(trainer, module)
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.ended = weights(trainer, pl_module)
 
 
-def weights(trainer, module) -> dict[str, torch.Tensor]:
-    return {name: x.clone() for name, x in sorted(full_weights(trainer.strategy, module.policy.model))}
+def local(p: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a parameter while nothing runs."""
+    return getattr(p, "ds_tensor", p.to_local() if hasattr(p, "to_local") else p)
+
+
+def weights(trainer: Trainer, module: LightningModule) -> dict[str, torch.Tensor]:
+    return {name: x.clone() for name, x in full_weights(trainer.strategy, module.policy.model)}
 
 
 def digest(named: dict[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
-    for name, x in named.items():
+    for name, x in sorted(named.items()):
         total.update(name.encode() + x.contiguous().numpy().tobytes())
     return total.hexdigest()
 
 
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.5)  # Adam blows rounding up
+def most_alive(stream: Iterator[tuple[str, torch.Tensor]]) -> int:
+    """Tensors of a stream that are kept by whoever makes it, when the reader keeps none."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    for _, x in stream:
+        most = max(most, sum(one() is not None for one in seen))
+        seen.append(weakref.ref(x))
+        del x
+    return most
 
 
-def adam(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-3)
+def fit(
+    root: Path,
+    strategy: str,
+    batch_size: int,
+    algorithm: str,
+    *,
+    policy: TinyVLM | None = None,
+    callbacks: tuple[Callback, ...] = (),
+    refused: int = -1,
+    resume: Path | None = None,
+    **options: object,
+) -> dict[str, object]:
+    """One fit and what is to be known of it."""
+    kind, notes = getattr(modules, algorithm), Notes(refused)
+    module = runs.module(kind, policy=policy, **(SHORT | options))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = runs.trainer(root, strategy=STRATEGIES[strategy](), devices=ranks, callbacks=[notes, *callbacks])
+    share = runs.share_of_targets(kind)
+    data = runs.data(batch_size=batch_size, demonstrations=share, test_size=5, val_batch_size=4 // ranks)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=resume and True)
+    found = {"losses": notes.losses, "norms": notes.norms, "began": notes.began, "ended": notes.ended}
+    found |= {"most_alive": notes.most_alive, "held": notes.held}
+    if algorithm == "GRPO":  # five rows: one rank runs out of prompts
+        found["test"] = trainer.test(module, data, verbose=False)[0]["test/reward"]
+    return found
 
 
-class Runs:
-    """Fits under one strategy."""
-
-    def __init__(self, root: Path, strategy: str, batch_size: int) -> None:
-        self.root, self.strategy, self.batch_size = root, strategy, batch_size
-
-    def fit(self, name: str, algorithm: str, ckpt_path: str | None = None, callbacks=(), policy=None, **options):
-        kind = getattr(modules, algorithm)
-        module = runs.module(kind, policy=policy, max_grad_norm=0.5, **options)
-        notes = Notes()
-        trainer = runs.trainer(
-            self.root,
-            strategy=STRATEGIES[self.strategy](),
-            devices=int(os.environ.get("WORLD_SIZE", "1")),
-            callbacks=[notes, *callbacks],
-        )
-        data = runs.data(batch_size=self.batch_size, demonstrations=runs.share_of_targets(kind))
-        trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-        return {
-            "losses": notes.losses,
-            "norms": notes.norms,
-            "digest": digest(notes.began),
-            "ended": notes.ended,
-            "ended_digest": digest(notes.ended),
-            "metrics": {
-                k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("time/")
-            },
-        }
-
-
-def main(root: Path, strategy: str, batch_size: int, only: str) -> None:
+def main(root: Path, strategy: str, batch_size: int) -> None:
     torch.set_num_threads(1)
-    here = Runs(root, strategy, batch_size)
-    found = {}
-    options = {"optimizer": adam, "max_rollouts": 6, "minibatches": 1, "epochs": 2, "lr_schedule": "linear"}
-    wanted = only.split(",")
-    if "adam" in wanted:
-        keep = RolloutCheckpoint(str(root / "checkpoints"), every_n_rollouts=3, keep=0)
-        found["adam"] = here.fit("adam", "SFT", callbacks=[keep], micro_batch_size=1, **options)
-        path = str(root / "checkpoints" / "rollout-000003.ckpt")
-        found["resumed"] = here.fit("resumed", "SFT", ckpt_path=path, micro_batch_size=1, **options)
-    if "kl" in wanted:
-        found["kl"] = here.fit(
-            "kl", "GRPO", optimizer=sgd, kl_loss_coef=0.1, max_rollouts=2, minibatches=1, micro_batch_size=4
-        )
-    if "critic" in wanted:
-        found["critic"] = here.fit("critic", "PPO", optimizer=sgd, max_rollouts=2, minibatches=1, critic_lr_factor=0.1)
-    if "lora" in wanted:
-        policy = runs.tiny(lora=LoRA(r=4, alpha=8), gradient_checkpointing=True)
-        found["lora"] = here.fit(
-            "lora", "GRPO", policy=policy, optimizer=sgd, kl_loss_coef=0.1, max_rollouts=2, minibatches=1,
-            micro_batch_size=4,
-        )
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    torch.save(found, root / f"found-{rank}.pt")
+
+    def run(algorithm: str, **options: object) -> dict[str, object]:
+        return fit(root, strategy, batch_size, algorithm, **options)
+
+    keep = RolloutCheckpoint(str(root), every_n_rollouts=3, keep=0)
+    adam = {"max_rollouts": 6, "epochs": 2, "micro_batch_size": 1, "lr_schedule": "linear"}
+    lora = runs.tiny(lora=LoRA(r=4, alpha=8), gradient_checkpointing=True)
+    found = {
+        "adam": run("SFT", callbacks=(keep,), **adam),
+        "resumed": run("SFT", resume=root / "rollout-000003.ckpt", **adam),
+        "reference": run("GRPO", callbacks=(HalfBlind(),), kl_loss_coef=0.1, micro_batch_size=4, refused=0, **SGD),
+        "adapters": run("GRPO", policy=lora, kl_loss_coef=0.1, micro_batch_size=4, **SGD),
+        "critic": run("PPO", critic="separate", critic_lr_factor=0.1, **SGD),
+    }
+    torch.save(found, root / f"found-{rank()}.pt")
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else "adam,kl,critic,lora")
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
     if dist.is_initialized():  # gloo's threads must not outlive the process: an exit at a bad moment would abort it
         dist.barrier()
         dist.destroy_process_group()
