@@ -50,7 +50,7 @@ def draw(deck: Tensor, n: int, *counters: int | str) -> Tensor:
     return deck[start : start + n]
 
 
-def to_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
+def on_bfloat16_grid(x: Tensor, noise: Tensor) -> Tensor:
     """Round fp32 to one of the two bf16 neighbours: the 16 bits that go are added to noise, and carry or do not.
 
     Args:
@@ -58,13 +58,13 @@ def to_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
         noise: int32 (n,), of ``deck(16)``.
 
     Returns:
-        bf16 with mean ``x`` over the noise; values of bf16 stay as they are.
+        Numbers of bf16, in fp32 still, with mean ``x`` over the noise; those that were some before are unchanged.
 
     >>> x = torch.full((4,), 1.0 + 2**-8)  # half-way: bf16 has 1 and 1 + 2**-7 there
-    >>> to_bfloat16(x, torch.tensor([0, 0x7FFF, 0x8000, 0xFFFF], dtype=torch.int32)).tolist()
+    >>> on_bfloat16_grid(x, torch.tensor([0, 0x7FFF, 0x8000, 0xFFFF], dtype=torch.int32)).tolist()
     [1.0, 1.0, 1.0078125, 1.0078125]
     """
-    return (x.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    return (x.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
 
 
 def to_int8(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rllava_pl.functional.rounding import DECK, deck, draw, to_bfloat16
+from rllava_pl.functional.rounding import DECK, deck, draw, on_bfloat16_grid
 from rllava_pl.strategies.host.gradients import HostGradients
 from rllava_pl.strategies.host.lanes import lane_to, spans
 from rllava_pl.strategies.host.storage import BFloat16, Float8, Float32, Int8, Stored
@@ -174,7 +174,7 @@ class HostAdamW(Optimizer):
             for name, part in state.parts.items():
                 part.write(span, parts[name], (name, *seed))
             if "master" not in parts and p.dtype == torch.bfloat16:
-                weight = to_bfloat16(weight, draw(deck(16), len(weight), "weight", *seed))
+                weight = on_bfloat16_grid(weight, draw(deck(16), len(weight), "weight", *seed))
             lane.deliver(weight, weights[span])
 
     def _state(self, p: Tensor) -> HostState:

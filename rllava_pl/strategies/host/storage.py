@@ -63,7 +63,7 @@ class BFloat16(Stored):
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
         """Round."""
-        self.tensors[""][span] = rounding.to_bfloat16(x, rounding.draw(rounding.deck(16), len(x), *seed))
+        self.tensors[""][span] = rounding.on_bfloat16_grid(x, rounding.draw(rounding.deck(16), len(x), *seed))
 
 
 class Blocks(Stored):
