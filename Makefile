@@ -17,7 +17,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 PINNED := -c constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: help install quickstart test test-vllm quick lint format coverage bench bench-algorithms clean
+.PHONY: help install quickstart test soak test-vllm quick lint format coverage bench bench-algorithms clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test: lint  ## all checks and the whole test suite; options: make test ARGS="-k 
 
 test-vllm: $(VLLM_VENV)/.installed-vllm  ## rollouts with the real vLLM on the CPU, in an environment of its own (3 GB)
 	RLLAVA_PL_REQUIRE_VLLM=1 $(VLLM_BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
+
+soak: $(VENV)/.installed-test  ## the long tests about faults: kills, signals, thousands of rollouts (about half an hour)
+	$(BIN)/python -m pytest -m soak tests/reliability $(ARGS)
 
 quick: $(VENV)/.installed-test  ## the quick tests only
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -71,8 +74,12 @@ $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(PINNED) -e '.[demo]'
 	touch $@
 
+# DeepSpeed looks for torch while it is built, so it cannot be built in an environment of its own; what it would compile
+# for GPUs is left out.
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet $(PINNED) -e '.[demo,test]'
+	$(BIN)/python -m pip install --quiet $(PINNED) setuptools
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet $(PINNED) --no-build-isolation deepspeed
+	$(BIN)/python -m pip install --quiet $(PINNED) -e '.[demo,deepspeed,test]'
 	touch $@
 
 $(BENCH_VENV)/.installed-bench: $(SOURCES) | $(BENCH_BIN)/python
