@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rllava_pl.modules.demonstrations import DemonstrationModule
-from rllava_pl.modules.loop.experience import assemble, join_rows, split
+from rllava_pl.modules.loop.experience import assemble, join_rows, numbered, split
 from rllava_pl.rewards.judgement import Judgement
 from rllava_pl.types import Experience, PolicyOutput, PromptBatch, Rollout
 
@@ -70,5 +70,5 @@ class SupervisedModule(DemonstrationModule):
     @torch.no_grad()
     def given_logp(self, policy: torch.nn.Module, experience: Experience) -> Tensor:
         """Log-probs (N, T) without gradients and without talking to other ranks, which may have no rows left."""
-        pieces = [policy(piece.batch).logp_NT for piece in split(experience, self.micro_batch_size)]
-        return join_rows(pieces, experience.mask_NT.shape[1])
+        pieces = split(numbered(experience), self.micro_batch_size)
+        return join_rows([policy(piece.batch).logp_NT for piece in pieces], pieces, experience.mask_NT)

@@ -108,19 +108,40 @@ def minibatches(experience: Experience, parts: int, order: Sequence[int]) -> lis
 
 
 def split(experience: Experience, size: int) -> list[Experience]:
-    """Pieces of at most ``size`` samples for one forward each; 0 takes everything at once.
+    """Pieces of at most ``size`` samples for one forward each, nearly equal in tokens; 0 takes everything at once.
 
     Whole groups as long as they fit, since a group shares its prompt; else parts of a group, which is exact but
-    computes the prompt once a part.
+    computes the prompt once a part. Memory is that of the dearest piece, so long and short prompts are mixed: the order
+    of prompts is not kept.
     """
     group, prompts = experience.group_size, len(experience.inputs)
     if size == 0 or size >= len(experience):
         return [experience]
     if size >= group:
-        step = size // group
-        return [experience.select(range(p, min(p + step, prompts))) for p in range(0, prompts, step)]
+        most = size // group
+        return [experience.select(part) for part in balanced(row_tokens(experience), -(-prompts // most), most)]
     members = [range(g, min(g + size, group)) for g in range(0, group, size)]
     return [experience.select([p], part) for p in range(prompts) for part in members]
+
+
+def row_tokens(experience: Experience) -> list[int]:
+    """Tokens of every prompt with its responses, as they stand in a packed row."""
+    group = experience.group_size
+    responses = [len(rollout.response_ids) for rollout in experience.rollouts]
+    return [len(x) + sum(responses[p * group : (p + 1) * group]) for p, x in enumerate(experience.inputs)]
+
+
+def balanced(weights: Sequence[int], parts: int, most: int) -> list[list[int]]:
+    """Positions of ``weights`` in ``parts`` of at most ``most``: the heaviest first, each to the lightest with room.
+
+    >>> balanced([9, 1, 2, 8], parts=2, most=2)
+    [[0, 1], [2, 3]]
+    """
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    for position in sorted(range(len(weights)), key=lambda k: -weights[k]):
+        room = (part for part in chosen if len(part) < most)
+        min(room, key=lambda part: sum(weights[k] for k in part)).append(position)
+    return [sorted(part) for part in chosen]
 
 
 def microbatches(experience: Experience, size: int) -> list[Experience]:
@@ -130,6 +151,14 @@ def microbatches(experience: Experience, size: int) -> list[Experience]:
     return pieces + [silenced(pieces[0])] * missing
 
 
-def join_rows(pieces: Sequence[Tensor], width: int) -> Tensor:
-    """Per-token tensors of consecutive micro-batches, each as wide as its longest response, as one (N, width)."""
-    return torch.cat([torch.nn.functional.pad(piece, (0, width - piece.shape[1])) for piece in pieces])
+def numbered(experience: Experience) -> Experience:
+    """The same with each sample's row for its group, to find the rows of its pieces again; for scoring alone."""
+    return experience.replace(group_N=torch.arange(len(experience), device=experience.mask_NT.device))
+
+
+def join_rows(tensors: Sequence[Tensor], pieces: Sequence[Experience], like_NT: Tensor) -> Tensor:
+    """Per-token tensors of the pieces of a ``numbered`` experience, each as wide as its longest response, as (N, T)."""
+    joined_NT = tensors[0].new_zeros(like_NT.shape)
+    for x, piece in zip(tensors, pieces, strict=True):
+        joined_NT[:, : x.shape[1]].index_add_(0, piece.group_N, x)  # what is only there to keep step adds 0
+    return joined_NT

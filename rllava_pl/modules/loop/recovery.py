@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from rllava_pl.modules.loop.experience import join_rows, microbatches, split
+from rllava_pl.modules.loop.experience import join_rows, microbatches, numbered, row_tokens, split
 from rllava_pl.modules.loop.phases import Phases
 from rllava_pl.strategies import updates
 from rllava_pl.strategies.collectives import world_size
@@ -82,10 +82,10 @@ class Recovery(Phases):
     def score(self, policy: Callable[[PolicyBatch], PolicyOutput], experience: Experience) -> PolicyOutput:
         """Log-probs, and values where there is a critic, of an experience under ``policy``, without gradients."""
         with updates.micro_batch(self.trainer.strategy, last=False):  # nothing is exchanged
-            done = self.in_pieces(experience, lambda piece, last: policy(piece.batch))
-        rows, width = len(experience), experience.mask_NT.shape[1]
-        parts = zip(*(output for _, output in done), strict=True)
-        return PolicyOutput(*(None if part[0] is None else join_rows(part, width)[:rows] for part in parts))
+            done = self.in_pieces(numbered(experience), lambda piece, last: policy(piece.batch))
+        pieces, outputs = zip(*done, strict=True)
+        columns = zip(*outputs, strict=True)
+        return PolicyOutput(*(x[0] if x[0] is None else join_rows(x, pieces, experience.mask_NT) for x in columns))
 
     def _undo(self, exchanges: bool) -> None:
         """As if the attempt had never been made; its memory is free again."""
@@ -104,8 +104,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _tokens(piece: Experience) -> int:
-    """Tokens in one forward, padding included."""
-    return sum(map(len, piece.inputs)) + piece.mask_NT.numel()
+    return sum(row_tokens(piece))
 
 
 def _advice(size: int, restarts: bool) -> str:
