@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -87,7 +88,6 @@ class StagedLane:
 
     def collect(self, x: Tensor, receive: Receiver) -> None:
         """Start the copy; waits only while both buffers are full."""
-        self._stream.wait_stream(self._backend.current_stream())
         for span in spans(len(x), self._stage_bytes // x.itemsize):
             stage = self._stages.get()
             piece, arrived = self._copy(x[span], stage)
@@ -102,7 +102,6 @@ class StagedLane:
     def fetch(self, x: Tensor) -> Tensor:
         """Copy and wait for it."""
         stage = self._stages.get()
-        self._stream.wait_stream(self._backend.current_stream())
         piece, arrived = self._copy(x, stage)
         arrived.synchronize()
         self._stages.put(stage)
@@ -112,9 +111,8 @@ class StagedLane:
         """Fill a buffer, start its copy, and have it back in use once that is done."""
         stage = self._stages.get()
         piece = stage[: to.nbytes].view(to.dtype).copy_(x)
-        with self._backend.stream(self._stream):
+        with self._aside() as done:
             to.copy_(piece, non_blocking=True)
-            done = self._event()
         self._under_way.append(self._worker.submit(self._release, stage, done))
 
     def flush(self) -> None:
@@ -123,14 +121,18 @@ class StagedLane:
 
     def _copy(self, x: Tensor, stage: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         piece = stage[: x.nbytes].view(x.dtype)
-        with self._backend.stream(self._stream):
+        with self._aside() as arrived:
             piece.copy_(x, non_blocking=True)
-            return piece, self._event()
+        return piece, arrived
 
-    def _event(self) -> torch.cuda.Event:
+    @contextmanager
+    def _aside(self) -> Iterator[torch.cuda.Event]:
+        """Onto the side stream, behind what the main stream was given so far; the event marks the end."""
+        self._stream.wait_stream(self._backend.current_stream())
         event = self._backend.Event()
-        event.record(self._stream)
-        return event
+        with self._backend.stream(self._stream):
+            yield event
+            event.record(self._stream)
 
     def _receive(
         self, x: Tensor, stage: Tensor, piece: Tensor, arrived: torch.cuda.Event, span: slice, receive: Receiver
@@ -147,5 +149,11 @@ class StagedLane:
 
 
 def lane_to(device: torch.device) -> Lane:
-    """The lane that suits a device."""
+    """The lane that suits a device.
+
+    Raises:
+        ValueError: The device is neither a CPU nor a CUDA GPU.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"HostAdamW knows the way to cpu and cuda, the weights are on {device}; use torch.optim.AdamW")
     return DirectLane() if device.type == "cpu" else StagedLane(device)

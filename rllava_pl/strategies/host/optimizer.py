@@ -103,7 +103,6 @@ class HostAdamW(Optimizer):
     ) -> None:
         if states not in _MOMENTS:
             raise ValueError(f"states is {states!r}; it is one of {', '.join(_MOMENTS)}")
-        self._states = states
         self.precisions = {"states": states, "gradients": gradients}
         self._lane = cache(lane_to)
         self._sums = HostGradients(self._lane, getattr(torch, gradients))
@@ -136,12 +135,10 @@ class HostAdamW(Optimizer):
         """Update every parameter that got a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         self._sums.settle(self._parameters())
-        index = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                if (gradient := self._sums.get(p)) is not None:
-                    self._update(p, gradient, group, index)
-                index += 1
+        groups = ((p, group) for group in self.param_groups for p in group["params"])
+        for index, (p, group) in enumerate(groups):
+            if (gradient := self._sums.get(p)) is not None:
+                self._update(p, gradient, group, index)
         for device in {p.device for p in self._parameters()}:
             self._lane(device).flush()
         return loss
@@ -180,10 +177,10 @@ class HostAdamW(Optimizer):
     def _state(self, p: Tensor) -> HostState:
         """The state of a parameter, made at its first step."""
         if p not in self.state:
-            first, second = _MOMENTS[self._states]
+            first, second = _MOMENTS[self.precisions["states"]]
             parts = {"exp_avg": first(p.numel()), "exp_avg_sq": second(p.numel())}
             is_its_own = p.dtype == torch.float32 and p.device.type == "cpu"
-            if self._states != "int8" and not is_its_own:
+            if self.precisions["states"] != "int8" and not is_its_own:
                 parts["master"] = Float32(p.detach().to("cpu").float().view(-1))
             self.state[p] = HostState(parts)
         return self.state[p]
@@ -206,7 +203,7 @@ class HostAdamW(Optimizer):
         super().load_state_dict({**state_dict, "state": {}})  # which would cast the state to the weights' dtype
         for index, p in enumerate(self._parameters()):
             if index in state_dict["state"]:
-                self._state(p).restore(state_dict["state"][index], self._states)
+                self._state(p).restore(state_dict["state"][index], self.precisions["states"])
 
 
 def _check(p: Tensor) -> None:
