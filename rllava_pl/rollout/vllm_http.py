@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
+from rllava_pl.strategies.signals import abort_if_asked
+
 if TYPE_CHECKING:
     import httpx
     from tenacity import AsyncRetrying
@@ -301,10 +303,18 @@ def _read(response: httpx.Response, where: str) -> Mapping[str, Json]:
     return body
 
 
-async def under_watch(servers: Sequence[Server], work: Sequence[Coroutine[object, object, T]]) -> list[T]:
-    """Results of ``work`` in order; the first failure, or the death of a server, ends all of it."""
+async def under_watch(
+    servers: Sequence[Server], work: Sequence[Coroutine[object, object, T]], *, sampling: bool = False
+) -> list[T]:
+    """Results of ``work`` in order; the first failure, or the death of a server, ends all of it.
+
+    Raises:
+        Aborted: The work is sampling, and the run is asked to end.
+    """
     tasks = [asyncio.create_task(piece) for piece in work]
     watches = [asyncio.create_task(server.watch()) for server in servers]
+    if sampling:
+        watches.append(asyncio.create_task(_until_asked()))
     everything = asyncio.create_task(_all(tasks))
     try:
         ends: list[asyncio.Task[object]] = [everything, *watches]
@@ -316,6 +326,12 @@ async def under_watch(servers: Sequence[Server], work: Sequence[Coroutine[object
         for task in [*tasks, *watches]:
             task.cancel()
         await asyncio.gather(everything, *tasks, *watches, return_exceptions=True)
+
+
+async def _until_asked() -> None:
+    while True:
+        await asyncio.sleep(POLL_SECONDS / 4)
+        abort_if_asked()
 
 
 async def _all(tasks: Sequence[asyncio.Task[T]]) -> list[T]:

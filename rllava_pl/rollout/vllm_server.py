@@ -114,7 +114,7 @@ class VLLMServerEngine:
         for server, request in turns:
             self._check(request, sampling, server)
         work = [self._complete(server, request, sampling) for server, request in turns]
-        answers = self._loop.run(under_watch(self.servers, work))
+        answers = self._loop.run(under_watch(self.servers, work, sampling=True))
         return [rollout for answer in answers for rollout in answer]
 
     def _check(self, request: Request, sampling: Sampling, server: Server) -> None:

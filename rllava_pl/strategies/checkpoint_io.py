@@ -15,8 +15,6 @@ from torch import Tensor
 from rllava_pl.strategies import manifest
 from rllava_pl.strategies.durable import draft_beside, flush, locked, remove, remove_leftovers, replace_directory
 
-PathLike = str | os.PathLike[str]
-
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, flushes to disk, then renames; a kill or a full disk leaves the old file as it was.
@@ -29,7 +27,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._swept: set[Path] = set()
 
     def save_checkpoint(
-        self, checkpoint: dict[str, object], path: PathLike, storage_options: object | None = None
+        self, checkpoint: dict[str, object], path: str | Path, storage_options: object | None = None
     ) -> None:
         """Replace ``path`` by the new checkpoint in one step.
 
@@ -61,7 +59,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(
         self,
-        path: PathLike,
+        path: str | Path,
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
@@ -99,7 +97,7 @@ def bytes_of(checkpoint: object) -> int:
     return sum(storages.values())
 
 
-def _is_remote(path: PathLike) -> bool:
+def _is_remote(path: str | Path) -> bool:
     return "://" in os.fspath(path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -44,7 +44,7 @@ class RLDDPStrategy(RLStrategyMixin, DDPStrategy):
     """A full copy of the policy on every rank: ``--trainer.strategy rl_ddp``. Arguments as of ``DDPStrategy``."""
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | PathLike[str], storage_options: object | None = None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object | None = None
     ) -> None:
         """Written by rank 0; where that fails, all ranks learn of it instead of waiting."""
         with together():

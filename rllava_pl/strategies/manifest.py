@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import lightning
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 import rllava_pl
 from rllava_pl.strategies.collectives import world_size

@@ -77,7 +77,7 @@ def campaign(trials: int, ranks: int = 1, seed: int = 0, workers: int = 1) -> di
         base = Path(directory)
         (base / "whole").mkdir()
         expected, moments = kills.reference(base / "whole", ranks, every_n_rollouts=2)
-        last = moments["rollout"][-3].start  # asked in its last pass, a run may well end by itself
+        last = moments["rollout"][-7].start  # asked in its last pass, a run may well end by itself
 
         def work(worker: int) -> dict[str, object]:
             outcome = Outcome()

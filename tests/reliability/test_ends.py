@@ -1,0 +1,68 @@
+"""Runs that are killed, or asked to leave, at moments drawn from all of their phases end as if nothing had happened.
+
+The trials run in a process of their own, which may fork as it likes; ``tests/reliability/kills.py`` and ``stops.py``
+have the commands for more of them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+Outcome = dict[str, object]
+
+
+def campaign(module: str, **options: int) -> Outcome:
+    """What ``python -m tests.reliability.<module>`` found."""
+    words = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", f"tests.reliability.{module}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_kills(found: Outcome) -> None:
+    assert found["failures"] == []
+    assert (found["identical"], found["lost"], found["leftovers"]) == (found["trials"], 0, 0)
+    assert found["finished_before"] == 0
+    for phase in ("write", "rollout"):
+        assert found["killed"][phase] >= found["trials"] // 5, phase
+
+
+def check_stops(found: Outcome) -> None:
+    assert found["failures"] == []
+    assert found["left"] == found["identical"] == found["trials"]
+
+
+@pytest.mark.slow
+def test_killed_runs_end_in_the_same_weights_and_lose_nothing() -> None:
+    check_kills(campaign("kills", trials=10))
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_do_too() -> None:
+    check_kills(campaign("kills", trials=2, ranks=2))
+
+
+@pytest.mark.slow
+def test_runs_asked_to_leave_save_exit_with_143_and_go_on() -> None:
+    check_stops(campaign("stops", trials=8))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("options", [{"trials": 50, "workers": 2}, {"trials": 10, "ranks": 2}], ids=["one", "two"])
+def test_many_kills(options: dict[str, int]) -> None:
+    check_kills(campaign("kills", **options))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("options", [{"trials": 40, "workers": 2}, {"trials": 10, "ranks": 2}], ids=["one", "two"])
+def test_many_signals(options: dict[str, int]) -> None:
+    found = campaign("stops", **options)
+    check_stops(found)
+    assert found["slowest_seconds"] < 10
