@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.strategies import StrategyRegistry
 
 from rllava_pl.cli import configs, main
 from rllava_pl.cli.app import RLCLI
@@ -51,6 +52,11 @@ def is_overlay(name: str) -> bool:
     return not is_whole(name)
 
 
+def names_a_strategy(name: str) -> bool:
+    """Whether the config says how ranks work together, and nothing else."""
+    return sections(name).keys() == {"trainer"} and "strategy" in sections(name)["trainer"]
+
+
 def shown(part: object) -> dict[str, str]:
     """What a part of a module was made with."""
     return {name: repr(value) for name, value in vars(part).items()} if hasattr(part, "__dict__") else {"": repr(part)}
@@ -74,7 +80,10 @@ def test_a_shipped_config_is_understood(built, name):
     assert cli.model.rewards and cli.datamodule.batch_size > 0
 
 
-@pytest.mark.parametrize("name", [name for name in configs.names() if is_overlay(name) and not adds_callbacks(name)])
+CHANGES_MODEL = [x for x in configs.names() if is_overlay(x) and not adds_callbacks(x) and not names_a_strategy(x)]
+
+
+@pytest.mark.parametrize("name", CHANGES_MODEL)
 @pytest.mark.parametrize("below", [name for name in configs.names() if not is_overlay(name)])
 def test_an_overlay_changes_what_it_names_and_nothing_else(built, below, name):
     before, after = built("--config", below), built("--config", below, "--config", name)
@@ -100,6 +109,16 @@ def test_an_overlay_that_adds_callbacks_leaves_the_others(built, below, name):
     assert [x.class_path for x in after[:-1]] == [x.class_path for x in before]
     assert after[-1].class_path.endswith(f".{named['class_path']}")
     assert {option: after[-1].init_args[option] for option in named["init_args"]} == named["init_args"]
+
+
+@pytest.mark.parametrize("name", [name for name in configs.names() if names_a_strategy(name)])
+def test_an_overlay_with_a_strategy_gives_the_trainer_that_strategy(built, name):
+    cli, named = built("--config", "tiny/colour", "--config", name), sections(name)["trainer"]["strategy"]
+    if isinstance(named, str):
+        assert type(cli.trainer.strategy) is StrategyRegistry[named]["strategy"]
+    else:
+        assert f"rllava_pl.strategies.{type(cli.trainer.strategy).__name__}" == named["class_path"]
+        assert cli.config.fit.trainer.strategy.init_args.as_dict().items() >= named["init_args"].items()
 
 
 def test_a_misspelt_option_of_an_added_callback_is_named(tmp_path, capsys):

@@ -19,6 +19,7 @@ from rllava_pl.strategies.ddp import RLStrategyMixin
 from rllava_pl.strategies.sharding import LocalShards, make_room, units
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from transformers import PreTrainedModel
 
 
@@ -46,6 +47,7 @@ class RLFSDPStrategy(RLStrategyMixin, LocalShards, FSDPStrategy):
             sharding_strategy=sharding_strategy, process_group_backend=process_group_backend, timeout=timeout
         )
         self.allow_cpu = allow_cpu
+        self._wrapped: FullyShardedDataParallel | None = None
 
     def setup_environment(self) -> None:
         """As usual, where there are GPUs or CPUs will do."""
@@ -56,12 +58,12 @@ class RLFSDPStrategy(RLStrategyMixin, LocalShards, FSDPStrategy):
         """Wrap layer by layer; stock code takes no CPU for a device."""
         from torch.distributed.fsdp import FullyShardedDataParallel
 
-        if isinstance(model, FullyShardedDataParallel):  # it stays wrapped between the stages of a run
-            return model
+        if self._wrapped is not None and self._wrapped.module is model:  # it stays wrapped between the stages of a run
+            return self._wrapped
         whole = model.state_dict() if self.is_global_zero else {}
         make_room(model)
         apart = {id(unit) for unit in units(model)}
-        wrapped = FullyShardedDataParallel(
+        self._wrapped = FullyShardedDataParallel(
             module=model,
             device_id=self.root_device,
             auto_wrap_policy=lambda module, recurse, nonwrapped_numel: recurse or id(module) in apart,
@@ -69,8 +71,8 @@ class RLFSDPStrategy(RLStrategyMixin, LocalShards, FSDPStrategy):
             sharding_strategy=self.sharding_strategy,
             **self.kwargs,
         )
-        self._fill(wrapped, whole)
-        return wrapped
+        self._fill(self._wrapped, whole)
+        return self._wrapped
 
     def _fill(self, wrapped: nn.Module, whole: Mapping[str, Tensor]) -> None:
         """Send the parameters of one unit after the other from rank 0; each rank keeps its part of them."""

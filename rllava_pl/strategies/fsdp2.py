@@ -70,7 +70,9 @@ class RLFSDP2Strategy(RLStrategyMixin, LocalShards, ModelParallelStrategy):
         make_room(root)
         for unit in units(root):
             fully_shard(unit, mesh=mesh)
+        name = type(root).__name__
         fully_shard(root, mesh=mesh)
+        type(root).__name__ = name  # as summaries and logs know the algorithm
         set_model_state_dict(root, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
         root._get_fsdp_state()._lazy_init()  # the first module that runs would else take itself for the root
 
