@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rllava_pl.strategies.host.lanes import Lane, spans
 
-_PIECE = 2**20
+_PIECE = 2**18
 """Numbers added at a time, so that a bf16 piece is widened in cache."""
 _HOOKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """The hook of every parameter that has one: a parameter's gradient can go to one place only."""

@@ -120,7 +120,7 @@ def test_bf16_weights_are_the_same_by_either_way(
 
 @pytest.mark.gpu
 def test_a_gpu_trains_as_a_cpu_does() -> None:
-    """Gradients differ in their last bits, so that the bound is no equality; with weights or gradients lost it fails."""
+    """Gradients differ in their last bits, so the weights do; masters and weights are equal."""
     far, near = net().cuda(), net()
     optimizer = host(groups(far))
     logs = [train(model, o, 8) for model, o in ((far, optimizer), (near, plain(groups(near))))]
