@@ -106,6 +106,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "number": reading.number,
     "exact": lambda text: reading.exact(text, "the answer is 4"),
     "is_tag_name": reading.is_tag_name,
+    "last_boxed": reading.last_boxed,
 }
 REWARDS = {"AnswerTagReward": AnswerTagReward(NAMES), "RepetitionPenalty": RepetitionPenalty()}
 

@@ -8,6 +8,7 @@ run in processes of their own, which can be killed.
 ``base``        the base class
 ``answer`` ...  rewards
 ``text``        parsers of what a policy wrote
+``formulas``    whether two answers of a mathematics question are the same
 ``scoring``     one reward: faults become unscored samples, by cause
 ``judgement``   several rewards: the weighted sum
 ``panel``       where each reward runs, and the options for it
@@ -22,6 +23,7 @@ run in processes of their own, which can be killed.
 from rllava_pl.rewards.answer import AnswerTagReward
 from rllava_pl.rewards.base import BaseReward, RewardError
 from rllava_pl.rewards.judgement import Judgement, judge
+from rllava_pl.rewards.mathematics import MathReward
 from rllava_pl.rewards.panel import Judging, Panel
 from rllava_pl.rewards.penalties import RepetitionPenalty
 
@@ -30,6 +32,7 @@ __all__ = [
     "BaseReward",
     "Judgement",
     "Judging",
+    "MathReward",
     "Panel",
     "RepetitionPenalty",
     "RewardError",

@@ -76,6 +76,9 @@ class BaseReward(ABC):
             raise ValueError(f"{type(self).__name__}: weight is {weight}; it must be a finite number")
         self.weight = weight
 
+    def load(self) -> None:  # noqa: B027 - most rewards have nothing to do here
+        """Get ready: called once where the reward will work, before its first sample. For what is slow or large."""
+
     @abstractmethod
     def score(self, rollout: Rollout) -> Score:
         """Judge one rollout."""

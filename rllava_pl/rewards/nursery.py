@@ -57,6 +57,8 @@ def main(line: int) -> None:
     try:
         body = cast("dict[str, wire.Json]", plan)
         rewards = [Recipe(**fields).build() for fields in cast("list[dict]", body["recipes"])]  # type: ignore[type-arg]
+        for reward in rewards:
+            reward.load()
     except BaseException as error:
         trainer.sendall(wire.frame({"error": failed(error).detail}))
         return

@@ -77,7 +77,10 @@ class Panel:
             found = _recipe_if_wanted(reward, judging)
             member = reward if found is None else cast(Reward, _Pooled(reward, len(recipes), self, judging))
             self.members.append(member)
-            recipes += [found] if found is not None else []
+            if found is not None:
+                recipes.append(found)
+            elif isinstance(reward, BaseReward):
+                reward.load()
         self.pool = _pool(recipes, judging) if recipes else None
         if self.pool is not None:
             self.pool.start()

@@ -106,6 +106,24 @@ def strict(text: str, names: Sequence[str]) -> bool:
     return not any(gap.strip() for gap in outside) and last.strip() != "" and bool(_TAIL.fullmatch(text, stops[-1]))
 
 
+_BRACES = re.compile(r"\\boxed\s*+\{|\\.|[{}]", re.DOTALL)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the ``\boxed{...}`` that is closed last, with its inner braces balanced, or None.
+
+    ``\{`` and ``\}`` are no braces. A box inside another one is closed before it, so the outer one counts.
+    """
+    opened: list[int] = []  # where the content of a box begins; -1 for other braces
+    found: tuple[int, int] | None = None
+    for match in _BRACES.finditer(text):
+        if match[0].endswith("{") and match[0] != r"\{":
+            opened.append(match.end() if len(match[0]) > 1 else -1)
+        elif match[0] == "}" and opened and (start := opened.pop()) >= 0:
+            found = start, match.start()
+    return None if found is None else text[slice(*found)]
+
+
 def answer_scope(text: str) -> str:
     """The text after the last ``</think>``, or all of it."""
     stop = 0

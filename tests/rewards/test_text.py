@@ -20,6 +20,7 @@ READERS = {
     "number": reading.number,
     "exact": lambda text: reading.exact(text, text[::-1]),
     "is_tag_name": reading.is_tag_name,
+    "last_boxed": reading.last_boxed,
 }
 
 

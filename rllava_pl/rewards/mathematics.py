@@ -1,0 +1,87 @@
+r"""Reward for answers in a box: ``<think>...</think> ... \boxed{4}``."""
+
+from __future__ import annotations
+
+import logging
+import math
+from itertools import islice
+from typing import Literal
+
+from rllava_pl.rewards.base import BaseReward
+from rllava_pl.rewards.formulas import has_math_verify, math_equal, warm_up
+from rllava_pl.rewards.text import MAX_CHARS, answer_scope, last_boxed, tag_tokens
+from rllava_pl.types import Rollout, Score
+
+log = logging.getLogger(__name__)
+
+
+class MathReward(BaseReward):
+    r"""Is the boxed answer right, and does the response keep to its form?
+
+    ``format_weight * format + accuracy_weight * accuracy``. ``accuracy`` is 1 if the last ``\boxed{...}`` equals the
+    prompt's answer by ``formulas.math_equal``, ``format`` is 1 if the response is one think block and then anything
+    with a box. Formulas that differ as texts and as numbers are compared by math-verify, which needs
+    ``rllava-pl[math]``; without it they count as wrong, with the flag ``symbolic_unavailable``. A formula that the
+    comparison cannot finish in two seconds makes the sample wrong, with the flag ``grader_timeout``.
+
+    Example: the label is ``\sqrt{12}``. ``<think>...</think> \boxed{2\sqrt{3}}`` earns 1.0, 0.9 without its thoughts.
+
+    Args:
+        format_weight: Worth of the right form.
+        accuracy_weight: Worth of the right answer.
+        scope: Where the box is looked for: behind the last ``</think>``, or anywhere.
+        weight: Factor of this reward in the sum of rewards.
+
+    Raises:
+        ValueError: If a weight makes no sense.
+    """
+
+    components = ("accuracy", "format")
+    timeout_seconds = 2.0
+    text_at_fault = True
+
+    def __init__(
+        self,
+        format_weight: float = 0.1,
+        accuracy_weight: float = 0.9,
+        scope: Literal["answer", "anywhere"] = "answer",
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(weight)
+        for option, x in (("format_weight", format_weight), ("accuracy_weight", accuracy_weight)):
+            if not (math.isfinite(x) and x >= 0):
+                raise ValueError(f"MathReward: {option} is {x}; it must be finite and not negative")
+        self.format_weight = format_weight
+        self.accuracy_weight = accuracy_weight
+        self.scope = scope
+        if not has_math_verify():
+            log.warning("MathReward: formulas are compared as texts and numbers only; pip install 'rllava-pl[math]'")
+
+    def load(self) -> None:
+        """The computer algebra system."""
+        warm_up()
+
+    def score(self, rollout: Rollout) -> Score:
+        """0 to ``format_weight + accuracy_weight``; unscored, as ``no_answer``, if the prompt has no answer."""
+        truth = rollout.prompt.answer.strip()
+        if not truth:
+            return Score(None, reason="no_answer")
+        text = rollout.text[-MAX_CHARS:]
+        flags = ["too_long"] if len(text) < len(rollout.text) else []
+        box = last_boxed(answer_scope(text) if self.scope == "answer" else text)
+        verdict = math_equal(box, truth) if box is not None else None
+        if verdict is None and rollout.finish_reason == "length":
+            flags.append("truncated")
+        if verdict is not None and verdict.flag:
+            flags.append(verdict.flag)
+        accuracy, form = float(verdict is not None and verdict.right), float(not flags and _well_formed(text))
+        value = self.format_weight * form + self.accuracy_weight * accuracy
+        return Score(value, {"accuracy": accuracy, "format": form}, flags=tuple(flags))
+
+
+def _well_formed(text: str) -> bool:
+    """One think block at the beginning, and a box behind it."""
+    tokens = list(islice(tag_tokens(text, ("think",)), 3))
+    if [token.closing for token in tokens] != [False, True]:
+        return False
+    return not text[: tokens[0].start].strip() and last_boxed(text[tokens[1].stop :]) is not None
