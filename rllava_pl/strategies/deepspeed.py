@@ -90,6 +90,7 @@ class RLDeepSpeedStrategy(RLStrategyMixin, CheckpointDirectory, DeepSpeedStrateg
         )
         self.stage, self.allow_cpu = stage, allow_cpu
         self._hf_config: object | None = None
+        self._engine: Any = None
 
     def setup_environment(self) -> None:
         """As usual, where there are GPUs or CPUs will do."""
@@ -131,18 +132,25 @@ class RLDeepSpeedStrategy(RLStrategyMixin, CheckpointDirectory, DeepSpeedStrateg
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None = None
     ) -> tuple[Any, Optimizer]:
         """As usual, on CPUs too, where stock code would pass no rank."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        options = {"model_parameters": trained, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        return self._initialize(model, self.config, **options)
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        """An engine without optimizer, or the one that a fit has left: its weights are cut already."""
+        if self._engine is None:
+            needed = {"train_micro_batch_size_per_gpu", "bf16", *(["zero_optimization"] if self.stage == 3 else [])}
+            self._initialize(model, {key: x for key, x in self.config.items() if key in needed}, model_parameters=[])
+        self.model = self._engine
+
+    def _initialize(self, model: nn.Module, config: dict[str, Any], **options: Any) -> tuple[Any, Any]:
         import deepspeed
 
-        engine, zero_optimizer, *_ = deepspeed.initialize(
-            args=argparse.Namespace(device_rank=self.local_rank),
-            config=self.config,
-            model=model,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            dist_init_required=False,
+        rank = argparse.Namespace(device_rank=self.local_rank)
+        self._engine, optimizer, *_ = deepspeed.initialize(
+            args=rank, model=model, config=config, dist_init_required=False, **options
         )
-        return engine, zero_optimizer
+        return self._engine, optimizer
 
     def save_shards(self, directory: Path) -> None:
         """DeepSpeed's own files, without frozen weights."""

@@ -1,0 +1,111 @@
+"""Every strategy trains, streams, resumes and evaluates as one process does; two real processes each.
+
+Facts of one launch a strategy are shared by its tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import runs
+from tests.strategies.test_ranks import ROOT, distance
+
+Findings = dict[str, dict[str, object]]
+
+pytestmark = pytest.mark.slow
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; `make test` does it"
+)
+REPLICATED = ["rl_ddp", *(pytest.param(name, marks=needs_deepspeed) for name in ("zero1", "zero2"))]
+CUT = ["rl_fsdp", "rl_fsdp2", *(pytest.param(name, marks=needs_deepspeed) for name in ("zero3", "zero3_offload"))]
+RUNS = ("adam", "reference", "adapters", "critic")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory):
+    """Of a strategy, what each rank has found; the ranks are started at the first question."""
+    runs.tiny().prepare(1)
+    known: dict[str, list[Findings]] = {}
+
+    def launch(strategy: str) -> list[Findings]:
+        ranks, directory = 1 if strategy == "auto" else 2, tmp_path_factory.mktemp(strategy)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        worker = str(ROOT / "tests/strategies/shard_on_ranks.py")
+        command = [sys.executable, *launcher, worker, str(directory), strategy, str(4 // ranks)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=280, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return [torch.load(directory / f"found-{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+    def of(strategy: str) -> list[Findings]:
+        if strategy not in known:
+            known[strategy] = launch(strategy)
+        return known[strategy]
+
+    return of
+
+
+@pytest.mark.parametrize("strategy", [*REPLICATED, *CUT])
+def test_two_ranks_train_as_one_does(found, strategy: str) -> None:
+    """AdamW with accumulation, clipping and a schedule; a reference, a discarded update and rows without image; LoRA
+    with checkpointing; a critic of its own: all end where one process ends."""
+    (one,) = found("auto")
+    assert len(one["adam"]["losses"]) == 12
+    for rank in found(strategy):
+        for name in RUNS:
+            assert rank[name]["losses"] == pytest.approx(one[name]["losses"], abs=1e-5), name
+            assert rank[name]["norms"] == pytest.approx(one[name]["norms"], rel=1e-5), name
+            assert distance(rank[name]["ended"], one[name]["ended"]) < 1e-5, name
+
+
+@pytest.mark.parametrize("strategy", [*REPLICATED, *CUT])
+@pytest.mark.parametrize("name", ["reference", "adapters"])
+def test_an_update_is_that_of_one_process_to_its_last_digits(found, strategy: str, name: str) -> None:
+    """The shared prompt under SGD, relative to the size of the update."""
+    (one,) = found("auto")
+    start, end = (one["adam"]["start"], one[name]["ended"])
+    moved = max(float((end[key] - start[key]).abs().max()) for key in end)
+    assert distance(found(strategy)[0][name]["ended"], end) < 1e-5 * max(moved, 1e-2)
+
+
+@pytest.mark.parametrize("strategy", [*REPLICATED, *CUT])
+def test_all_ranks_stream_the_same_whole_weights(found, strategy: str) -> None:
+    """LoRA merged on the way; nothing that was handed out is kept."""
+    (one,) = found("auto")
+    for rank in found(strategy):
+        for name in RUNS:
+            assert rank[name]["began"] == one[name]["began"], name
+            assert rank[name]["most_alive"] == 0
+
+
+@pytest.mark.parametrize("strategy", ["auto", *REPLICATED, *CUT])
+def test_a_resumed_run_ends_with_the_same_bits(found, strategy: str) -> None:
+    for rank in found(strategy):
+        assert distance(rank["resumed"]["ended"], rank["adam"]["ended"]) == 0.0
+        assert rank["resumed"]["losses"] == rank["adam"]["losses"][6:]
+
+
+@pytest.mark.parametrize("strategy", [*REPLICATED, *CUT])
+def test_ranks_that_run_out_of_prompts_keep_in_step(found, strategy: str) -> None:
+    """Five rows on two ranks, half of them without image."""
+    (one,) = found("auto")
+    for rank in found(strategy):
+        for name in ("reference", "adapters"):
+            assert rank[name]["test"] == pytest.approx(one[name]["test"])
+
+
+@pytest.mark.parametrize("strategy", CUT)
+def test_a_rank_holds_its_part_of_the_weights_alone(found, strategy: str) -> None:
+    """Policy, reference, critic and adapters; a part is rounded up for each tensor."""
+    (one,) = found("auto")
+    for rank in found(strategy):
+        for name in RUNS:
+            assert rank[name]["held"] < 0.52 * one[name]["held"]
