@@ -72,7 +72,7 @@ _NOTATION = [
     (re.compile(r"\\[dt]frac"), r"\\frac"),
     (re.compile(r"\\(?:left|right|displaystyle)(?![a-z])|\\[!;:]|\\ |[$\s]"), ""),
     (re.compile(r"\{,\}|\\,"), ","),
-    (re.compile(r"\\[%$]"), lambda match: match[0][1]),
+    (re.compile(r"\\([%$])"), r"\1"),
     (re.compile(r"(?:°|\^\{?\\circ\}?)$"), ""),
     (re.compile(r"\\frac([0-9])([0-9])"), r"\\frac{\1}{\2}"),
     (re.compile(r"^(-?)\\frac\{([0-9]+)\}\{([0-9]+)\}$"), r"\1\2/\3"),

@@ -51,7 +51,7 @@ def test_a_prompt_without_answer_is_unscored(rollout):
 
 
 def test_a_weight_that_makes_no_sense_is_refused():
-    with pytest.raises(ValueError, match="MathReward: accuracy_weight is -1.0"):
+    with pytest.raises(ValueError, match=r"MathReward: accuracy_weight is -1.0"):
         MathReward(accuracy_weight=-1.0)
 
 
