@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from rllava_pl.models.vlm import VLM
 from rllava_pl.modules.loop.collection import Collection
 from rllava_pl.modules.loop.diagnosis import Diagnosis
 from rllava_pl.modules.loop.tally import Tally
+from rllava_pl.redaction import is_secret
 from rllava_pl.rewards.base import BaseReward
 from rllava_pl.rewards.panel import Judging
 from rllava_pl.rollout.managed import ManagedEngine
@@ -89,7 +91,8 @@ class Options(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.save_hyperparameters(ignore=["policy", "rewards", "judging", "optimizer", "sampling"])
+        objects = ["policy", "rewards", "judging", "optimizer", "sampling"]
+        self.save_hyperparameters(ignore=[*objects, *_secrets(type(self))])  # loggers and checkpoints keep the others
         self.source = policy
         self.rewards = rewards
         self.judging = judging
@@ -198,3 +201,9 @@ class Options(LightningModule):
                 f"cannot be split into {self.num_minibatches} mini-batches of whole groups; make the data's batch_size "
                 "a multiple of it"
             )
+
+
+def _secrets(cls: type) -> list[str]:
+    """Options of a user's algorithm that hold a secret, by their names."""
+    constructors = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
+    return [name for init in constructors for name in inspect.signature(init).parameters if is_secret(name)]
