@@ -1,4 +1,4 @@
-"""Many rollouts in which engine, rewards and numbers fail now and then: each fault is counted once, and nothing grows."""
+"""Many rollouts in which engine, rewards and numbers fail now and then: each fault counts once, and nothing grows."""
 
 from __future__ import annotations
 

@@ -1,0 +1,100 @@
+"""What a signal does to a run, seen from inside: callbacks, exit codes, handlers of others."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rllava_pl.callbacks import RolloutCheckpoint
+from rllava_pl.modules import RLModule
+from rllava_pl.strategies import manifest
+from tests import runs
+
+BEFORE = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+
+class Ask:
+    """Sends this process a signal at the beginning of a phase, the n-th time it begins."""
+
+    def __init__(self, phase: str, number: int, time: int = 2) -> None:
+        self.phase, self.number, self.left = phase, number, time
+
+    def phase_begins(self, name: str) -> None:
+        self.left -= name == self.phase
+        if not self.left and name == self.phase:
+            os.kill(os.getpid(), self.number)
+
+    def phase_ends(self, name: str, seconds: float) -> None:
+        pass
+
+
+def fit_until(ask: Ask, root: Path, **options: object) -> tuple[Trainer, RLModule]:
+    """A run that must end with exit code 143, and leave the handlers of this process as they were."""
+    trainer, module = runs.trainer(root, **options), runs.module(max_rollouts=4)
+    module.observers.append(ask)
+    with pytest.raises(SystemExit) as end:
+        trainer.fit(module, runs.data())
+    assert end.value.code == 143
+    assert {number: signal.getsignal(number) for number in BEFORE} == BEFORE
+    return trainer, module
+
+
+def test_a_rollout_is_given_up_at_once_and_the_boundary_before_it_saved(tmp_path, caplog):
+    callback = RolloutCheckpoint(str(tmp_path), every_n_rollouts=100)
+    _, module = fit_until(Ask("rollout", signal.SIGTERM), tmp_path, callbacks=[callback])
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["rollout-000001.ckpt"]
+    assert manifest.check(Path(callback.last_path)).updates == module.weight_version == 2
+    assert "go on with --ckpt_path last" in caplog.text
+
+
+def test_an_update_that_has_begun_is_brought_to_the_end_of_the_pass(tmp_path):
+    """Two updates a rollout: asked in the first of the second rollout, the run leaves before its third."""
+    callback = RolloutCheckpoint(str(tmp_path), every_n_rollouts=100)
+    fit_until(Ask("update", signal.SIGUSR1, time=4), tmp_path, callbacks=[callback])
+    assert manifest.check(Path(callback.last_path)).rollouts == 2
+
+
+def test_lightnings_checkpoints_are_saved_too(tmp_path):
+    callback = ModelCheckpoint(tmp_path, save_on_exception=True, save_top_k=0)
+    fit_until(Ask("reward", signal.SIGTERM), tmp_path, callbacks=[callback], enable_checkpointing=True)
+    (path,) = tmp_path.glob("*.ckpt")
+    assert manifest.check(path).rollouts == 1
+
+
+def test_a_test_ends_too_and_saves_nothing(tmp_path):
+    module = runs.module()
+    module.observers.append(Ask("validate", signal.SIGTERM, time=1))
+    callback = RolloutCheckpoint(str(tmp_path / "checkpoints"))
+    with pytest.raises(SystemExit) as end:
+        runs.trainer(tmp_path, callbacks=[callback]).test(module, runs.data(), verbose=False)
+    assert end.value.code == 143
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_slurm_puts_the_job_back_into_its_queue_and_the_next_one_goes_on(tmp_path, monkeypatch):
+    """Through Lightning's own handler, called at a boundary instead of between any two lines."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for name, value in {"JOB_ID": "77", "NTASKS": "1", "JOB_NAME": "train", "LOCALID": "0", "PROCID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    options = {"plugins": [SLURMEnvironment(auto_requeue=True)], "devices": 1, "num_nodes": 1}
+    callback = RolloutCheckpoint(str(tmp_path / "checkpoints"), every_n_rollouts=100)
+    fit_until(Ask("evaluate", signal.SIGUSR1), tmp_path, callbacks=[callback], **options)
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert manifest.check(tmp_path / "hpc_ckpt_1.ckpt").rollouts == 1
+    assert manifest.check(Path(callback.last_path)).rollouts == 1
+    again = runs.module(max_rollouts=4)
+    runs.trainer(tmp_path, **options).fit(again, runs.data())
+    whole = runs.module(max_rollouts=4)
+    runs.trainer(tmp_path / "whole").fit(whole, runs.data())
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
