@@ -66,8 +66,7 @@ class HostGradients:
         for parameter in parameters:
             if parameter.grad is not None:
                 self.take(parameter)
-        for device in {parameter.device for parameter in self._present}:
-            self._lane(device).wait()
+        self._wait()
 
     def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         """Scale the gradients to a global L2 norm of at most ``max_norm``; the arithmetic of torch's clipping.
@@ -91,9 +90,14 @@ class HostGradients:
         return x if unchanged else x.float() * self._scale
 
     def clear(self) -> None:
-        """Forget all sums."""
+        """Forget all sums, and what is still on its way to them."""
+        self._wait()
         self._present.clear()
         self._scale = torch.ones(())
+
+    def _wait(self) -> None:
+        for device in {parameter.device for parameter in self._present}:
+            self._lane(device).wait()
 
 
 def _hook(parameter: Parameter, gradients: HostGradients) -> RemovableHandle:

@@ -117,8 +117,8 @@ class HostAdamW(Optimizer):
                 self._sums.watch(p)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients since the last call, also those on their way."""
-        self._sums.settle(self._parameters())
+        """Forget the gradients since the last call, wherever they are."""
+        super().zero_grad()
         self._sums.clear()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:

@@ -183,6 +183,20 @@ def test_gradients_can_be_discarded() -> None:
     assert equal(disturbed, quiet)
 
 
+def test_a_backward_pass_that_fails_half_way_leaves_no_trace(staged: None) -> None:
+    """As when memory runs out: some gradients have gone to the host by then."""
+    disturbed, quiet = net(), net()
+    ours, theirs = host(groups(disturbed)), host(groups(quiet))
+    handle = disturbed.wide.bias.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss(disturbed, next(batches(1))).backward()
+    assert ours._sums.get(disturbed.back.weight) is not None
+    handle.remove()
+    discard_gradients(SingleDeviceStrategy(), ours)
+    assert train(disturbed, ours, 2) == train(quiet, theirs, 2)
+    assert equal(disturbed, quiet)
+
+
 def test_a_parameter_without_gradient_has_no_state() -> None:
     model = net()
     optimizer = host(groups(model))
