@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from rllava_pl.rewards import AnswerTagReward, BaseReward, Judging, RewardError
 from rllava_pl.rewards.panel import check_unscored
 from rllava_pl.types import Rollout, Score
 from tests import runs
+from tests.reliability import forks
 from tests.rewards.faults import Unlucky
 
 HERE = {"isolation": "none", "max_unscored": 1.0}
@@ -111,3 +114,33 @@ def test_what_could_not_be_scored_counts_as_wrong_in_evaluation(tmp_path: Path) 
     module.rewards = [Lazy(2)]
     (scores,) = runs.trainer(tmp_path, limit_val_batches=None).validate(module, runs.data(), verbose=False)
     assert scores["val/unscored"] == 0.25 and scores["val/accuracy"] == 0.75  # 8 prompts
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_ranks_count_together_and_stop_together(tmp_path: Path) -> None:
+    """Rank 1 has a sample without a score, rank 0 has none; both report it, and both end where it says stop."""
+    log = tmp_path / "log"
+
+    def task(rank: int) -> None:
+        logging.basicConfig(filename=log, force=True)
+        for on_error in ("drop_group", "stop"):
+            module = runs.module(judging=Judging(**(HERE | {"on_error": on_error})), max_rollouts=1)
+            module.rewards = [Lazy(rank)]
+            trainer = runs.trainer(tmp_path, strategy="rl_ddp", devices=2)
+            try:
+                trainer.fit(module, runs.data(batch_size=2))
+            except RewardError as error:
+                logging.error("rank %d stops: %s", rank, error)
+            else:
+                metrics = trainer.callback_metrics
+                found = metrics["train/unscored/exception"], metrics["train/unscored_fraction"]
+                logging.error("rank %d, %s: %g of %g", rank, on_error, *found)
+
+    runs.tiny().prepare(1)
+    codes = forks.run(task, log, ranks=2)
+    said = log.read_text()
+    assert codes == [0, 0], said[-3000:]
+    for rank, cause in enumerate(("on another rank", "{'exception': 4}")):
+        assert f"rank {rank}, drop_group: 4 of 0.25" in said  # 4 of 2 x 8 samples
+        assert f"rank {rank} stops: samples without a score: {cause}; judging.on_error is stop" in said
