@@ -107,13 +107,14 @@ class TiledLogProbs(torch.autograd.Function):
         slope_MH = None
         if sums.mean_MH is not None:
             slope_MH = sums.mean_MH.div_(-sums.mass_M[:, None]).add_(weight_VH[ids_M]).div_(tiling.temperature)
-        ctx.save_for_backward(hidden_MH, weight_VH, ids_M, sums.top_M + log_mass_M, entropy_M, slope_MH)
+        kept = (hidden_MH, weight_VH, ids_M, sums.top_M + log_mass_M, entropy_M, slope_MH)
+        ctx.save_for_backward(*kept)  # type: ignore[arg-type]
         ctx.tiling = tiling  # type: ignore[attr-defined]
         ctx.set_materialize_grads(False)  # an entropy that only is a metric costs nothing in the backward
         return target_M - sums.top_M - log_mass_M, entropy_M
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: FunctionCtx, logp_grad_M: Tensor | None, entropy_grad_M: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
@@ -170,7 +171,7 @@ def _add_product(total_MH: Tensor, factor_MK: Tensor, weight_KH: Tensor) -> None
         total_MH.addmm_(factor_MK, weight_KH.to(total_MH.dtype))
     else:
         low_MK = factor_MK.to(weight_KH.dtype)
-        torch.addmm(total_MH, low_MK, weight_KH, out_dtype=total_MH.dtype, out=total_MH)  # type: ignore[call-overload]
+        torch.addmm(total_MH, low_MK, weight_KH, out_dtype=total_MH.dtype, out=total_MH)
 
 
 def _write_product(grad_KH: Tensor, factor_MK: Tensor, hidden_MH: Tensor) -> None:

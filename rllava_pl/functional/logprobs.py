@@ -122,7 +122,7 @@ def chunked_token_log_probs(
     frozen = torch.is_grad_enabled() and hidden_NTH.requires_grad and not head_weight_VH.requires_grad
     with torch.autocast(device, enabled=False):
         rows = (hidden_NTH.flatten(0, -2), head_weight_VH, ids_NT.flatten())
-        logp_M, entropy_M = TiledLogProbs.apply(*rows, tiling, frozen)
+        logp_M, entropy_M = TiledLogProbs.apply(*rows, tiling, frozen)  # type: ignore[no-untyped-call]
     logp_NT, entropy_NT = logp_M.view(ids_NT.shape), entropy_M.view(ids_NT.shape)
     if banned is not None:
         logp_NT = logp_NT.masked_fill(torch.isin(ids_NT, banned), BANNED_LOGP)

@@ -12,7 +12,7 @@ banned. A prompt, its images included, is computed once for its whole group wher
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -40,10 +40,17 @@ class Policy(nn.Module):
         processor: The model's processor, or the tokenizer of a text-only model.
         temperature: Divides the logits, in sampling and in log-probs alike.
         share_prompt: Compute a prompt once a group where that is exact for the family.
+        activation_offload: What the forward keeps for the backward waits in host memory.
     """
 
     def __init__(
-        self, model: PreTrainedModel, processor: Processor, *, temperature: float = 1.0, share_prompt: bool = True
+        self,
+        model: PreTrainedModel,
+        processor: Processor,
+        *,
+        temperature: float = 1.0,
+        share_prompt: bool = True,
+        activation_offload: bool = False,
     ) -> None:
         super().__init__()
         if not temperature > 0:
@@ -51,6 +58,7 @@ class Policy(nn.Module):
         self.model = model
         self.processor = processor
         self.temperature = temperature
+        self.activation_offload = activation_offload
         self.family = family_of(model)
         self.tokenizer = tokenizer_of(processor)
         self.banned_ids = banned_token_ids(model, self.tokenizer)
@@ -124,7 +132,9 @@ class Policy(nn.Module):
         if self.family.causal:
             return self.read(self.hidden(batch), batch)
         mask_NT, ids_M = self._targets(batch)
-        logits_NTV = self.model(**self._repeat_prompts(batch), use_cache=False, logits_to_keep=mask_NT.shape[1]).logits
+        with self._keeping():
+            inputs = self._repeat_prompts(batch)
+            logits_NTV = self.model(**inputs, use_cache=False, logits_to_keep=mask_NT.shape[1]).logits
         return self._output(self._from_logits(logits_NTV[mask_NT], ids_M), mask_NT)
 
     def hidden(self, batch: PolicyBatch) -> Tensor:
@@ -141,7 +151,14 @@ class Policy(nn.Module):
                 f"no hidden states for the family {self.model.config.model_type!r}: only its logits are known to be "
                 "right; use an algorithm without a critic, or enter the family in models/families.py if it is causal"
             )
-        return self._hidden_shared(batch) if self.shares_prompt else self._hidden_plain(batch)
+        with self._keeping():
+            return self._hidden_shared(batch) if self.shares_prompt else self._hidden_plain(batch)
+
+    def _keeping(self) -> AbstractContextManager[object]:
+        """Where autograd keeps what it saves."""
+        if not self.activation_offload:
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
 
     def read(self, hidden_MH: Tensor, batch: PolicyBatch) -> PolicyOutput:
         """Log-probs and entropies from ``hidden(batch)``; padding never meets the vocabulary."""

@@ -35,6 +35,11 @@ class VLM:
             ``embeddings``.
         lora: Train low-rank adapters only; the base model then serves as the reference policy at no cost.
         share_prompt: Compute each prompt once a group instead of once a completion, where that is exact for the family.
+        activation_offload: Between forward and backward the input of each layer waits in host memory; needs
+            ``gradient_checkpointing``, without which far more would have to travel, the weights included.
+
+    Raises:
+        ValueError: ``activation_offload`` without ``gradient_checkpointing``.
     """
 
     def __init__(
@@ -48,7 +53,12 @@ class VLM:
         freeze: list[str] | None = None,
         lora: LoRA | None = None,
         share_prompt: bool = True,
+        activation_offload: bool = False,
     ) -> None:
+        if activation_offload and not gradient_checkpointing:
+            raise ValueError(
+                "activation_offload moves inputs of checkpointed layers to the host: set gradient_checkpointing, too"
+            )
         self.path = path
         self.revision = revision
         self.dtype = dtype
@@ -57,6 +67,7 @@ class VLM:
         self.freeze = list(freeze or [])
         self.lora = lora
         self.share_prompt = share_prompt
+        self.activation_offload = activation_offload
 
     def prepare(self, seed: int) -> None:
         """Make the checkpoint available; called once a machine, before anything is loaded."""
@@ -76,6 +87,7 @@ class VLM:
             self.load_processor(),
             temperature=temperature,
             share_prompt=self.share_prompt,
+            activation_offload=self.activation_offload,
         )
         if self.share_prompt and not policy.shares_prompt:
             log.warning("%s: each prompt is computed once a completion; sharing is not known to be exact", self.path)

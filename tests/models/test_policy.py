@@ -85,6 +85,37 @@ def test_log_probs_do_not_depend_on_what_else_is_in_the_batch(load: Callable[...
             torch.testing.assert_close(together[rows], policy(alone).logp_NT, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["idefics3", "qwen3_vl"])
+def test_offloaded_activations_change_no_bit(
+    load: Callable[..., Policy], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is offloaded are the inputs of layers: few tensors, and none of the layers' weights."""
+    saved = []
+
+    class Recording(torch.autograd.graph.save_on_cpu):
+        def __init__(self, pin_memory: bool) -> None:
+            super().__init__(pin_memory)
+            pack = self.pack_hook
+            self.pack_hook = lambda x: saved.append(x.data_ptr()) or pack(x)
+
+    monkeypatch.setattr("torch.autograd.graph.save_on_cpu", Recording)
+    policy = load(family, gradient_checkpointing=True)
+    batch = random_batch(policy, IMAGES["mixed"])
+    expected = log_probs_and_gradients(policy, batch)
+    assert not saved
+    policy = load(family, gradient_checkpointing=True, activation_offload=True)
+    actual = log_probs_and_gradients(policy, batch)
+    layers = policy.model.get_decoder().layers
+    assert len(saved) >= len(layers)
+    assert not {p.data_ptr() for p in layers.parameters()} & set(saved)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_offload_without_checkpointing_is_refused(tiny_path: Callable[[str], str]) -> None:
+    with pytest.raises(ValueError, match=r"activation_offload .*: set gradient_checkpointing, too"):
+        VLM(tiny_path("idefics3"), activation_offload=True)
+
+
 def test_what_stands_behind_a_response_does_not_matter(load: Callable[..., Policy]) -> None:
     policy = load("idefics3")
     batch = random_batch(policy, [1, 1])
