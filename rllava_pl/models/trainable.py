@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -103,7 +103,7 @@ def _expect(found: set[str], pattern: str, names: set[str], key: str = "freeze")
 def hf_weights(
     model: PreTrainedModel,
     full: Callable[[Tensor], Tensor] = Tensor.detach,
-    within: Callable[[nn.Module], bool] = lambda module: True,
+    within: Set[int] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream ``(name, tensor)`` of the whole model as its ``state_dict`` names it, one tensor at a time.
 
@@ -113,11 +113,11 @@ def hf_weights(
     Args:
         model: With or without adapters.
         full: Gathers a parameter that is sharded; by default the parameter as it is.
-        within: Whether to stream what a module holds itself; by default all is.
+        within: Ids of the modules whose own tensors are streamed; by default all.
     """
     adapted = {id(module.base_layer): module for module in model.modules() if hasattr(module, "lora_A")}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if ".lora_" in prefix or not within(module):
+        if ".lora_" in prefix or not (within is None or id(module) in within):
             continue
         for name, tensor in _own_state(module):
             weight = full(tensor)

@@ -22,6 +22,7 @@ from rllava_pl.strategies.sharding import CheckpointDirectory
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedModel
 
@@ -64,7 +65,7 @@ class RLDeepSpeedStrategy(RLStrategyMixin, CheckpointDirectory, DeepSpeedStrateg
         if offload_parameters and stage != 3:
             raise ValueError(f"offload_parameters needs stage 3, where weights are kept in parts; the stage is {stage}")
         host = {"device": "cpu", "pin_memory": pin_memory and not allow_cpu}
-        zero = {
+        zero: dict[str, object] = {
             "stage": stage,
             "contiguous_gradients": True,
             "overlap_comm": overlap_comm and not allow_cpu,
@@ -143,7 +144,7 @@ class RLDeepSpeedStrategy(RLStrategyMixin, CheckpointDirectory, DeepSpeedStrateg
             self._initialize(model, {key: x for key, x in self.config.items() if key in needed}, model_parameters=[])
         self.model = self._engine
 
-    def _initialize(self, model: nn.Module, config: dict[str, Any], **options: Any) -> tuple[Any, Any]:
+    def _initialize(self, model: nn.Module, config: dict[str, Any], **options: object) -> tuple[Any, Any]:
         import deepspeed
 
         rank = argparse.Namespace(device_rank=self.local_rank)
@@ -154,14 +155,14 @@ class RLDeepSpeedStrategy(RLStrategyMixin, CheckpointDirectory, DeepSpeedStrateg
 
     def save_shards(self, directory: Path) -> None:
         """DeepSpeed's own files, without frozen weights."""
-        self.model.save_checkpoint(str(directory), tag=TAG, exclude_frozen_parameters=True)
+        self.deepspeed_engine.save_checkpoint(str(directory), tag=TAG, exclude_frozen_parameters=True)
 
     def load_shards(self, directory: Path, *, optimizers: bool) -> None:
         """As DeepSpeed does, but reading nothing except tensors and plain types."""
         if not (directory / TAG).is_dir():
             raise ValueError(f"{directory} was not saved by {type(self).__name__}: it holds no {TAG}")
         with _weights_only():
-            self.model.load_checkpoint(
+            self.deepspeed_engine.load_checkpoint(
                 str(directory),
                 tag=TAG,
                 load_module_strict=False,
@@ -189,7 +190,9 @@ def _weights_only() -> Iterator[None]:
             os.environ[variable] = before
 
 
-StrategyRegistry.register("rl_deepspeed", RLDeepSpeedStrategy, description="DeepSpeed ZeRO for steps with many forwards")
+StrategyRegistry.register(
+    "rl_deepspeed", RLDeepSpeedStrategy, description="DeepSpeed ZeRO for steps with many forwards"
+)
 
 
 @updates.check.register(RLDeepSpeedStrategy)
@@ -199,12 +202,12 @@ def _(strategy: RLDeepSpeedStrategy) -> None:
 
 @updates.micro_batch.register(RLDeepSpeedStrategy)
 def _(strategy: RLDeepSpeedStrategy, *, last: bool) -> AbstractContextManager[None]:
-    strategy.model.set_gradient_accumulation_boundary(last)
+    strategy.deepspeed_engine.set_gradient_accumulation_boundary(last)
     return nullcontext()
 
 
 @updates.clip_gradients.register(RLDeepSpeedStrategy)
-def _(strategy: RLDeepSpeedStrategy, optimizer: Any, max_norm: float) -> Tensor:
+def _(strategy: RLDeepSpeedStrategy, optimizer: ZeROOptimizer, max_norm: float) -> Tensor:
     """The norm of the gradients that DeepSpeed has averaged; its step will clip by the same norm, taken again."""
     from deepspeed.runtime.utils import combine_grad_norm_groups
 
@@ -217,7 +220,7 @@ def _(strategy: RLDeepSpeedStrategy, optimizer: Any, max_norm: float) -> Tensor:
 
 
 @updates.discard_gradients.register(RLDeepSpeedStrategy)
-def _(strategy: RLDeepSpeedStrategy, optimizer: Any) -> None:
+def _(strategy: RLDeepSpeedStrategy, optimizer: ZeROOptimizer) -> None:
     """What DeepSpeed's own step does to gradients when it finds an overflow."""
     if strategy.stage == 3:
         optimizer._pre_step()

@@ -8,9 +8,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
 import torch.distributed
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from rllava_pl.models.trainable import hf_weights
@@ -103,8 +103,7 @@ def _(strategy: RLFSDPStrategy, optimizer: Optimizer, max_norm: float) -> Tensor
 def _(strategy: RLFSDPStrategy, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Unit by unit: what a layer holds, or what belongs to none, is gathered at a time."""
     for modules in _opened(strategy.model, writeback=False):
-        opened = {id(module) for module in modules}
-        yield from hf_weights(model, _copy, within=lambda module, opened=opened: id(module) in opened)
+        yield from hf_weights(model, _copy, within={id(module) for module in modules})
 
 
 def _copy(x: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -61,6 +61,11 @@ class RLFSDP2Strategy(RLStrategyMixin, LocalShards, ModelParallelStrategy):
             self._shard()
         super().setup(trainer)
 
+    @property
+    def root(self) -> FSDPModule:
+        """The sharded module."""
+        return cast("FSDPModule", self.model)
+
     def _shard(self) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
         from torch.distributed.fsdp import fully_shard
@@ -74,7 +79,7 @@ class RLFSDP2Strategy(RLStrategyMixin, LocalShards, ModelParallelStrategy):
         fully_shard(root, mesh=mesh)
         type(root).__name__ = name  # as summaries and logs know the algorithm
         set_model_state_dict(root, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-        root._get_fsdp_state()._lazy_init()  # the first module that runs would else take itself for the root
+        self.root._get_fsdp_state()._lazy_init()  # the first module that runs would else take itself for the root
 
 
 StrategyRegistry.register("rl_fsdp2", RLFSDP2Strategy, description="FSDP2 for steps with many forwards")
@@ -102,18 +107,18 @@ def _(strategy: RLFSDP2Strategy, optimizer: Optimizer, max_norm: float) -> Tenso
 
 @updates.full_weights.register(RLFSDP2Strategy)
 def _(strategy: RLFSDP2Strategy, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    _reshard(strategy.model)
+    _reshard(strategy.root)
     return hf_weights(model, lambda x: (x.full_tensor() if isinstance(x, DTensor) else x).detach())
 
 
 @updates.parts.register(RLFSDP2Strategy)
 @contextmanager
 def _(strategy: RLFSDP2Strategy) -> Iterator[None]:
-    strategy.model.unshard()
+    strategy.root.unshard()
     try:
         yield
     finally:
-        strategy.model.reshard()
+        strategy.root.reshard()
 
 
 @updates.in_step.register(RLFSDP2Strategy)

@@ -90,9 +90,7 @@ class CheckpointDirectory(ParallelStrategy):
                 loop = {key: x for key, x in checkpoint.items() if key not in {"state_dict", "optimizer_states"}}
                 torch.save(loop, draft / LOOP_FILE)
 
-    def load_checkpoint(
-        self, checkpoint_path: str | PathLike[str], weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
         """Fill this rank's shards; returns the rest. Files are read with ``weights_only``, whatever is asked for.
 
         Raises:
@@ -121,8 +119,7 @@ class LocalShards(CheckpointDirectory):
         """Copy into the parameters as they are cut now, which must be the same."""
         file = self._file(directory)
         if not file.is_file():
-            ranks = self.world_size
-            raise ValueError(f"{directory} holds no {file.name}: it resumes on as many ranks as saved it, not on {ranks}")
+            raise ValueError(f"{directory} holds no {file.name}: it resumes on as many ranks as saved it")
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         weights = self._local_weights()
         if other := sorted(weights.keys() ^ saved["weights"].keys()):

@@ -44,8 +44,12 @@ STRATEGIES: dict[str, Callable[[], Strategy | str]] = {
     "zero3": lambda: zero(3),
     "zero3_offload": lambda: zero(3, offload_optimizer=True, offload_parameters=True),
 }
-SGD = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.5)}  # Adam blows rounding up
 SHORT = {"max_rollouts": 2, "minibatches": 1, "max_grad_norm": 0.5}
+
+
+def sgd(lr: float) -> dict[str, object]:
+    """Adam blows rounding up, where gradients are small."""
+    return {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=lr)}
 
 
 class HalfBlind(Callback):
@@ -152,13 +156,15 @@ def main(root: Path, strategy: str, batch_size: int) -> None:
 
     keep = RolloutCheckpoint(str(root), every_n_rollouts=3, keep=0)
     adam = {"max_rollouts": 6, "epochs": 2, "micro_batch_size": 1, "lr_schedule": "linear"}
-    lora = runs.tiny(lora=LoRA(r=4, alpha=8), gradient_checkpointing=True)
+    shared = strategy != "auto"  # one process repeats prompts: what is compared is all that ranks do otherwise
+    lora = runs.tiny(lora=LoRA(r=4, alpha=8), gradient_checkpointing=True, share_prompt=shared)
+    half_blind = {"policy": runs.tiny(share_prompt=shared), "callbacks": (HalfBlind(),), "refused": 0}
     found = {
         "adam": run("SFT", callbacks=(keep,), **adam),
         "resumed": run("SFT", resume=root / "rollout-000003.ckpt", **adam),
-        "reference": run("GRPO", callbacks=(HalfBlind(),), kl_loss_coef=0.1, micro_batch_size=4, refused=0, **SGD),
-        "adapters": run("GRPO", policy=lora, kl_loss_coef=0.1, micro_batch_size=4, **SGD),
-        "critic": run("PPO", critic="separate", critic_lr_factor=0.1, **SGD),
+        "reference": run("GRPO", kl_loss_coef=0.1, micro_batch_size=4, **half_blind, **sgd(0.5)),
+        "adapters": run("GRPO", kl_loss_coef=0.1, micro_batch_size=4, policy=lora, **sgd(2.0)),
+        "critic": run("PPO", critic="separate", critic_lr_factor=0.1, **sgd(0.5)),
     }
     torch.save(found, root / f"found-{rank()}.pt")
 

@@ -8,7 +8,6 @@ bytes at every moment of the full one, and the largest of those is its peak.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -26,7 +25,7 @@ TEXT_DEPTH, VISION_DEPTH = 5, 5
 """Layers of the smallest model: behind three special ones (deepstack), two that all others are like."""
 
 Peaks = Mapping[tuple[str, str, str], tuple[float, float]]
-"""Bytes at each moment (``fake.Moment``), without and with kept gradients; layers by place (``first``, ``second``, ...)."""
+"""Bytes at each moment, without and with kept gradients; layers by place (``first``, ``second``, ...)."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def traced(computation: Computation, rows: Rows, layers: int, blocks: int) -> Pe
 
 def _forward(policies: list[Policy], batch: PolicyBatch, computation: Computation) -> torch.Tensor:
     """A loss with the cost of the real one: of its terms, only those that reach into the model matter."""
-    with torch.autocast("cpu", torch.bfloat16) if computation.autocast else nullcontext():
+    with torch.autocast("cpu", torch.bfloat16, enabled=computation.autocast, cache_enabled=False):  # as Lightning does
         policy, *critics = policies
         output = policy(batch)
         loss = output.logp_NT.sum()

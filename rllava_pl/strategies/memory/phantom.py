@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def _make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
         return made[id(x)]
 
     for module in list(model.modules()):
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (cast("dict[str, Tensor | None]", module._parameters), module._buffers):
             tensors.update({name: fake_of(x) for name, x in tensors.items() if x is not None})
 
 
@@ -123,7 +123,8 @@ def phantom_prompt(config: PreTrainedConfig, family: Family, prompt: Prompts, fa
     """A prompt of the family: images with a word in front of each, then text; longer than asked if they need it."""
     image_id = getattr(config, "image_token_id", None)
     image_id = getattr(config, "image_token_index", None) if image_id is None else image_id
-    images, each = {}, 0
+    images: dict[str, Tensor] = {}
+    each = 0
     if prompt.images and image_id is not None and family.causal:
         images, each = _one_image(config, family, prompt.image_tokens, fake)
     count = prompt.images if images else 0

@@ -110,7 +110,7 @@ def placement_of(strategy: str, options: Mapping[str, object]) -> Placement:
     if name in ("rlfsdp", "rlfsdp2"):
         return fsdp(f"rl_{name.removeprefix('rl')}")
     if name == "rldeepspeed":
-        return deepspeed(**cast("dict[str, int]", dict(options)))
+        return deepspeed(**cast("dict[str, bool]", dict(options)))
     raise ValueError(
         f"no memory plan for the strategy {strategy!r}; it knows auto, rl_ddp, rl_fsdp, rl_fsdp2, rl_deepspeed"
     )

@@ -1,0 +1,96 @@
+"""What is sharded on its own, what a rank makes room for, and what the constructors refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from rllava_pl.models.policy import Policy
+from rllava_pl.modules import PPO
+from rllava_pl.strategies import RLDeepSpeedStrategy, RLFSDP2Strategy, RLFSDPStrategy
+from rllava_pl.strategies.sharding import make_room, units
+from rllava_pl.strategies.updates import check_accelerator
+from tests import runs
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; `make test` does it"
+)
+
+
+@pytest.fixture(scope="module")
+def module():
+    made = runs.module(PPO, kl_loss_coef=0.1, critic="separate")
+    made.configure_model()
+    return made
+
+
+def test_every_layer_and_what_is_called_whole_is_a_unit(module) -> None:
+    """Two text and two vision layers of policy, critic and reference; then the reference and the value head."""
+    found = units(module)
+    layers, whole = found[:-2], found[-2:]
+    assert len(layers) == 3 * (2 + 2)
+    assert {id(x) for x in whole} == {id(module.reference), id(module.value_head)}
+    assert not any(isinstance(unit, Policy) and unit is not module.reference for unit in found)
+
+
+def test_an_empty_policy_has_shapes_buffers_and_ties_but_no_values() -> None:
+    source = runs.tiny()
+    source.prepare(1)
+    full, empty = source.load(), source.load(empty=True)
+    assert all(p.is_meta for p in empty.parameters())
+    make_room(empty)
+    assert {n: (p.shape, p.dtype) for n, p in empty.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in full.named_parameters()
+    }
+    for (name, there), (_, here) in zip(full.named_buffers(), empty.named_buffers(), strict=True):
+        assert torch.equal(there, here), name
+    assert (empty.stop_ids, empty.pad_id, empty.shares_prompt) == (full.stop_ids, full.pad_id, full.shares_prompt)
+
+
+def test_shared_parameters_get_one_place() -> None:
+    with torch.device("meta"):
+        pair = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    pair[1].weight = pair[0].weight
+    make_room(pair)
+    assert pair[1].weight is pair[0].weight
+    assert not any(p.is_meta for p in pair.parameters())
+
+
+@pytest.mark.parametrize(
+    "kind", [RLFSDPStrategy, RLFSDP2Strategy, pytest.param(RLDeepSpeedStrategy, marks=needs_deepspeed)]
+)
+def test_processors_are_taken_for_accelerators_only_when_asked(kind) -> None:
+    cpu = SimpleNamespace(name=lambda: "cpu")
+    strategy = kind()
+    strategy.accelerator = cpu
+    with pytest.raises(ValueError, match=f"{kind.__name__} saves GPU memory and the accelerator is cpu; use `rl_ddp`"):
+        check_accelerator(strategy, strategy.allow_cpu)
+    check_accelerator(strategy, allow_cpu=True)
+
+
+@needs_deepspeed
+def test_weights_are_offloaded_where_they_are_cut() -> None:
+    with pytest.raises(ValueError, match="offload_parameters needs stage 3, .*; the stage is 2"):
+        RLDeepSpeedStrategy(2, offload_parameters=True)
+
+
+@needs_deepspeed
+def test_options_become_the_config_of_deepspeed() -> None:
+    config = RLDeepSpeedStrategy(3, offload_optimizer=True, param_persistence_threshold=7, pin_memory=False).config
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+        "reduce_bucket_size": 200_000_000,
+        "sub_group_size": 1_000_000_000,
+        "stage3_prefetch_bucket_size": 50_000_000,
+        "stage3_param_persistence_threshold": 7,
+        "stage3_max_live_parameters": 1_000_000_000,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+    }
+    assert "offload_param" not in config["zero_optimization"]
+    assert not any(key.startswith("stage3") for key in RLDeepSpeedStrategy(2).config["zero_optimization"])
