@@ -35,7 +35,9 @@ from rllava_pl.callbacks.planning import settings_of
 from rllava_pl.datamodules import SyntheticVisionDataModule
 from rllava_pl.datamodules.synthetic import TASKS, DrawnPrompts
 from rllava_pl.models import VLM, tiny
-from rllava_pl.models.architectures import architecture
+from rllava_pl.models.architectures import architecture, config_of
+from rllava_pl.models.encoding import encode
+from rllava_pl.models.families import FAMILIES
 from rllava_pl.models.processors import load_processor
 from rllava_pl.modules import GRPO, RLModule
 from rllava_pl.rewards import BaseReward
@@ -69,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     print(table(report))
     if options.output:
         Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
+    if report["failure"]:
+        raise SystemExit(str(report["failure"]))
     return report
 
 
@@ -84,7 +88,7 @@ def cap(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace, device: str, folder: Path) -> dict[str, object]:
-    """A short training run, watched."""
+    """A short training run, watched; one that does not fit is reported as far as it came."""
     source = RandomVLM(str(directory(options, folder)), dtype="bfloat16", gradient_checkpointing=True)
     rollout, peaks = engine(options), Peaks(device)
     module = algorithm(options, source)
@@ -102,12 +106,16 @@ def run(options: argparse.Namespace, device: str, folder: Path) -> dict[str, obj
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
-    trainer.fit(module, data)
-    found = planned(options, module, rollout, device)
+    found, failure = planned(options, module, rollout, device), ""
+    try:
+        trainer.fit(module, data)
+    except RuntimeError as error:  # of which running out of memory is one
+        failure = f"{type(error).__name__}: {error}"
     phases = {name: row | predictions(found, name) for name, row in peaks.rows.items()}
     return {
         "options": vars(options),
-        "parameters": sum(p.numel() for p in module.policy.parameters()),
+        "parameters": found.shapes.parameters,
+        "failure": failure,
         "rollouts": peaks.rollouts,
         "phases": phases,
         "largest_device_gib": max(row["device_bytes"] for row in phases.values()) / GIB,
@@ -279,8 +287,9 @@ def resident_bytes() -> int:
 
 def planned(options: argparse.Namespace, module: RLModule, rollout: RolloutCallback, device: str) -> Plan:
     """What the plan says of this run."""
-    (inputs,) = module.policy.encode([DrawnPrompts("color", "train", 1)[0]])
-    image_id = module.policy.model.config.image_token_id
+    processor = module.source.load_processor()
+    (inputs,) = encode(processor, [DrawnPrompts("color", "train", 1)[0]], FAMILIES["qwen3_vl"])
+    image_id = config_of(module.source.path).image_token_id
     tokens, of_image = len(inputs.input_ids_S), int((inputs.input_ids_S == image_id).sum())
     settings = settings_of(
         module,
@@ -330,9 +339,9 @@ def table(report: dict[str, object]) -> str:
     for name, row in report["phases"].items():
         cells = "".join(f"{row.get(f'{column}_bytes', 0) / GIB:>12.2f}" for column in columns)
         lines.append(f"{name:10}{cells}{row.get('seconds', 0.0):>9.2f}")
-    last = report["rollouts"][-1]
-    sampled, trained = last["sampled_tokens_a_second"], last["trained_tokens_a_second"]
-    lines.append(f"last rollout: {sampled:.0f} tokens a second sampled, {trained:.0f} trained")
+    for row in report["rollouts"][-1:]:
+        sampled, trained = row["sampled_tokens_a_second"], row["trained_tokens_a_second"]
+        lines.append(f"last rollout: {sampled:.0f} tokens a second sampled, {trained:.0f} trained")
     lines.append(f"{report['parameters']:,} parameters; {report['machine']}; ≈ is the plan's")
     return "\n".join(lines)
 

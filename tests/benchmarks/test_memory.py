@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from rllava_pl.models.architectures import architecture
 
@@ -21,6 +22,10 @@ def script(name: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def out_of_memory(self, closure):
+    raise torch.OutOfMemoryError("no room for the step")
 
 
 @pytest.mark.slow  # the plan traces a model six times
@@ -53,13 +58,24 @@ def test_the_published_architecture_runs_with_the_tokenizer_of_the_tiny_model(mo
         return config
 
     monkeypatch.setattr(gpu, "architecture", narrow)
-    monkeypatch.setattr(gpu, "planned", lambda *_: Namespace(phases=()))
+    monkeypatch.setattr(gpu, "planned", lambda *_: Namespace(phases=(), shapes=Namespace(parameters=0)))
     options = gpu._options(["--rollouts", "1", "--kl", "0"])
     vars(options).update(prompts=2, group_size=2, max_tokens=4, micro_batch_size=2, image_side=96)
     report = gpu.run(options, "cpu", tmp_path)
+    assert not report["failure"]
     (row,) = report["rollouts"]
     assert row["response_tokens"] == 2 * 2 * 4 and row["grad_norm"] > 0
-    assert report["parameters"] > 151_936 * 64
+
+
+def test_a_run_that_does_not_fit_is_reported_as_far_as_it_came(monkeypatch, tmp_path):
+    gpu = script("gpu_24gb")
+    monkeypatch.setattr(gpu, "planned", lambda *_: Namespace(phases=(), shapes=Namespace(parameters=0)))
+    monkeypatch.setattr(gpu.HostAdamW, "step", out_of_memory)
+    file = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit, match="OutOfMemoryError: no room for the step"):
+        gpu.main(["--size", "tiny", "--kl", "0", "--rollouts", "1", "--output", str(file)])
+    report = json.loads(file.read_text())
+    assert report["phases"]["rollout"]["host_bytes"] > 0 and report["rollouts"] == []
 
 
 def test_the_full_size_is_refused_without_a_gpu(monkeypatch):
