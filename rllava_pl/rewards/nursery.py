@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import gc
 import os
-import resource
 import select
 import signal
 import socket
@@ -167,6 +166,8 @@ def _guarded(reward: BaseReward, rollouts: list[Rollout]) -> list[Score]:
 
 def _limit_memory(headroom_bytes: int) -> None:
     """Bound what this process may have on top of what it has, which is mostly torch and shared."""
+    import resource  # of Unix alone, as fork is; the file is imported everywhere
+
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             now = int(file.read().split()[0]) * resource.getpagesize()

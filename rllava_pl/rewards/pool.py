@@ -89,6 +89,9 @@ class RewardPool:
                     worker.kill_group()
                 self.close()
                 self.respawns += 1
+            except BaseException:  # Ctrl-C: what workers still answer would be taken for answers to the next questions
+                self.close()
+                raise
         return shift.scores, shift.seconds
 
     def idle_worker(self) -> Worker | None:
@@ -103,8 +106,8 @@ class RewardPool:
 
     def end(self, worker: Worker) -> None:
         """Kill a worker and what it started."""
-        self.workers.remove(worker)
         self._nursery.end(worker)
+        self.workers.remove(worker)
 
 
 class _Shift:

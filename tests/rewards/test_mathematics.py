@@ -55,6 +55,7 @@ def test_a_weight_that_makes_no_sense_is_refused():
         MathReward(accuracy_weight=-1.0)
 
 
+@pytest.mark.slow
 def test_a_formula_that_never_ends_is_wrong_after_two_seconds(rollout):
     pytest.importorskip("math_verify")
     panel = Panel([MathReward()], Judging(isolation="process", workers=1))

@@ -22,16 +22,19 @@ from rllava_pl.types import IMAGE, Message, Reward, Rollout, Score, Turn
 from tests.rewards import faults
 from tests.rewards.faults import FAULTS, Blind, ByRank, Echo, Faulty, Grader, Redness, Unbuildable
 
+MARK = f"POOL_TEST={os.getpid()}-{time.monotonic_ns()}"
+"""In the environment of all that is started here: other runs may be on this machine."""
 TIMEOUT = 1.5
 LIMITS = Judging(isolation="process", timeout_seconds=TIMEOUT, memory_gib=0.25, workers=2)
 
 
 def family() -> set[int]:
-    """Every process that is a nursery or a copy of one, and everything that copies have started."""
+    """Every process of this test run that is a nursery or a copy of one, with everything that copies have started."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if b"import nursery" in (entry / "cmdline").read_bytes():
+            ours = MARK.encode() in (entry / "environ").read_bytes()
+            if ours and b"import nursery" in (entry / "cmdline").read_bytes():
                 found.add(int(entry.name))
     return found
 
@@ -51,6 +54,14 @@ def alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+@pytest.fixture(scope="module", autouse=True)
+def marked() -> Iterator[None]:
+    name, value = MARK.split("=")
+    os.environ[name] = value
+    yield
+    del os.environ[name]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +85,7 @@ def faults_one_by_one(panel: Panel, rollout, times: int) -> None:
             assert judgement.causes == ({cause: 1} if cause else {}), name
 
 
+@pytest.mark.slow
 def test_every_fault_costs_its_sample_alone(panel, rollout):
     faults_one_by_one(panel, rollout, times=1)
 
@@ -111,6 +123,17 @@ def test_latencies_are_those_since_the_last_look(panel, rollout):
     assert latencies.keys() == {"faulty/p50_seconds", "faulty/p99_seconds"}
     assert 0 < latencies["faulty/p50_seconds"] <= latencies["faulty/p99_seconds"] < TIMEOUT
     assert panel.latencies() == {}
+
+
+def test_an_interrupted_call_leaves_no_answers_to_the_next(panel, rollout, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rllava_pl.rewards.pool._Shift._heard_from", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            panel([rollout("a" * 8)])
+    assert panel([rollout("ab")]).rewards == [2.0]
 
 
 def test_a_killed_nursery_is_replaced(panel, rollout):
@@ -273,6 +296,7 @@ panel([make_rollout("sleeps")])
 """
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_killed_trainer(tmp_path):
     before = family()
     trainer = subprocess.Popen(

@@ -91,6 +91,7 @@ def test_the_limit_must_be_passed_in_every_one_of_the_last_rollouts() -> None:
         check_unscored([0.0, 0.03, 0.5, 0.021], judging)
 
 
+@pytest.mark.slow
 def test_rewards_in_processes_of_their_own_go_through_a_whole_run(tmp_path: Path) -> None:
     data = runs.data()
     data.setup("fit")
