@@ -84,7 +84,8 @@ def to_int8(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     blocks = _blocks(x)
     scales = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1).neg_())
     steps = blocks * (127.0 / scales.clamp(min=_TINY))[:, None]
-    return steps.view(-1).add_(noise).floor_().to(torch.int8), scales
+    codes = steps.view(-1).add_(noise).floor_().clamp_(max=127)  # 127 in rounded arithmetic may be a little more
+    return codes.to(torch.int8), scales
 
 
 def from_int8(codes: Tensor, scales: Tensor) -> Tensor:

@@ -51,6 +51,17 @@ def test_int8_is_right_on_average_and_within_a_step():
     assert set(back[:, 2].tolist()) == {0.0, -1.0} and abs(back[:, 2].mean() + 0.25) < 0.05
 
 
+def test_the_largest_of_a_block_keeps_its_sign():
+    """Rounding errors may put it above 127, and the largest noise on top; 128 would wrap around."""
+    x = torch.zeros(1000, BLOCK)
+    x[:, 0] = torch.rand(1000, generator=torch.Generator().manual_seed(0)).mul_(1e-3)
+    x[:, 1] = -x[:, 0]
+    for noise in (float(unit_deck().max()), 0.0):
+        codes, _ = rounding.to_int8(x.view(-1), torch.full((x.numel(),), noise))
+        assert (codes.view(-1, BLOCK)[:, 0] >= 126).all()
+        assert (codes.view(-1, BLOCK)[:, 1] <= -126).all()
+
+
 def test_float8_is_right_on_average_and_relative():
     """Between 2**-5 and 2**-4 of the largest a step is 2**-9; 3.25 steps above 2**-5 become 3 or 4."""
     x = torch.zeros(DECK).view(-1, BLOCK)
