@@ -70,7 +70,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ValueError: It is a directory, which only the strategy that wrote it can read.
         """
         if not _is_remote(path) and Path(path).exists():
-            _refuse_unreadable(Path(path))
+            _refuse_directory(Path(path))
+            refuse_damaged(Path(path))
         only = True if weights_only is None else weights_only
         return super().load_checkpoint(path, map_location, only)
 
@@ -119,12 +120,20 @@ def _failure(target: Path, needed: int, cause: OSError) -> str:
     )
 
 
-def _refuse_unreadable(path: Path) -> None:
+def _refuse_directory(path: Path) -> None:
     if path.is_dir():
         raise ValueError(
             f"{path} is a directory, saved by a sharded strategy, and goes on under that strategy only; for the "
             "weights alone, name the directory that ExportHF wrote as the policy's path"
         )
+
+
+def refuse_damaged(path: Path) -> None:
+    """Compare a file or directory with its manifest, if it has one.
+
+    Raises:
+        DamagedCheckpoint: Naming it, what is wrong, and what to do.
+    """
     try:
         manifest.check(path)
     except manifest.NoManifest:  # of another program

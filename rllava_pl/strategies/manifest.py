@@ -35,6 +35,10 @@ END = struct.Struct("<H")
 """Last field of a ZIP archive before the comment: the comment's length."""
 
 
+_found_whole: set[tuple[str | int, ...]] = set()
+"""Checkpoints that this process has read, with the times at which they last changed."""
+
+
 class DamagedCheckpoint(ValueError):
     """A checkpoint that is not what was saved, or cannot tell."""
 
@@ -110,16 +114,20 @@ def read(checkpoint: Path) -> Manifest:
 
 
 def check(checkpoint: Path) -> Manifest:
-    """Read the whole checkpoint and compare it with its manifest.
+    """Read the whole checkpoint and compare it with its manifest; once, unless a file changes.
 
     Raises:
         DamagedCheckpoint: Saying what differs.
     """
     manifest = read(checkpoint)
+    state = (str(checkpoint.absolute()), *_changes_ns(checkpoint))
+    if state in _found_whole:
+        return manifest
     for name, content in manifest.files.items():
         digest = _digest_of_archive(checkpoint, content.bytes) if name == ARCHIVE else digest_of(checkpoint / name)
         if digest != content.sha256:
             raise DamagedCheckpoint(f"{name} was changed: its SHA-256 is not the one in the manifest")
+    _found_whole.add(state)
     return manifest
 
 
@@ -201,6 +209,11 @@ def _of_directory(directory: Path) -> tuple[Manifest, dict[str, int]]:
         raise NoManifest("it has no manifest")
     manifest = Manifest.loads((directory / NAME).read_bytes())
     return manifest, {name: (directory / name).stat().st_size for name in names_in(directory) if name != NAME}
+
+
+def _changes_ns(checkpoint: Path) -> list[int]:
+    files = [checkpoint / name for name in names_in(checkpoint)] if checkpoint.is_dir() else [checkpoint]
+    return [path.stat().st_mtime_ns for path in files]
 
 
 def names_in(directory: Path) -> list[str]:

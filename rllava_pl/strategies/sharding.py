@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from rllava_pl.strategies.durable import committed_directory
+from rllava_pl.strategies.checkpoint_io import refuse_damaged
+from rllava_pl.strategies.durable import committed_directory, together
 from rllava_pl.strategies.manifest import FACTS
 
 LOOP_FILE = "loop.ckpt"
@@ -99,6 +100,9 @@ class CheckpointDirectory(ParallelStrategy):
         path = Path(self.broadcast(str(checkpoint_path)))
         if not (path / LOOP_FILE).is_file():
             raise ValueError(f"{path} is no checkpoint of {type(self).__name__}: it holds no {LOOP_FILE}")
+        with together():
+            if self.is_global_zero:
+                refuse_damaged(path)
         loop: dict[str, Any] = torch.load(path / LOOP_FILE, map_location="cpu", weights_only=True)
         self.load_shards(path, optimizers=self.lightning_module.trainer.state.fn == TrainerFn.FITTING)
         return loop | {"state_dict": {}}

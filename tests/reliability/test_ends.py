@@ -52,6 +52,15 @@ def test_runs_asked_to_leave_save_exit_with_143_and_go_on() -> None:
     check_stops(campaign("stops", trials=8))
 
 
+def test_ranks_commit_a_directory_together_or_not_at_all() -> None:
+    found = campaign("commits")
+    files = ["0.bin", "1.bin"]
+    assert found["codes"] == [0, 0], found["log"]
+    first = ["", [0, 2, files], "rank 1: OSError: disk full", [0, 2, files], "", [2, 2, files]]
+    assert found["said"] == [first, [*first[:2], "disk full", *first[3:]]]
+    assert found["left"] == ["a.ckpt", "log", "said-0.json", "said-1.json"]
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("options", [{"trials": 50, "workers": 2}, {"trials": 10, "ranks": 2}], ids=["one", "two"])

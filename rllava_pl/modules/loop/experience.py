@@ -63,16 +63,17 @@ def interleaved(samples: Sequence[Rollout], extras: Sequence[Rollout], group_siz
 def join(parts: Sequence[Experience]) -> Experience:
     """One experience of several, their prompts in order, all as wide as the widest; they must have the same fields."""
     width = max(part.mask_NT.shape[1] for part in parts)
+    device = parts[-1].mask_NT.device  # those that a checkpoint held come back on the host
 
     def stacked(name: str) -> Tensor | None:
         tensors = [getattr(part, name) for part in parts]
         if tensors[0] is None:
             return None
         rows = [torch.nn.functional.pad(x, (0, width - x.shape[1])) if x.ndim == 2 else x for x in tensors]
-        return torch.cat(rows)
+        return torch.cat([row.to(device) for row in rows])
 
     names = [f.name for f in dataclasses.fields(Experience) if f.name.endswith(("_N", "_NT"))]
-    components = {name: torch.cat([part.components[name] for part in parts]) for name in parts[0].components}
+    components = {name: torch.cat([part.components[name].to(device) for part in parts]) for name in parts[0].components}
     return parts[0].replace(
         rollouts=tuple(rollout for part in parts for rollout in part.rollouts),
         inputs=tuple(inputs for part in parts for inputs in part.inputs),

@@ -70,7 +70,7 @@ class Tally:
         """Means over everything added on all ranks; 0 for a name with count 0. Collective."""
         if not self._sums:
             return {}
-        device = next(iter(self._sums.values()))[0].device
+        device = next(iter(self._sums.values()))[-1].device  # what a checkpoint held comes back on the host
         totals = sum_over_ranks(torch.stack([_added_up(store, device) for store in (self._sums, self._counts)]))
         means = dict(zip(self._sums, (totals[0] / totals[1].clamp(min=1e-12)).tolist(), strict=True))
         for name, parts in self._largest.items():
@@ -113,7 +113,12 @@ def _added_up(store: Mapping[str, Sequence[Tensor | float]], device: torch.devic
     """The sum of each name's numbers, float64; those of the host are added there."""
     host = [sum(x for x in parts if not isinstance(x, Tensor)) for parts in store.values()]
     total = torch.tensor(host, dtype=torch.float64, device=device)
-    tensors = [(row, x.double()) for row, parts in enumerate(store.values()) for x in parts if isinstance(x, Tensor)]
+    tensors = [
+        (row, x.to(device, torch.float64))
+        for row, parts in enumerate(store.values())
+        for x in parts
+        if isinstance(x, Tensor)
+    ]
     rows, numbers = zip(*tensors, strict=True) if tensors else ((), ())
     return total.index_add(0, torch.tensor(rows, device=device), torch.stack(numbers)) if tensors else total
 
