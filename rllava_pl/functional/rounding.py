@@ -22,7 +22,8 @@ BLOCK = 256
 """Numbers that share a scale."""
 _FRACTION_BITS_LOST = 19  # of fp32's 23, where 4 are kept
 _LOWEST = (127 << 4) - 255  # fp32's exponent and 4 fraction bits, read as an integer, 255 below that of 1.0
-_TINY = 2.0**-126
+_TINY = 2.0**-100
+"""Smallest divisor: 127 divided by it is finite, so that zeros stay zeros."""
 
 
 @cache
