@@ -94,7 +94,8 @@ class ManagedEngine:
                 if retry == self.retries:
                     raise
                 self._faults += 1
-                log.warning("the engine failed, retry %d of %d: %s", retry + 1, self.retries, error)
+                told = str(error)  # the error itself would keep the answer alive in handlers that keep records
+                log.warning("the engine failed, retry %d of %d: %s", retry + 1, self.retries, told)
         raise AssertionError("the last attempt returns or raises")
 
     def take_faults(self) -> int:

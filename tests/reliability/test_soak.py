@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -65,6 +66,12 @@ def drift(values: Sequence[float]) -> float:
     tenth, start = len(values) // 10, len(values) // 4
     before, after = median(values[start : start + tenth]), median(values[-tenth:])
     return after / before - 1
+
+
+@pytest.fixture(autouse=True)
+def logs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pytest would keep every record until the test ends."""
+    monkeypatch.setattr(logging.getLogger("rllava_pl"), "propagate", False)
 
 
 def soak(root: Path, rollouts: int, faults: list[RewardFault], judging: Judging) -> tuple[RLModule, Books]:
