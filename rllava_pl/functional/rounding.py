@@ -33,7 +33,7 @@ def deck(bits: int) -> Tensor:
     Each value is there equally often (beyond 18 bits every 2nd or 4th value), so the mean over all offsets is exact.
     """
     generator = torch.Generator().manual_seed(seed_from("rounding deck"))
-    cards = torch.randperm(DECK, generator=generator).to(torch.int32)
+    cards = torch.randperm(DECK, generator=generator, device="cpu").to(torch.int32)
     shift = bits - DECK.bit_length() + 1
     cards = cards << shift if shift > 0 else cards >> -shift
     return torch.cat([cards, cards])

@@ -36,7 +36,7 @@ class HostGradients:
         self._dtype = dtype
         self._sums: dict[Tensor, Tensor] = {}  # memory is kept from step to step
         self._present: dict[Tensor, None] = {}  # in the order of arrival
-        self._scale = torch.ones(())
+        self._scale = torch.ones((), device="cpu")
 
     def watch(self, parameter: Parameter) -> None:
         """Take this parameter's gradients from now on, in place of whoever took them before."""
@@ -50,7 +50,7 @@ class HostGradients:
             raise RuntimeError("a backward pass after clipping: take the step or call zero_grad() first")
         gradient, parameter.grad = parameter.grad, None
         if parameter not in self._sums:
-            self._sums[parameter] = torch.empty(parameter.numel(), dtype=self._dtype)
+            self._sums[parameter] = torch.empty(parameter.numel(), dtype=self._dtype, device="cpu")
         total, first = self._sums[parameter], parameter not in self._present
         self._present[parameter] = None
 
@@ -75,7 +75,7 @@ class HostGradients:
             The norm before, fp32, 0-dim.
         """
         sums = [self._sums[p] for p in parameters if p in self._present]
-        norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in sums] or [torch.zeros(())]
+        norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in sums] or [torch.zeros((), device="cpu")]
         norm = self._scale * torch.linalg.vector_norm(torch.stack(norms))
         self._scale = self._scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)  # applied where the step reads the sums
         return norm
@@ -93,7 +93,7 @@ class HostGradients:
         """Forget all sums, and what is still on its way to them."""
         self._wait()
         self._present.clear()
-        self._scale = torch.ones(())
+        self._scale = torch.ones((), device="cpu")
 
     def _wait(self) -> None:
         for device in {parameter.device for parameter in self._present}:

@@ -83,7 +83,9 @@ class StagedLane:
         self._under_way: list[Future[None]] = []
         self._stages: SimpleQueue[Tensor] = SimpleQueue()
         for _ in range(2):
-            self._stages.put(torch.empty(stage_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda"))
+            self._stages.put(
+                torch.empty(stage_bytes, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+            )
         self._stage_bytes = stage_bytes
 
     def collect(self, x: Tensor, receive: Receiver) -> None:

@@ -31,7 +31,7 @@ class HostState:
     """
 
     def __init__(self, parts: dict[str, Stored]) -> None:
-        self.step = torch.zeros(())
+        self.step = torch.zeros((), device="cpu")
         self.parts = parts
 
     def tensors(self) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ class Float32(Stored):
     @classmethod
     def zeros(cls, n: int) -> Float32:
         """All of them 0."""
-        return cls(torch.zeros(n))
+        return cls(torch.zeros(n, device="cpu"))
 
     def read(self, span: slice) -> Tensor:
         """The memory itself."""
@@ -55,7 +55,7 @@ class BFloat16(Stored):
     """Half the bytes, rounded at random: to the nearest, a second moment near 1 could not shrink by its 0.1 %."""
 
     def __init__(self, n: int) -> None:
-        self.tensors = {"": torch.zeros(n, dtype=torch.bfloat16)}
+        self.tensors = {"": torch.zeros(n, dtype=torch.bfloat16, device="cpu")}
 
     def read(self, span: slice) -> Tensor:
         """A copy in fp32."""
@@ -72,8 +72,8 @@ class Blocks(Stored):
     def __init__(self, n: int, codes: torch.dtype) -> None:
         padded = rounding.padded(n)
         self.tensors = {
-            "": torch.zeros(padded, dtype=codes),
-            "_scale": torch.zeros(padded // rounding.BLOCK),
+            "": torch.zeros(padded, dtype=codes, device="cpu"),
+            "_scale": torch.zeros(padded // rounding.BLOCK, device="cpu"),
         }
 
     def _parts(self, span: slice) -> tuple[slice, slice]:

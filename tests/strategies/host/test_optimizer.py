@@ -267,6 +267,19 @@ def test_lightning_leaves_the_state_on_the_host() -> None:
     train(model, optimizer, 1)
 
 
+@pytest.mark.parametrize("states", MODES)
+def test_the_host_stays_the_host_whatever_the_default_device_is(staged: None, states: str) -> None:
+    weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    gradient = torch.ones(3, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        optimizer = host([weight], lr=0.1, states=states)
+        weight.grad = gradient
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+    assert all(x.device.type == "cpu" for x in optimizer.state[weight].tensors().values())
+    assert (weight < 1).all()
+
+
 def test_weights_without_master_follow_updates_far_below_their_spacing() -> None:
     """Near 1 the next bf16 numbers are 2**-8 below and 2**-7 above; 40 updates of 1e-5 move the mean by 4e-4."""
     weight = nn.Parameter(torch.ones(DECK, dtype=torch.bfloat16))
