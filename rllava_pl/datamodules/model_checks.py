@@ -73,8 +73,11 @@ class ModelChecks:
         special = SpecialTokens.of(tokenizer)
         control = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
         for token in special.all.findall(text):
-            if self.special_tokens == "reject" or token in control or special.pictures.fullmatch(token):
+            if token in control or special.pictures.fullmatch(token):
                 raise RowError("E13", field, f"has the special token {token!r}, which no response holds; take it out")
+            if self.special_tokens != "allow":
+                hint = "take it out, or set special_tokens: allow if the policy is to write it"
+                raise RowError("E13", field, f"has the special token {token!r}; {hint}")
         if text and self.max_target_tokens:
             tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
             if tokens > self.max_target_tokens:
@@ -82,9 +85,11 @@ class ModelChecks:
                 raise RowError("E18", field, f"has {tokens} tokens with its end token; {limit}")
 
     def _check_template(self, prompt: Prompt, field: str) -> None:
-        """Some chat templates refuse some orders of roles; better now than in the middle of a run."""
+        """Some models read no images, some chat templates refuse some orders of roles; better now than in a run."""
         from jinja2 import TemplateError
 
+        if any(message.image_slots for message in prompt.messages) and not hasattr(self.processor, "image_processor"):
+            raise RowError("E02", field, "shows images, but the model reads text only; take another model")
         try:
             prompt_text(self.processor, prompt)
         except TemplateError as error:

@@ -263,7 +263,8 @@ class PromptDataModule(BaseDataModule):
             ValueError: The split has no source, or one cannot be read at all.
         """
         sources = self.sources(split)
-        return PromptRows(sources, audit(sources, all_ranks=self.trainer is not None))
+        verdicts = audit(sources, all_ranks=self.trainer is not None)
+        return PromptRows([replace(source, model=None) for source in sources], verdicts)  # workers need no processor
 
     def sources(self, split: str) -> list[PromptSource]:
         """The opened sources of a split."""

@@ -327,9 +327,11 @@ def test_responses_hold_no_token_that_a_policy_cannot_write(tmp_path, model):
         pair | {"target": "4<|im_end|>"},
         pair | {"target": "look: <image>"},
         pair | {"target": "fine", "rejected": "<|endoftext|>"},
+        pair | {"target": "<end_of_utterance> is special, and a policy may sample it"},
     )
     expected = [(1, "target", "E13"), (2, "target", "E13"), (3, "rejected", "E13")]
-    assert verdicts(source, processor_path=model) == expected
+    assert verdicts(source, processor_path=model, special_tokens="allow") == expected
+    assert verdicts(source, processor_path=model) == [*expected, (4, "target", "E13")]
 
 
 def test_e18_responses_are_measured_with_their_end_token(tmp_path, model):
@@ -339,6 +341,17 @@ def test_e18_responses_are_measured_with_their_end_token(tmp_path, model):
     source = jsonl(tmp_path / "a.jsonl", ROW | {"target": "four dots"})
     assert verdicts(source, processor_path=model, max_target_tokens=length) == []
     assert verdicts(source, processor_path=model, max_target_tokens=length - 1) == [(0, "target", "E18")]
+
+
+def test_images_for_a_model_that_reads_text_only(tmp_path, model):
+    """A directory with a tokenizer and the config of a text-only model."""
+    from transformers import AutoTokenizer, Qwen2Config
+
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "text")
+    Qwen2Config().save_pretrained(tmp_path / "text")
+    (tmp_path / "a.png").write_bytes(encoded(noise()))
+    source = jsonl(tmp_path / "a.jsonl", ROW, ROW | {"images": "a.png"})
+    assert verdicts(source, processor_path=str(tmp_path / "text")) == [(1, "prompt", "E02")]
 
 
 def test_e17_what_the_chat_template_refuses(tmp_path, model):
