@@ -93,7 +93,9 @@ class RLModule(Observation, Evaluation):
             self.rollout_version = self.weight_version
             rollouts = self.sample(self.requests(list(prompts), samples=self.group_size, stream="train"))
             if self.engine.retries:
-                self.tally.add_total("engine_faults", torch.tensor(self.engine.take_faults(), device=self.policy.device))
+                self.tally.add_total(
+                    "engine_faults", torch.tensor(self.engine.take_faults(), device=self.policy.device)
+                )
             return rollouts
 
     def judge(self, rollouts: Sequence[Rollout]) -> Experience:

@@ -85,18 +85,19 @@ class ManagedEngine:
 
     def _answer(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """A checked answer, if need be after some that were none."""
-        for retry in range(self.retries + 1):
+        for retry in range(1, self.retries + 1):
             try:
-                rollouts = self.engine.generate(requests, sampling)
-                check_rollouts(requests, rollouts, self._version())
-                return rollouts
+                return self._checked(requests, sampling)
             except FAULTS as error:
-                if retry == self.retries:
-                    raise
                 self._faults += 1
                 told = str(error)  # the error itself would keep the answer alive in handlers that keep records
-                log.warning("the engine failed, retry %d of %d: %s", retry + 1, self.retries, told)
-        raise AssertionError("the last attempt returns or raises")
+                log.warning("the engine failed, retry %d of %d: %s", retry, self.retries, told)
+        return self._checked(requests, sampling)
+
+    def _checked(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        rollouts = self.engine.generate(requests, sampling)
+        check_rollouts(requests, rollouts, self._version())
+        return rollouts
 
     def take_faults(self) -> int:
         """Calls that failed and were made again since this was last asked."""
