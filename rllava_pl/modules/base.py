@@ -92,10 +92,7 @@ class RLModule(Observation, Evaluation):
         with self.phase("rollout"):
             self.rollout_version = self.weight_version
             rollouts = self.sample(self.requests(list(prompts), samples=self.group_size, stream="train"))
-            if self.engine.retries:
-                self.tally.add_total(
-                    "engine_faults", torch.tensor(self.engine.take_faults(), device=self.policy.device)
-                )
+            self.observe_engine()
             return rollouts
 
     def judge(self, rollouts: Sequence[Rollout]) -> Experience:

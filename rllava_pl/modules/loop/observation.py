@@ -15,6 +15,12 @@ from rllava_pl.types import Experience, PolicyOutput
 class Observation(Optimization, Lifecycle):
     """The metrics of ``RLModule``; all are means over everything of a rollout, on all ranks."""
 
+    def observe_engine(self) -> None:
+        """How often the engine was asked again, where it ever is."""
+        if self.engine.retries:
+            faults = torch.tensor(self.engine.take_faults(), device=self.policy.device)
+            self.tally.add_total("engine_faults", faults)
+
     def observe_samples(self, experience: Experience) -> None:
         """Statistics of what was sampled; silenced groups, demonstrations and rows beside a group count nowhere."""
         own_NT = experience.own_mask_NT
