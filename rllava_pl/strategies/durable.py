@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
 
 from rllava_pl.strategies import manifest
 from rllava_pl.strategies.collectives import gather_objects, rank, world_size
@@ -17,8 +16,6 @@ try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
-
-T = TypeVar("T")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -51,7 +48,7 @@ def committed_directory(target: Path, facts: Mapping[str, object] | None = None)
     Raises:
         OSError: On every rank, if writing failed on any of them; ``target`` is as it was before.
     """
-    draft = target.with_name(_of_first_rank(draft_beside(target).name))
+    draft = target.with_name(gather_objects(draft_beside(target).name)[0])
     try:
         with together():
             if rank() == 0:
@@ -95,10 +92,6 @@ def together() -> Iterator[None]:
     for k, message in enumerate(said):
         if message:
             raise OSError(f"rank {k}: {message}")
-
-
-def _of_first_rank(value: T) -> T:
-    return gather_objects(value)[0]
 
 
 def replace_directory(draft: Path, target: Path) -> None:
@@ -159,7 +152,10 @@ def remove(path: Path) -> None:
 
 
 def _in_use(draft: Path) -> bool:
-    descriptor = os.open(draft, os.O_RDONLY)
+    try:
+        descriptor = os.open(draft, os.O_RDONLY)
+    except OSError:  # gone since, or somebody else's
+        return True
     try:
         return not _lock(descriptor)
     finally:

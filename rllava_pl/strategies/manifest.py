@@ -34,8 +34,7 @@ ARCHIVE = "archive"
 END = struct.Struct("<H")
 """Last field of a ZIP archive before the comment: the comment's length."""
 
-
-_found_whole: set[tuple[str | int, ...]] = set()
+_found_whole: set[tuple[Path, tuple[int, ...]]] = set()
 """Checkpoints that this process has read, with the times at which they last changed."""
 
 
@@ -90,12 +89,12 @@ class Manifest:
         try:
             body = json.loads(text)
             digest = body.pop("sha256")
-        except (ValueError, AttributeError, KeyError):
+        except (ValueError, TypeError, AttributeError, KeyError):
             raise DamagedCheckpoint("its manifest cannot be read") from None
         if digest != _digest_of_body(body):
             raise DamagedCheckpoint("its manifest was changed")
-        if body["format"] != FORMAT:
-            raise DamagedCheckpoint(f"its format is {body['format']}, this version reads {FORMAT}")
+        if body.get("format") != FORMAT:
+            raise DamagedCheckpoint(f"its format is {body.get('format')}, this version reads {FORMAT}")
         return cls(**body | {"files": {name: Content(**content) for name, content in body["files"].items()}})
 
 
@@ -120,7 +119,7 @@ def check(checkpoint: Path) -> Manifest:
         DamagedCheckpoint: Saying what differs.
     """
     manifest = read(checkpoint)
-    state = (str(checkpoint.absolute()), *_changes_ns(checkpoint))
+    state = (checkpoint.absolute(), _changes_ns(checkpoint))
     if state in _found_whole:
         return manifest
     for name, content in manifest.files.items():
@@ -211,9 +210,9 @@ def _of_directory(directory: Path) -> tuple[Manifest, dict[str, int]]:
     return manifest, {name: (directory / name).stat().st_size for name in names_in(directory) if name != NAME}
 
 
-def _changes_ns(checkpoint: Path) -> list[int]:
+def _changes_ns(checkpoint: Path) -> tuple[int, ...]:
     files = [checkpoint / name for name in names_in(checkpoint)] if checkpoint.is_dir() else [checkpoint]
-    return [path.stat().st_mtime_ns for path in files]
+    return tuple(path.stat().st_mtime_ns for path in files)
 
 
 def names_in(directory: Path) -> list[str]:

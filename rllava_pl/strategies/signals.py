@@ -43,7 +43,7 @@ class _Note:
     """What the handlers of this process have seen."""
 
     def __init__(self) -> None:
-        self.rank = 0
+        self.seen = 0
         """0, or 1 + the place of the signal in ``WATCHED``."""
         self.process = 0
         self.earlier: dict[int, Any] = {}
@@ -53,7 +53,7 @@ class _Note:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.rank = max(self.rank, 1 + WATCHED.index(signal.Signals(number)))
+        self.seen = max(self.seen, 1 + WATCHED.index(signal.Signals(number)))
 
 
 _note = _Note()
@@ -63,14 +63,14 @@ def watch() -> None:
     """Take notes from now on; what was installed before is kept for ``pass_on``. Only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         return
-    _note.rank, _note.process = 0, os.getpid()
-    if signal.getsignal(signal.SIGTERM) is not _note:
+    if signal.getsignal(signal.SIGTERM) is not _note:  # a validation inside a fit must not lose the note
+        _note.seen, _note.process = 0, os.getpid()
         _note.earlier = {number: signal.signal(number, _note) for number in WATCHED}
 
 
 def asked() -> bool:
     """Whether a signal has come to this process."""
-    return _note.rank > 0
+    return _note.seen > 0
 
 
 def abort_if_asked() -> None:
@@ -89,8 +89,8 @@ def leave_if_asked() -> None:
     Raises:
         Interrupted: It has.
     """
-    if rank := max(gather_objects(_note.rank)):
-        raise Interrupted(WATCHED[rank - 1])
+    if seen := max(gather_objects(_note.seen)):
+        raise Interrupted(WATCHED[seen - 1])
 
 
 def pass_on(number: int) -> None:

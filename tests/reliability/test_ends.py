@@ -39,7 +39,7 @@ def check_stops(found: Outcome) -> None:
 
 @pytest.mark.slow
 def test_killed_runs_end_in_the_same_weights_and_lose_nothing() -> None:
-    check_kills(campaign("kills", trials=10))
+    check_kills(campaign("kills", trials=8))
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_two_processes_that_are_killed_do_too() -> None:
 
 @pytest.mark.slow
 def test_runs_asked_to_leave_save_exit_with_143_and_go_on() -> None:
-    check_stops(campaign("stops", trials=8))
+    check_stops(campaign("stops", trials=6))
 
 
 def test_ranks_commit_a_directory_together_or_not_at_all() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rllava_pl.callbacks import RolloutCheckpoint
@@ -59,6 +59,25 @@ def test_an_update_that_has_begun_is_brought_to_the_end_of_the_pass(tmp_path):
     callback = RolloutCheckpoint(str(tmp_path), every_n_rollouts=100)
     fit_until(Ask("update", signal.SIGUSR1, time=4), tmp_path, callbacks=[callback])
     assert manifest.check(Path(callback.last_path)).rollouts == 2
+
+
+class AskBeforeValidation(Callback):
+    def on_validation_start(self, trainer: Trainer, pl_module: RLModule) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_between_two_phases_is_not_forgotten_when_a_validation_begins(tmp_path):
+    """The checkpoint is of the boundary before the validation, which begins anew in the next process."""
+    callback = RolloutCheckpoint(str(tmp_path), every_n_rollouts=100)
+    options = {"limit_val_batches": 1, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    ask = Ask("never", signal.SIGTERM)
+    fit_until(ask, tmp_path, callbacks=[callback, AskBeforeValidation()], **options)
+    assert manifest.check(Path(callback.last_path)).rollouts == 1
+    trainer, module = runs.trainer(tmp_path, **options), runs.module(max_rollouts=2)
+    seen = []
+    module.on_validation_epoch_end = lambda: seen.append(module.rollout_index)
+    trainer.fit(module, runs.data(), ckpt_path=callback.last_path)
+    assert seen == [1, 2]
 
 
 def test_lightnings_checkpoints_are_saved_too(tmp_path):
