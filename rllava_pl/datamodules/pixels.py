@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 BAND_ROWS = 256
 """Rows that are converted at a time."""
 ORIENTATION = ExifTags.Base.Orientation
-PIXEL_COST: Mapping[str, float] = MappingProxyType({"WEBP": 3.0, "progressive": 1.5})
+PIXEL_COST: Mapping[str, float] = MappingProxyType({"WEBP": 3.2, "progressive": 1.5})
 """Memory to decode a pixel, relative to the others: WebP goes through an animation canvas, progressive JPEGs keep all
 their coefficients. With the default limit of 40 million pixels, no image takes more than 256 MB."""
 

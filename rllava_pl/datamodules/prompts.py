@@ -104,7 +104,8 @@ class PromptDataModule(BaseDataModule):
             text, ``reject`` refuses the row, ``allow`` reads them as these tokens, except those of images.
         image_formats: Formats that may be decoded.
         animations: What becomes of an animated image: ``reject`` refuses the row, or ``first_frame``.
-        max_image_pixels: Largest width x height of an image that is decoded; a third of it for WebP.
+        max_image_pixels: Largest width x height of an image that is decoded; less for WebP and progressive JPEGs, which
+            take more memory to decode.
         max_image_mib: Largest image file in MiB.
         resize_above_pixels: Larger images are scaled down to this many pixels; 0 keeps their size. Labels in pixels
             then refer to another size: normalise them, or set 0.
