@@ -72,14 +72,14 @@ def blocks(text: str, tag: str) -> Blocks:
     An opening tag without a closing one ends the scan: ``<a>1</a> <a>2`` has the one block ``1`` and is ``unclosed``.
     """
     contents: list[str] = []
-    opened: Tag | None = None
-    for token in tag_tokens(text, (tag,)):
-        if not token.closing:
-            opened = opened or token
-        elif opened is not None:
-            contents.append(text[opened.stop : token.start])
-            opened = None
-    return Blocks(tuple(contents), opened is not None)
+    start = -1
+    for token in _tag((tag,)).finditer(text):
+        if not token[1]:
+            start = token.end() if start < 0 else start
+        elif start >= 0:
+            contents.append(text[start : token.start()])
+            start = -1
+    return Blocks(tuple(contents), start >= 0)
 
 
 def last_block(text: str, tag: str) -> str | None:
@@ -126,10 +126,7 @@ def last_boxed(text: str) -> str | None:
 
 def answer_scope(text: str) -> str:
     """The text after the last ``</think>``, or all of it."""
-    stop = 0
-    for token in tag_tokens(text, ("think",)):
-        if token.closing:
-            stop = token.stop
+    stop = max((token.end() for token in _tag(("think",)).finditer(text) if token[1]), default=0)
     return text[stop:]
 
 
