@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,21 +26,27 @@ def hang(*args: object, **kwargs: object) -> None:
     threading.Event().wait()
 
 
-def fit(root: Path, phase: str, callbacks: list[Callback], **options: object) -> None:
-    """A short run in which this phase hangs."""
+LIMIT_SECONDS = 2.0
+
+
+def fit(root: Path, callbacks: list[Callback], deadlines: dict[str, float] | None = None, **options: object) -> None:
+    """A short run in which something hangs or ends."""
     module = runs.module(max_rollouts=4, kl_loss_coef=0.01)
-    runs.trainer(root, callbacks=[*callbacks, Watchdog(deadlines={phase: 2.0})], **options).fit(module, runs.data())
+    runs.trainer(root, callbacks=[*callbacks, Watchdog(deadlines=deadlines)], **options).fit(module, runs.data())
 
 
 class InThirdRollout(Callback):
-    """Puts something else in the place of a method of the module."""
+    """Puts something else in the place of a method of the module, and sets the limit of a phase."""
 
-    def __init__(self, name: str, replacement: Callable[..., object]) -> None:
-        self.name, self.replacement = name, replacement
+    def __init__(self, name: str, replacement: Callable[..., object], phase: str = "") -> None:
+        self.name, self.replacement, self.phase = name, replacement, phase
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if batch_idx == 2:
             setattr(pl_module, self.name, self.replacement)
+            if self.phase:
+                (watchdog,) = (callback for callback in trainer.callbacks if isinstance(callback, Watchdog))
+                watchdog.deadlines[self.phase] = LIMIT_SECONDS
 
 
 class Hangs(Callback):
@@ -61,14 +68,15 @@ class Syncs(FaultyRollout):
 
 HANGS: dict[str, Callable[[], Callback]] = {
     "rollout": lambda: FaultyRollout(faults=["hangs"], rate=1.0),
-    "reward": lambda: InThirdRollout("score_rollouts", hang),
-    "evaluate": lambda: InThirdRollout("score", hang),
-    "update": lambda: InThirdRollout("loss", hang),
+    "reward": lambda: InThirdRollout("score_rollouts", hang, "reward"),
+    "evaluate": lambda: InThirdRollout("score", hang, "evaluate"),
+    "update": lambda: InThirdRollout("denominators", hang, "update"),
     "sync": lambda: Syncs(rate=0.0),
     "save": lambda: Saves(every_n_rollouts=2),
-    "validate": lambda: InThirdRollout("_evaluate", hang),
+    "validate": lambda: InThirdRollout("_evaluate", hang, "validate"),
     "between": Hangs,
 }
+"""Those without a limit of their own hang the first time."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,7 +93,9 @@ def test_every_phase_that_hangs_is_named_and_has_its_exit_code(tmp_path: Path) -
         options = options if phase == "validate" else {}
 
         def task(rank: int, phase=phase, options=options) -> None:
-            fit(tmp_path, phase, [HANGS[phase]()], **options)
+            hanging = HANGS[phase]()
+            first = {} if isinstance(hanging, InThirdRollout) else {phase: LIMIT_SECONDS}
+            fit(tmp_path, [hanging], first, **options)
 
         (code,) = forks.run(task, log)
         said = log.read_text()
@@ -99,7 +109,7 @@ def test_every_phase_that_hangs_is_named_and_has_its_exit_code(tmp_path: Path) -
 @pytest.mark.slow
 def test_the_other_ranks_show_their_stacks_and_exit_with_the_same_code(tmp_path: Path) -> None:
     def task(rank: int) -> None:
-        fit(tmp_path, "reward", [HANGS["reward"]()] if rank else [], strategy="rl_ddp", devices=2)
+        fit(tmp_path, [HANGS["reward"]()] if rank else [], strategy="rl_ddp", devices=2)
 
     codes = forks.run(task, log := tmp_path / "log", ranks=2)
     said = log.read_text()
@@ -112,10 +122,16 @@ def test_the_other_ranks_show_their_stacks_and_exit_with_the_same_code(tmp_path:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named_by_the_other(tmp_path: Path, victim: int) -> None:
     def task(rank: int) -> None:
-        die = InThirdRollout("loss", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        fit(tmp_path, "save", [die] if rank == victim else [], strategy="rl_ddp", devices=2)
+        def die(*_: object) -> None:
+            (tmp_path / "death").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    codes = forks.run(task, log := tmp_path / "log", ranks=2, limit_seconds=30.0, together=False)
+        fit(tmp_path, [InThirdRollout("loss", die)] if rank == victim else [], strategy="rl_ddp", devices=2)
+
+    codes = forks.run(task, log := tmp_path / "log", ranks=2, together=False)
+    survived_seconds = time.time() - float((tmp_path / "death").read_text())
+    print(f"the other rank ended {survived_seconds:.1f} s later")
+    assert survived_seconds < 30
     said = log.read_text()
     assert codes[victim] == -9 and codes[1 - victim] == LOST, said[-3000:]
     assert f"rank {1 - victim}: rank {victim} is gone: its process ended without a word" in said
@@ -129,7 +145,7 @@ def test_a_rank_that_fails_alone_is_named_with_its_error(tmp_path: Path, monkeyp
         raise KeyError("the key that was missing")
 
     def task(rank: int) -> None:
-        fit(tmp_path, "save", [InThirdRollout("credit", fail if rank else hang)], strategy="rl_ddp", devices=2)
+        fit(tmp_path, [InThirdRollout("credit", fail if rank else hang)], strategy="rl_ddp", devices=2)
 
     codes = forks.run(task, log := tmp_path / "log", ranks=2, limit_seconds=60.0)
     said = log.read_text()
