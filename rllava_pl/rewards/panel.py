@@ -16,8 +16,6 @@ from rllava_pl.types import Reward, Rollout, Score
 
 log = logging.getLogger(__name__)
 
-MIB = 1024 * 1024
-
 
 @dataclass(frozen=True)
 class Judging:
@@ -25,9 +23,9 @@ class Judging:
 
     Args:
         isolation: Where rewards run. auto: in processes of their own, but for those whose class says
-            ``isolation = "none"`` (the package's own are proved fast and total) and those that cannot be built again
-            elsewhere, with a warning; process: the same, such a reward being refused; none: all in the trainer, where
-            an exception costs a sample and a hang the run.
+            ``isolation = "none"``, being fast and total, and those that cannot be built again elsewhere, with a warning;
+            process: the same, but the latter are refused; none: all in the trainer, where an exception costs a sample
+            and a hang the run.
         timeout_seconds: Longest time for one sample, unless its reward says otherwise.
         memory_gib: What a reward's process may take on top of what it starts with.
         workers: Processes that score at a time, on each rank.
@@ -164,7 +162,7 @@ def _pool(recipes: Sequence[Recipe], judging: Judging) -> RewardPool:
     return RewardPool(
         recipes,
         workers=judging.workers,
-        memory_bytes=int(judging.memory_gib * 1024 * MIB),
+        memory_bytes=int(judging.memory_gib * 2**30),
         recycle_after=judging.recycle_after,
     )
 
