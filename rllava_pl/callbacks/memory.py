@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,9 +29,9 @@ class MemoryReport(Callback):
     """Logs the peak of every phase as ``memory/<phase>_gib``, and what was planned as ``memory/predicted_<phase>_gib``.
 
     On a GPU the peak is that of torch's allocator, with what else the card holds at the end of the phase (context, an
-    engine's own memory). On a CPU it is the growth of the process since the first rollout began, plus the weights that
-    were loaded by then: interpreter and libraries are not counted. The plan takes every response as long as
-    ``sampling.max_tokens`` and every prompt as long as the longest of the first rollout. Rank 0 alone reports.
+    engine's own memory). On a CPU (Linux) it is the growth of the process since the first rollout began, plus the
+    weights that were loaded by then: interpreter and libraries are not counted. The plan takes every response to be as
+    long as ``sampling.max_tokens``, and every prompt as long as the longest of the first rollout. Rank 0 alone reports.
 
     Args:
         predict: Make the plan before the first rollout; a few seconds.
@@ -191,7 +192,9 @@ class CUDAMeter:
 
 
 class ProcessMeter:
-    """Resident memory of this process (Linux), counted from what it held when the meter was made.
+    """Memory of this process (Linux), counted from what it held when the meter was made; pages of files do not count.
+
+    Freed memory that the C library holds on to is given back at every restart: it would hide what the next phase needs.
 
     Args:
         loaded: Bytes of weights that were loaded by then and count.
@@ -200,22 +203,27 @@ class ProcessMeter:
     STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
     def __init__(self, loaded: int = 0) -> None:
-        self.base = self._read("VmRSS") - loaded
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if self.CLEAR.exists() else None
+        self.restart()
+        self.base = self._own("VmRSS") - loaded
 
     def restart(self) -> None:
         """Forget the peak."""
+        if self._trim is not None:
+            self._trim(0)
         if self.CLEAR.exists():
             self.CLEAR.write_text("5")  # resets VmHWM, see proc_pid_clear_refs(5)
 
     def peak(self) -> int:
         """Bytes."""
-        return self._read("VmHWM") - self.base
+        return self._own("VmHWM") - self.base
 
-    def _read(self, name: str) -> int:
-        if not self.STATUS.exists():  # no Linux: nothing is measured
+    def _own(self, total: str) -> int:
+        """Bytes of ``total`` that are no pages of files, such as libraries; 0 where there is no such table."""
+        if not self.STATUS.exists():
             return 0
-        line = next(line for line in self.STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
-        return int(line.split()[1]) * 1024
+        sizes = dict(line.split(":", 1) for line in self.STATUS.read_text().splitlines())
+        return 1024 * (int(sizes[total].split()[0]) - int(sizes["RssFile"].split()[0]))
 
 
 def _print(measured: Mapping[str, float], predicted: Mapping[str, float]) -> None:
