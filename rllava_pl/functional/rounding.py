@@ -17,7 +17,7 @@ from torch import Tensor
 from rllava_pl.functional.seeds import seed_from
 
 DECK = 2**18
-"""Cards of a deck, and the most numbers that can be rounded with one offset."""
+"""Cards of a deck; every so many numbers of a tensor the offset is drawn anew."""
 BLOCK = 256
 """Numbers that share a scale."""
 _FRACTION_BITS_LOST = 19  # of fp32's 23, where 4 are kept
@@ -45,10 +45,17 @@ def unit_deck() -> Tensor:
     return deck(16) * 2.0**-16
 
 
-def draw(deck: Tensor, n: int, *counters: int | str) -> Tensor:
-    """``n`` <= DECK cards from an offset that is a function of the counters."""
-    start = seed_from(*counters) % DECK
-    return deck[start : start + n]
+def draw(deck: Tensor, span: slice, *counters: int | str) -> Tensor:
+    """The cards of a stretch of a tensor: each a function of the counters and of its position, however it is cut.
+
+    Args:
+        deck: Of any kind.
+        span: Must not cross a multiple of ``DECK``.
+        *counters: What the noise is to depend on.
+    """
+    page, inside = divmod(span.start, DECK)
+    start = seed_from(*counters, page) % DECK + inside
+    return deck[start : start + span.stop - span.start]
 
 
 def on_bfloat16_grid(x: Tensor, noise: Tensor) -> Tensor:

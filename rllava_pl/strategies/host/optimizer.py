@@ -149,7 +149,7 @@ class HostAdamW(Optimizer):
         state.step = state.step + 1
         weights, lane = p.view(-1), self._lane(p.device)
         beta1, beta2 = group["betas"]
-        for span in spans(len(weights), DECK):
+        for span in spans(len(weights), _stretch()):
             parts = {name: part.read(span) for name, part in state.parts.items()}
             weight = parts["master"] if "master" in parts else lane.fetch(weights[span]).float()
             torch._fused_adamw_(
@@ -167,11 +167,11 @@ class HostAdamW(Optimizer):
                 amsgrad=False,
                 maximize=False,
             )
-            seed = (index, int(state.step), span.start)
+            seed = (index, int(state.step))
             for name, part in state.parts.items():
                 part.write(span, parts[name], (name, *seed))
             if "master" not in parts and p.dtype == torch.bfloat16:
-                weight = on_bfloat16_grid(weight, draw(deck(16), len(weight), "weight", *seed))
+                weight = on_bfloat16_grid(weight, draw(deck(16), span, "weight", *seed))
             lane.deliver(weight, weights[span])
 
     def _state(self, p: Tensor) -> HostState:
@@ -204,6 +204,11 @@ class HostAdamW(Optimizer):
         for index, p in enumerate(self._parameters()):
             if index in state_dict["state"]:
                 self._state(p).restore(state_dict["state"][index], self.precisions["states"])
+
+
+def _stretch() -> int:
+    """Numbers updated at a time: what is read and written fits the cache of one core, or of several."""
+    return DECK // 2 if torch.get_num_threads() == 1 else DECK
 
 
 def _check(p: Tensor) -> None:

@@ -63,7 +63,7 @@ class BFloat16(Stored):
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
         """Round."""
-        self.tensors[""][span] = rounding.on_bfloat16_grid(x, rounding.draw(rounding.deck(16), len(x), *seed))
+        self.tensors[""][span] = rounding.on_bfloat16_grid(x, rounding.draw(rounding.deck(16), span, *seed))
 
 
 class Blocks(Stored):
@@ -102,8 +102,8 @@ class Int8(Blocks):
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
         """Code with new scales."""
-        noise = rounding.draw(rounding.unit_deck(), rounding.padded(len(x)), *seed)
-        self._keep(span, rounding.to_int8(x, noise))
+        codes, _ = self._parts(span)
+        self._keep(span, rounding.to_int8(x, rounding.draw(rounding.unit_deck(), codes, *seed)))
 
 
 class Float8(Blocks):
@@ -118,5 +118,5 @@ class Float8(Blocks):
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
         """Code with new scales."""
-        noise = rounding.draw(rounding.deck(19), rounding.padded(len(x)), *seed)
-        self._keep(span, rounding.to_float8(x, noise))
+        codes, _ = self._parts(span)
+        self._keep(span, rounding.to_float8(x, rounding.draw(rounding.deck(19), codes, *seed)))

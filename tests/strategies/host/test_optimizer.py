@@ -169,6 +169,22 @@ def test_how_a_batch_is_split_changes_nothing(states: str) -> None:
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
 
+@pytest.mark.parametrize("states", ["bfloat16", "int8"])
+def test_rounding_does_not_depend_on_how_a_tensor_is_cut(monkeypatch: pytest.MonkeyPatch, states: str) -> None:
+    """That follows the number of threads, and a run may be resumed with another one."""
+    ends = []
+    for stretch in (DECK, DECK // 2, DECK // 16):
+        monkeypatch.setattr(module, "_stretch", lambda size=stretch: size)
+        weight = nn.Parameter(torch.linspace(-1, 1, DECK + 999).bfloat16())
+        optimizer = host([weight], states=states)
+        for _ in range(2):
+            weight.square().sum().backward()
+            optimizer.step()
+        ends.append([weight, *optimizer.state[weight].tensors().values()])
+    assert all(torch.equal(x, y) for x, y in zip(ends[0], ends[1], strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(ends[0], ends[2], strict=True))
+
+
 def test_gradients_can_be_discarded() -> None:
     """As if the micro-batches had never been, moments and steps included."""
     disturbed, quiet = net(), net()
