@@ -2,8 +2,8 @@
 
 ``forward`` takes P prompts with their N = P·G responses and returns log-probs and entropies of the response tokens
 under exactly the distribution the engines sample from: softmax of logits / temperature over the tokens that are not
-banned. A prompt, its images included, is computed once for its whole group where the family allows it
-(``shared_prompt``), else once a response (the plain form); both give the same numbers.
+banned. Where the family allows it a prompt, its images included, is computed once for its whole group, and no padding
+at all (``shared_prompt``), else once a response (the plain form); both give the same numbers.
 
 ``forward`` is two halves where the family is known: ``hidden`` gives the states that predict the M tokens of the mask,
 ``read`` their log-probs. A critic reads the same states and lays its values out with ``spread``.
@@ -212,9 +212,9 @@ class Policy(nn.Module):
     def _hidden_shared(self, batch: PolicyBatch) -> Tensor:
         """The same states from one row that holds every prompt once and no padding; see ``shared_prompt``."""
         mask_NT = batch.mask_NT.to(self.device)
-        prompts = (*batch.inputs, self.blank) if self._blind(batch.inputs) else batch.inputs  # behind it stands nothing
-        silent = [0] * (len(prompts) * batch.group_size - len(mask_NT))
-        layout = shared_prompt.Layout.of([len(x) for x in prompts], context_lengths(mask_NT) + silent, self.device)
+        prompts = (*batch.inputs, self.blank) if self._blind(batch.inputs) else batch.inputs
+        unanswered = [0] * (len(prompts) * batch.group_size - len(mask_NT))  # no response stands behind the blank
+        layout = shared_prompt.Layout.of([len(x) for x in prompts], context_lengths(mask_NT) + unanswered, self.device)
         packed = self._pack(prompts, batch.response_ids_NT.to(self.device), layout)
         hidden: Tensor = self.model.base_model(**packed, shared_prompt=layout, use_cache=False).last_hidden_state
         return hidden[0].index_select(0, layout.predictors(mask_NT))
@@ -224,10 +224,8 @@ class Policy(nn.Module):
         rows, steps = layout.response_slots_NR.shape
         ids_NR = nn.functional.pad(ids_NT[:, :steps], (0, 0, 0, rows - len(ids_NT)))
         packed = self._collate(prompts, side="right")
-        following = torch.arange(steps, device=self.device)  # every response goes on where its prompt ends
-        positions_NR = (
-            next_positions(packed["position_ids"]).repeat_interleave(rows // len(prompts))[:, None] + following
-        )
+        ends_N = next_positions(packed["position_ids"]).repeat_interleave(rows // len(prompts))
+        positions_NR = ends_N[:, None] + torch.arange(steps, device=self.device)  # a response goes on behind its prompt
         responses = {"input_ids": ids_NR, "position_ids": positions_NR}
         for name in ("input_ids", "position_ids", *prompts[0].tokens):
             along = responses.get(name, torch.zeros_like(ids_NR))  # further inputs are 0 at text
