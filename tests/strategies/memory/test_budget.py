@@ -167,5 +167,5 @@ def test_sizes_are_read(text, size):
 
 @pytest.mark.parametrize("text", ["24 gigs", "GiB", "-1GB", ""])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="is no size; write a number and a unit, e.g. 24GiB or 64GB"):
+    with pytest.raises(ValueError, match="is no size; write a number and a unit"):
         parse_bytes(text)
