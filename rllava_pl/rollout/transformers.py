@@ -170,6 +170,7 @@ class TransformersEngine:
             logits_processor=LogitsProcessorList([sampler.force]),
             eos_token_id=self.policy.stop_ids,
             pad_token_id=self.policy.pad_id,
+            synced_gpus=self.in_step,
         )
 
 

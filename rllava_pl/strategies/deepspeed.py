@@ -90,7 +90,6 @@ class RLDeepSpeedStrategy(RLStrategyMixin, CheckpointDirectory, DeepSpeedStrateg
             exclude_frozen_parameters=True,
         )
         self.stage, self.allow_cpu = stage, allow_cpu
-        self._hf_config: object | None = None
         self._engine: Any = None
 
     def setup_environment(self) -> None:
@@ -123,11 +122,14 @@ class RLDeepSpeedStrategy(RLStrategyMixin, CheckpointDirectory, DeepSpeedStrateg
         initialised, and so keep other values than they should.
         """
         self._init_config_if_needed()
-        if self.zero_stage_3:
-            from transformers.integrations import HfDeepSpeedConfig
+        if not self.zero_stage_3:
+            yield
+            return
+        from transformers.integrations import HfDeepSpeedConfig
 
-            self._hf_config = HfDeepSpeedConfig(self.config)  # transformers holds it weakly
+        known = HfDeepSpeedConfig(self.config)  # transformers holds it weakly: it is known as long as this block lasts
         yield
+        del known
 
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None = None
@@ -147,6 +149,10 @@ class RLDeepSpeedStrategy(RLStrategyMixin, CheckpointDirectory, DeepSpeedStrateg
     def _initialize(self, model: nn.Module, config: dict[str, Any], **options: object) -> tuple[Any, Any]:
         import deepspeed
 
+        if "bf16" in config:  # weights were cut in bfloat16 as they were read; what was built beside them must agree
+            for parameter in model.parameters():
+                if not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.bfloat16()
         rank = argparse.Namespace(device_rank=self.local_rank)
         self._engine, optimizer, *_ = deepspeed.initialize(
             args=rank, model=model, config=config, dist_init_required=False, **options
