@@ -45,17 +45,18 @@ def unit_deck() -> Tensor:
     return deck(16) * 2.0**-16
 
 
-def draw(deck: Tensor, span: slice, *counters: int | str) -> Tensor:
+def draw(deck: Tensor, start: int, count: int, *counters: int | str) -> Tensor:
     """The cards of a stretch of a tensor: each a function of the counters and of its position, however it is cut.
 
     Args:
         deck: Of any kind.
-        span: Must not cross a multiple of ``DECK``.
+        start: Position of the first number in its tensor.
+        count: Of numbers; they must not cross a multiple of ``DECK``.
         *counters: What the noise is to depend on.
     """
-    page, inside = divmod(span.start, DECK)
-    start = seed_from(*counters, page) % DECK + inside
-    return deck[start : start + span.stop - span.start]
+    page, inside = divmod(start, DECK)
+    first = seed_from(*counters, page) % DECK + inside
+    return deck[first : first + count]
 
 
 def on_bfloat16_grid(x: Tensor, noise: Tensor) -> Tensor:

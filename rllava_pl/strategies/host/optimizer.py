@@ -171,7 +171,7 @@ class HostAdamW(Optimizer):
             for name, part in state.parts.items():
                 part.write(span, parts[name], (name, *seed))
             if "master" not in parts and p.dtype == torch.bfloat16:
-                weight = on_bfloat16_grid(weight, draw(deck(16), span, "weight", *seed))
+                weight = on_bfloat16_grid(weight, draw(deck(16), span.start, len(weight), "weight", *seed))
             lane.deliver(weight, weights[span])
 
     def _state(self, p: Tensor) -> HostState:

@@ -63,7 +63,9 @@ class BFloat16(Stored):
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
         """Round."""
-        self.tensors[""][span] = rounding.on_bfloat16_grid(x, rounding.draw(rounding.deck(16), span, *seed))
+        self.tensors[""][span] = rounding.on_bfloat16_grid(
+            x, rounding.draw(rounding.deck(16), span.start, len(x), *seed)
+        )
 
 
 class Blocks(Stored):
@@ -102,8 +104,8 @@ class Int8(Blocks):
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
         """Code with new scales."""
-        codes, _ = self._parts(span)
-        self._keep(span, rounding.to_int8(x, rounding.draw(rounding.unit_deck(), codes, *seed)))
+        noise = rounding.draw(rounding.unit_deck(), span.start, rounding.padded(len(x)), *seed)
+        self._keep(span, rounding.to_int8(x, noise))
 
 
 class Float8(Blocks):
@@ -118,5 +120,5 @@ class Float8(Blocks):
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
         """Code with new scales."""
-        codes, _ = self._parts(span)
-        self._keep(span, rounding.to_float8(x, rounding.draw(rounding.deck(19), codes, *seed)))
+        noise = rounding.draw(rounding.deck(19), span.start, rounding.padded(len(x)), *seed)
+        self._keep(span, rounding.to_float8(x, noise))
