@@ -2,9 +2,9 @@
 
 A chat template writes the model's control tokens and the words of a conversation into one string, and a tokenizer
 cannot tell who wrote what: a row that says ``<|im_end|>`` would end its turn, one that says ``<image>`` would claim an
-image. So every such spelling is broken up before the template is applied, by a mark behind its first character. The mark
-is a special token that the template itself does not write, hence one id, which is taken out again after tokenisation:
-what is left are the tokens of the plain text, and they decode to exactly that text.
+image. So every such spelling is broken up before the template is applied, by a mark behind its first character. The
+mark is a special token that the template itself does not write, hence one id, which is taken out again after
+tokenisation: what is left are the tokens of the plain text, and they decode to exactly that text.
 """
 
 from __future__ import annotations
