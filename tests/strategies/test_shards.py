@@ -62,9 +62,11 @@ def test_two_ranks_train_as_one_does(found, strategy: str) -> None:
     assert len(one["adam"]["losses"]) == 12
     for rank in found(strategy):
         for name in RUNS:
-            assert rank[name]["losses"] == pytest.approx(one[name]["losses"], abs=1e-5), name
+            apart = max(abs(a - b) for a, b in zip(rank[name]["losses"], one[name]["losses"], strict=True))
+            moved = distance(rank[name]["ended"], one[name]["ended"])
+            print(f"{strategy}, {name}: losses {apart:.1e}, weights {moved:.1e}")  # pytest -rP shows it
             assert rank[name]["norms"] == pytest.approx(one[name]["norms"], rel=1e-5), name
-            assert distance(rank[name]["ended"], one[name]["ended"]) < 1e-5, name
+            assert apart < 1e-5 and moved < 1e-5
 
 
 @pytest.mark.parametrize("strategy", [*REPLICATED, *CUT])
@@ -74,7 +76,9 @@ def test_an_update_is_that_of_one_process_to_its_last_digits(found, strategy: st
     (one,) = found("auto")
     start = flat(dict(hf_weights(VLM(loaded()).load().model)))
     update, theirs = (flat(x[name]["ended"]) - start for x in (one, found(strategy)[0]))
-    assert float((theirs - update).norm() / update.norm()) < 1e-5
+    apart = float((theirs - update).norm() / update.norm())
+    print(f"{strategy}, {name}: update {apart:.1e}")
+    assert apart < 1e-5
 
 
 def flat(named: dict[str, torch.Tensor]) -> torch.Tensor:
