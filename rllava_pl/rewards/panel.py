@@ -23,9 +23,9 @@ class Judging:
 
     Args:
         isolation: Where rewards run. auto: in processes of their own, but for those whose class says
-            ``isolation = "none"``, being fast and total, and those that cannot be built again elsewhere, with a warning;
-            process: the same, but the latter are refused; none: all in the trainer, where an exception costs a sample
-            and a hang the run.
+            ``isolation = "none"``, being fast and total, and those that cannot be built again elsewhere, with a
+            warning; process: the same, but the latter are refused; none: all in the trainer, where an exception costs
+            a sample and a hang the run.
         timeout_seconds: Longest time for one sample, unless its reward says otherwise.
         memory_gib: What a reward's process may take on top of what it starts with.
         workers: Processes that score at a time, on each rank.
