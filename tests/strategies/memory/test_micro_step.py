@@ -11,7 +11,6 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from rllava_pl.models import LoRA, tiny
-from rllava_pl.models.blueprints import BLUEPRINTS
 from rllava_pl.strategies.memory import Prompts, Source
 from rllava_pl.strategies.memory.fake import FakeMemory
 from rllava_pl.strategies.memory.micro_step import Computation, MicroStep, Rows, along, extrapolated, peaks_of, traced
@@ -94,13 +93,15 @@ def test_the_peak_is_that_of_torchs_tracker():
     assert memory.peaks[memory.moment][1] == pytest.approx(peak - weights, abs=16)  # theirs counts the loss's root
 
 
-@pytest.mark.parametrize("family", BLUEPRINTS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("family", "checkpointing"), [("idefics3", False), ("llava", True), ("qwen2_5_vl", False), ("qwen3_vl", True)]
+)
 def test_few_layers_say_what_many_take(directory, family, checkpointing):
-    """Every moment of 9 text layers and 8 blocks, from models of 5 or 6 layers."""
-    source = Source(directory(family, 9, 8), gradient_checkpointing=checkpointing)
-    full = traced(Computation(source), ROWS, 9, 8)
-    assert peaks_of(Computation(source), ROWS) == pytest.approx(full)
+    """Every moment of 8 text layers and 7 blocks, from models of 5 or 6."""
+    computation = Computation(Source(directory(family, 8, 7), gradient_checkpointing=checkpointing))
+    found, full = peaks_of(computation, ROWS), traced(computation, ROWS, 8, 7)
+    assert found.keys() == full.keys()
+    assert {moment for moment in full if found[moment] != pytest.approx(full[moment])} == set()
 
 
 def test_peaks_at_each_moment_are_affine_in_both_depths():
@@ -135,7 +136,7 @@ SIZES = {"response_tokens": 32, "prompt": Prompts(48, 1, 4)}
 
 
 def test_what_is_meant_to_save_memory_does(directory):
-    path = directory("qwen3_vl", 9, 8)
+    path = directory("qwen3_vl", 4, 4)
     plain = step_of(Source(path))
     assert step_of(Source(path, gradient_checkpointing=True)).streamed < plain.streamed / 2
     assert step_of(Source(path, dtype="bfloat16")).streamed < 0.7 * plain.streamed
