@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch.distributed
 from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
@@ -30,7 +30,6 @@ class RLFSDPStrategy(RLStrategyMixin, LocalShards, FSDPStrategy):
     micro-batch, so that no rank ever holds those of the whole model.
 
     Args:
-        sharding_strategy: ``HYBRID_SHARD`` cuts within a machine and copies between machines.
         allow_cpu: Run on CPU processes; for tests, it saves no memory there.
         process_group_backend: By default ``nccl`` on GPUs, ``gloo`` on CPUs.
         timeout: After so long without an answer from another rank the run fails.
@@ -38,14 +37,11 @@ class RLFSDPStrategy(RLStrategyMixin, LocalShards, FSDPStrategy):
 
     def __init__(
         self,
-        sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"] = "FULL_SHARD",
         allow_cpu: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
-        super().__init__(
-            sharding_strategy=sharding_strategy, process_group_backend=process_group_backend, timeout=timeout
-        )
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.allow_cpu = allow_cpu
         self._wrapped: FullyShardedDataParallel | None = None
 
@@ -73,6 +69,13 @@ class RLFSDPStrategy(RLStrategyMixin, LocalShards, FSDPStrategy):
         )
         self._fill(self._wrapped, whole)
         return self._wrapped
+
+    def reshard(self) -> None:
+        """Cut again what a forward without a backward has left whole: what belongs to no layer."""
+        from torch.distributed.fsdp._runtime_utils import _reshard
+
+        if self._wrapped._handle is not None:
+            _reshard(self._wrapped, self._wrapped._handle, free_unsharded_flat_param=True)
 
     def _fill(self, wrapped: nn.Module, whole: Mapping[str, Tensor]) -> None:
         """Send the parameters of one unit after the other from rank 0; each rank keeps its part of them."""

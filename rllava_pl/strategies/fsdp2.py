@@ -66,6 +66,14 @@ class RLFSDP2Strategy(RLStrategyMixin, LocalShards, ModelParallelStrategy):
         """The sharded module."""
         return cast("FSDPModule", self.model)
 
+    def reshard(self) -> None:
+        """Cut again what a forward without a backward has left whole."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.lightning_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def _shard(self) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
         from torch.distributed.fsdp import fully_shard
@@ -85,15 +93,6 @@ class RLFSDP2Strategy(RLStrategyMixin, LocalShards, ModelParallelStrategy):
 StrategyRegistry.register("rl_fsdp2", RLFSDP2Strategy, description="FSDP2 for steps with many forwards")
 
 
-def _reshard(root: FSDPModule) -> None:
-    """Free what a forward without a backward left gathered."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in root.modules():  # type: ignore[attr-defined]
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 @updates.check.register(RLFSDP2Strategy)
 def _(strategy: RLFSDP2Strategy) -> None:
     """Right: gradients are summed in shards, in every micro-batch."""
@@ -107,7 +106,7 @@ def _(strategy: RLFSDP2Strategy, optimizer: Optimizer, max_norm: float) -> Tenso
 
 @updates.full_weights.register(RLFSDP2Strategy)
 def _(strategy: RLFSDP2Strategy, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    _reshard(strategy.root)
+    strategy.reshard()
     return hf_weights(model, lambda x: (x.full_tensor() if isinstance(x, DTensor) else x).detach())
 
 

@@ -114,8 +114,13 @@ class LocalShards(CheckpointDirectory):
     The formats of ``torch.distributed.checkpoint`` keep their index as a pickle, which would have to be trusted.
     """
 
+    @abstractmethod
+    def reshard(self) -> None:
+        """Have this rank hold nothing but its parts."""
+
     def save_shards(self, directory: Path) -> None:
         """Local parts of trained parameters and of optimizer states."""
+        self.reshard()
         optimizers = [tree_map_only(DTensor, _local, optimizer.state_dict()) for optimizer in self.optimizers]
         torch.save({"weights": self._local_weights(), "optimizers": optimizers}, self._file(directory))
 

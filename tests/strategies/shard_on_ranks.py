@@ -84,11 +84,16 @@ class Notes(Callback):
         is_finite = pl_module.is_finite
 
         def noted(minibatch, losses, norm):
+            self.minibatch = minibatch
             self.losses.append(float(sum_over_ranks(sum(loss.result.double() for loss in losses))))
             self.norms.append(float(norm))
             return is_finite(minibatch, losses, norm) and len(self.losses) - 1 != self.refused
 
         pl_module.is_finite = noted
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
+        """A forward without a backward leaves weights gathered; what is saved then must be cut all the same."""
+        pl_module.score(trainer.strategy.model, self.minibatch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.ended = weights(trainer, pl_module)
