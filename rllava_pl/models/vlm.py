@@ -12,7 +12,7 @@ from rllava_pl.models.quiet import no_progress_bar
 from rllava_pl.models.trainable import LoRA, add_lora, freeze
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
     from rllava_pl.models.encoding import Processor
     from rllava_pl.models.policy import Policy
@@ -119,7 +119,7 @@ class VLM:
             model.generation_config = GenerationConfig.from_pretrained(self.path, revision=self.revision)
         return model
 
-    def _architecture(self) -> tuple[PretrainedConfig, type, dict[str, object]]:
+    def _architecture(self) -> tuple[PretrainedConfig, type[AutoModelForCausalLM], dict[str, object]]:
         """Config, the class that builds models of it, and how."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
