@@ -107,7 +107,7 @@ def test_sixty_rollouts_with_faults(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_two_thousand_rollouts_with_faults(tmp_path: Path) -> None:
     """Rewards that hang, exit and eat memory among them, in processes of their own."""
-    judging = Judging(timeout_seconds=0.5, memory_gib=0.25, workers=2, max_unscored=1.0)
+    judging = Judging(timeout_seconds=2.0, memory_gib=0.25, workers=2, max_unscored=1.0)
     _, books = soak(tmp_path, 2000, list(get_args(RewardFault)), judging)
     assert abs(drift(books.rss_mib)) < 0.02
     assert books.files[-1] <= books.files[500]
