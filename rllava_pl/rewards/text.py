@@ -116,11 +116,16 @@ def last_boxed(text: str) -> str | None:
     """
     opened: list[int] = []  # where the content of a box begins; -1 for other braces
     found: tuple[int, int] | None = None
-    for match in _BRACES.finditer(text):
-        if match[0].endswith("{") and match[0] != r"\{":
-            opened.append(match.end() if len(match[0]) > 1 else -1)
-        elif match[0] == "}" and opened and (start := opened.pop()) >= 0:
-            found = start, match.start()
+    first = text.find(r"\boxed")
+    for match in _BRACES.finditer(text, first) if first >= 0 else ():
+        token = match[0]
+        if token == "{":
+            opened.append(-1)
+        elif token == "}":
+            if opened and (start := opened.pop()) >= 0:
+                found = start, match.start()
+        elif len(token) > 2:
+            opened.append(match.end())
     return None if found is None else text[slice(*found)]
 
 
