@@ -116,8 +116,7 @@ def last_boxed(text: str) -> str | None:
     """
     opened: list[int] = []  # where the content of a box begins; -1 for other braces
     found: tuple[int, int] | None = None
-    first = text.find(r"\boxed")
-    for match in _BRACES.finditer(text, first) if first >= 0 else ():
+    for match in _BRACES.finditer(text) if r"\boxed" in text else ():
         token = match[0]
         if token == "{":
             opened.append(-1)
