@@ -55,8 +55,8 @@ ROOTS = {"model": RLModule, "data": LightningDataModule}
 class SavedConfig(SaveConfigCallback):
     """The config beside the logs, without the secrets that somebody may have put into it."""
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: bool) -> None:
-        super().__init__(parser, cast(Namespace, redacted(config)), **options)
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, overwrite: bool = True) -> None:
+        super().__init__(parser, cast(Namespace, redacted(config)), overwrite=overwrite)
 
 
 class RLCLI(LightningCLI):
