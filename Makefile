@@ -34,7 +34,7 @@ test-vllm: $(VLLM_VENV)/.installed-vllm  ## rollouts with the real vLLM on the C
 	RLLAVA_PL_REQUIRE_VLLM=1 $(VLLM_BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 soak: $(VENV)/.installed-test  ## the long tests about faults: kills, signals, thousands of rollouts (about half an hour)
-	$(BIN)/python -m pytest -m soak tests/reliability tests/rewards $(ARGS)
+	$(BIN)/python -m pytest -m soak tests $(ARGS)
 
 quick: $(VENV)/.installed-test  ## the quick tests only
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
