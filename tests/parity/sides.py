@@ -7,6 +7,7 @@ checkpoint, which is the reference policy. ``Ours`` and ``Theirs`` have the same
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,7 @@ class Ours:
             **options,
         )
         self.module.rewards = [Listed(reward_unit)]
+        self.module.trainer = runs.trainer(Path(tempfile.gettempdir()))  # asked for its strategy, and never run
         self.module.configure_model()
         for policy in filter(None, (self.module.policy, self.module.reference)):
             policy.banned_ids = []  # TRL's log-probs are over all of the vocabulary

@@ -90,7 +90,8 @@ class Optimization(Guard):
         """The optimizer over all trainable parameters, its learning rate scheduled by optimizer steps."""
         groups = self.parameter_groups()
         optimizer = self.optimizer([{"params": parameters} for parameters, _ in groups])
-        updates.check_optimizer(self.trainer.strategy, optimizer)
+        if self._trainer is not None:  # outside of a run there is no strategy it could fail
+            updates.check_optimizer(self.trainer.strategy, optimizer)
         for group, (_, lr_factor_of_group) in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] *= lr_factor_of_group
         total = self.max_rollouts * self.updates_per_rollout
