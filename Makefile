@@ -10,6 +10,8 @@ VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 VLLM_VENV ?= .venv-vllm
 ARGS ?=
+# Tests run at a time, whole files each; a process takes about 1 GB.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 BENCH_BIN := $(BENCH_VENV)/bin
@@ -28,7 +30,7 @@ quickstart: $(VENV)/.installed  ## train the bundled model on handwritten digits
 	$(BIN)/python -m rllava_pl fit --config configs/quickstart.yaml $(ARGS)
 
 test: lint  ## all checks and the whole test suite; options: make test ARGS="-k losses"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed-vllm  ## rollouts with the real vLLM on the CPU, in an environment of its own (3 GB)
 	RLLAVA_PL_REQUIRE_VLLM=1 $(VLLM_BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
@@ -37,7 +39,7 @@ soak: $(VENV)/.installed-test  ## the long tests about faults: kills, signals, t
 	$(BIN)/python -m pytest -m soak tests $(ARGS)
 
 quick: $(VENV)/.installed-test  ## the quick tests only
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed-test  ## style, formatting, types and the import contract
 	$(BIN)/ruff check .
