@@ -65,7 +65,7 @@ def fit(root: Path, strategy: str, batch_size: int, algorithm: str) -> None:
     trainer.fit(module, runs.data(batch_size=batch_size, val_size=5, val_batch_size=2, demonstrations=share))
     rank = trainer.global_rank
     torch.save({n: p.detach() for n, p in module.named_parameters()}, root / f"weights-{algorithm}-{rank}.pt")
-    told_apart = ("time/", "train/micro_batch_size")  # ranks cut their own part in two, so that the first shows what fits
+    told_apart = ("time/", "train/micro_batch_size")  # ranks cut their own part in two
     metrics = {n: float(x) for n, x in trainer.callback_metrics.items() if not n.startswith(told_apart)}
     result = {"uids": uids, "trained": trained, "metrics": metrics}
     (root / f"result-{algorithm}-{rank}.json").write_text(json.dumps(result))
