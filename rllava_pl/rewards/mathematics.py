@@ -82,6 +82,6 @@ class MathReward(BaseReward):
 def _well_formed(text: str) -> bool:
     """One think block at the beginning, and a box behind it."""
     tokens = list(islice(tag_tokens(text, ("think",)), 3))
-    if [token.closing for token in tokens] != [False, True]:
+    if [token["slash"] for token in tokens] != ["", "/"]:
         return False
-    return not text[: tokens[0].start].strip() and last_boxed(text[tokens[1].stop :]) is not None
+    return not text[: tokens[0].start()].strip() and last_boxed(text[tokens[1].end() :]) is not None

@@ -39,15 +39,26 @@ class RepetitionPenalty(BaseReward):
         if len(rollout.response_ids) < self.ngram_tokens:
             return Score(0.0)
         sampled = rollout.response_mask.unfold(0, self.ngram_tokens, 1).all(1)
-        ngrams = _numbered(rollout.response_ids, self.ngram_tokens)[sampled]
+        ngrams = _windows(rollout.response_ids, self.ngram_tokens)[sampled]
         return Score(len(ngrams.unique()) / len(ngrams) - 1.0 if len(ngrams) else 0.0)
 
 
-def _numbered(ids_T: Tensor, length: int) -> Tensor:
-    """A number for every window, equal where the windows are: those of twice the length are pairs of such numbers."""
-    names, reach = ids_T.unique(return_inverse=True)[1], 1
+def _windows(ids_T: Tensor, length: int) -> Tensor:
+    """An integer for every window, equal where the windows are: as many ids side by side as 63 bits hold.
+
+    Where two no longer fit, they are numbered anew, and the windows put together from shorter ones.
+    """
+    words, reach = ids_T, 1
     while reach < length:
-        step = min(reach, length - reach)
-        pairs = names[:-step] * (len(ids_T) + 1) + names[step:]
-        names, reach = pairs.unique(return_inverse=True)[1], reach + step
-    return names
+        bits = max(int(words.max()).bit_length(), 1)
+        if 63 // bits < 2:
+            words = words.unique(return_inverse=True)[1]
+            continue
+        longer = min(63 // bits * reach, length)
+        starts = [*range(0, longer - reach, reach), longer - reach]  # the last may overlap
+        count = len(ids_T) - longer + 1
+        words = sum(
+            (words[start : start + count] << bits * k for k, start in enumerate(starts)), start=ids_T.new_zeros(())
+        )
+        reach = longer
+    return words

@@ -29,15 +29,6 @@ END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_
 _TAIL = re.compile(rf"(?:\s|{'|'.join(map(re.escape, END_OF_TURN))})*+")
 
 
-class Tag(NamedTuple):
-    """A tag token, ``text[start:stop]``: ``<answer>`` or ``</answer>``, with spaces allowed: ``< / answer >``."""
-
-    name: str
-    closing: bool
-    start: int
-    stop: int
-
-
 class Blocks(NamedTuple):
     """What stands between the tags of one name, in order."""
 
@@ -51,19 +42,19 @@ def is_tag_name(name: str) -> bool:
     return name.isascii() and name.isidentifier() and name == name.lower() and not name.startswith("_")
 
 
-def tag_tokens(text: str, names: Collection[str]) -> Iterator[Tag]:
+def tag_tokens(text: str, names: Collection[str]) -> Iterator[re.Match[str]]:
     """Every tag token of these names, from left to right; names are lower case and taken literally.
 
-    A token holds no second ``<``, so each ``>`` can only end the token of the last ``<`` before it.
+    A match has the groups ``slash``, empty in an opening tag, and ``name``; spaces are allowed: ``< / answer >``. A
+    token holds no second ``<``, so each ``>`` can only end the token of the last ``<`` before it.
     """
-    for match in _tag(tuple(names)).finditer(text):
-        yield Tag(match[2], match[1] != "", match.start(), match.end())
+    return _tag(tuple(names)).finditer(text)
 
 
 @lru_cache(maxsize=256)
 def _tag(names: tuple[str, ...]) -> re.Pattern[str]:
     """Its repetitions are possessive: what they took is not tried again, so that endless spaces are read once."""
-    return re.compile(rf"< *+(/?) *+({'|'.join(map(re.escape, names))}) *+>" if names else "(?!)")
+    return re.compile(rf"< *+(?P<slash>/?) *+(?P<name>{'|'.join(map(re.escape, names))}) *+>" if names else "(?!)")
 
 
 def blocks(text: str, tag: str) -> Blocks:
@@ -73,8 +64,8 @@ def blocks(text: str, tag: str) -> Blocks:
     """
     contents: list[str] = []
     start = -1
-    for token in _tag((tag,)).finditer(text):
-        if not token[1]:
+    for token in tag_tokens(text, (tag,)):
+        if not token["slash"]:
             start = token.end() if start < 0 else start
         elif start >= 0:
             contents.append(text[start : token.start()])
@@ -96,13 +87,13 @@ def strict(text: str, names: Sequence[str]) -> bool:
     """
     if len(text) > MAX_CHARS:
         return False
-    wanted = [(name, closing) for name in names for closing in (False, True)]
+    wanted = [(slash, name) for name in names for slash in ("", "/")]
     tokens = list(islice(tag_tokens(text, names), len(wanted) + 1))  # one more is one too many
-    if not wanted or [(token.name, token.closing) for token in tokens] != wanted:
+    if not wanted or [token.group("slash", "name") for token in tokens] != wanted:
         return False
-    stops = [0] + [token.stop for token in tokens[1::2]]
-    outside = (text[stop : token.start] for stop, token in zip(stops, tokens[::2], strict=False))
-    last = text[tokens[-2].stop : tokens[-1].start]
+    stops = [0] + [token.end() for token in tokens[1::2]]
+    outside = (text[stop : token.start()] for stop, token in zip(stops, tokens[::2], strict=False))
+    last = text[tokens[-2].end() : tokens[-1].start()]
     return not any(gap.strip() for gap in outside) and last.strip() != "" and bool(_TAIL.fullmatch(text, stops[-1]))
 
 
@@ -130,7 +121,7 @@ def last_boxed(text: str) -> str | None:
 
 def answer_scope(text: str) -> str:
     """The text after the last ``</think>``, or all of it."""
-    stop = max((token.end() for token in _tag(("think",)).finditer(text) if token[1]), default=0)
+    stop = max((token.end() for token in tag_tokens(text, ("think",)) if token["slash"]), default=0)
     return text[stop:]
 
 

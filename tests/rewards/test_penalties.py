@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from rllava_pl.rewards import RepetitionPenalty, judge
@@ -51,3 +53,14 @@ def test_it_is_logged_under_its_name(rollout):
 def test_options_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         RepetitionPenalty(**options)
+
+
+@pytest.mark.parametrize("bits", [1, 18, 31, 40])
+@pytest.mark.parametrize("ngram_tokens", [1, 3, 8, 21])
+def test_windows_are_told_apart_whatever_their_ids(rollout, bits, ngram_tokens):
+    rng = random.Random(bits)
+    alphabet = [rng.getrandbits(bits) for _ in range(3)]
+    ids = tuple(rng.choices(alphabet, k=400))
+    windows = [ids[start : start + ngram_tokens] for start in range(len(ids) - ngram_tokens + 1)]
+    value = RepetitionPenalty(ngram_tokens).score(rollout(ids=ids)).value
+    assert value == pytest.approx(len(set(windows)) / len(windows) - 1, abs=1e-12)

@@ -54,8 +54,8 @@ def test_blocks(text, contents, unclosed):
 def test_tag_tokens_stand_where_they_say():
     text = "x< / a >y<b>"
     tokens = list(reading.tag_tokens(text, ("a", "b")))
-    assert tokens == [("a", True, 1, 8), ("b", False, 9, 12)]
-    assert [text[token.start : token.stop] for token in tokens] == ["< / a >", "<b>"]
+    assert [(token["name"], token["slash"]) for token in tokens] == [("a", "/"), ("b", "")]
+    assert [(token[0], token.span()) for token in tokens] == [("< / a >", (1, 8)), ("<b>", (9, 12))]
 
 
 @pytest.mark.parametrize(
