@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
+
 from torch import Tensor
 
 from rllava_pl.rewards.base import BaseReward
@@ -57,8 +60,6 @@ def _windows(ids_T: Tensor, length: int) -> Tensor:
         longer = min(63 // bits * reach, length)
         starts = [*range(0, longer - reach, reach), longer - reach]  # the last may overlap
         count = len(ids_T) - longer + 1
-        words = sum(
-            (words[start : start + count] << bits * k for k, start in enumerate(starts)), start=ids_T.new_zeros(())
-        )
+        words = reduce(or_, (words[start : start + count] << bits * k for k, start in enumerate(starts)))
         reach = longer
     return words
