@@ -2,9 +2,10 @@
 
     python benchmarks/strategies.py --strategies rl_ddp rl_fsdp2 rl_deepspeed_3 --width 512 --layers 8
 
-The model is an idefics3 with a wide text part and random weights. Memory is resident memory of a process; peaks are
-reset before each phase (Linux only). Processes share two cores, so the seconds of an update compare nothing but
-themselves.
+The model is an idefics3 with a wide text part and random weights; the file is in the dtype of ``--stored``, float32 is
+trained. Memory is resident memory of a process, pages of the mapped file included; peaks are reset before each phase
+(Linux only), libraries are imported before the first, and holes in the heap do not count (``HEAP``). Processes share
+two cores, so the seconds of an update compare nothing but themselves.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -33,8 +35,17 @@ from rllava_pl.strategies.collectives import rank
 from rllava_pl.strategies.updates import full_weights
 from rllava_pl.types import Sampling
 
+LIBRARIES = {
+    "rl_ddp": [],
+    "rl_fsdp": ["torch.distributed.fsdp", "rllava_pl.models.stored"],
+    "rl_fsdp2": ["torch.distributed.fsdp", "rllava_pl.models.stored"],
+    "rl_deepspeed": ["deepspeed", "transformers.integrations.deepspeed"],
+}
+"""What is imported before memory is measured."""
 NAMES = ("rl_ddp", "rl_fsdp", "rl_fsdp2", "rl_deepspeed_1", "rl_deepspeed_2", "rl_deepspeed_3")
 MIB = 1 << 20
+HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Tells the C library to give every freed tensor back at once; else holes in its heap are measured as well."""
 
 
 def strategy(name: str) -> Strategy | str:
@@ -45,7 +56,7 @@ def strategy(name: str) -> Strategy | str:
     return kinds[name](allow_cpu=True) if name in kinds else name
 
 
-def build(directory: Path, width: int, layers: int) -> None:
+def build(directory: Path, width: int, layers: int, stored: str) -> None:
     """A tiny idefics3 whose text part is wide and deep, with random weights."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -55,7 +66,7 @@ def build(directory: Path, width: int, layers: int) -> None:
     text = config.text_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = width, 3 * width, layers
     text.num_attention_heads, text.num_key_value_heads, text.head_dim = width // 64, width // 128, 64
-    model = AutoModelForImageTextToText.from_config(config)
+    model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, stored))
     model.generation_config.eos_token_id = AutoProcessor.from_pretrained(tiny.path).tokenizer.eos_token_id
     model.save_pretrained(directory)
     AutoProcessor.from_pretrained(tiny.path).save_pretrained(directory)
@@ -73,11 +84,12 @@ class Memory(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All is loaded and cut; stream once."""
-        self.facts["load_peak"] = read("VmHWM") - self.before
+        self.facts |= {"load_peak": read("VmHWM") - self.before, "rests": read("VmRSS") - self.before}
         self.facts["held"] = sum(local(p).numel() * p.element_size() for p in pl_module.parameters()) / MIB
         before, largest = reset_peak(), 0
         for _, x in full_weights(trainer.strategy, pl_module.policy.model):
             largest = max(largest, x.numel() * x.element_size())
+            del x  # a reader that is done with it
         self.facts |= {"stream_peak": read("VmHWM") - before, "largest_tensor": largest / MIB}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
@@ -111,6 +123,9 @@ def read(field: str) -> float:
 def work(name: str, checkpoint: str, output: Path) -> None:
     """One rank: two passes of GRPO with SGD."""
     torch.set_num_threads(1)
+    VLM(checkpoint).load(empty=True)  # imports what a load needs
+    for library in LIBRARIES[name if name in LIBRARIES else "rl_deepspeed"]:
+        import_module(library)
     memory = Memory()
     module = GRPO(
         VLM(checkpoint),
@@ -133,7 +148,7 @@ def work(name: str, checkpoint: str, output: Path) -> None:
 def launch(name: str, checkpoint: Path, output: Path) -> list[dict[str, float]]:
     """The facts of both ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | HEAP | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*torchrun, "--worker", name, str(checkpoint), str(output)], env=environment, capture_output=True, text=True
     )
@@ -148,6 +163,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--stored", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the file")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -155,16 +171,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory) / "model"
-        build(checkpoint, options.width, options.layers)
+        build(checkpoint, options.width, options.layers, options.stored)
         size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / MIB
-        print(f"weights: {size:.0f} MiB\n")
-        print("| strategy | peak while loading | held | extra peak of a stream | largest tensor | seconds a pass |")
-        print("|---|---|---|---|---|---|")
+        print(f"file: {size:.0f} MiB, {options.stored}\n")
+        print("| strategy | held | rests when loaded | peak while loading | extra peak of stream | largest | seconds |")
+        print("|---|---|---|---|---|---|---|")
         for name in options.strategies:
             a, b = launch(name, checkpoint, Path(directory))
-            load, held = (f"{a[key]:.0f} / {b[key]:.0f}" for key in ("load_peak", "held"))
-            stream = f"{a['stream_peak']:.0f} / {b['stream_peak']:.0f}"
-            row = [name, load, held, stream, f"{a['largest_tensor']:.0f}", f"{a['pass_seconds']:.1f}"]
+            keys = ("held", "rests", "load_peak", "stream_peak")
+            pairs = [f"{a[key]:.0f} / {b[key]:.0f}" for key in keys]
+            row = [name, *pairs, f"{a['largest_tensor']:.0f}", f"{a['pass_seconds']:.1f}"]
             print("| " + " | ".join(row) + " |", flush=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rllava_pl.models.families import family_of
 
 if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedModel
 
 
@@ -103,7 +104,6 @@ def _expect(found: set[str], pattern: str, names: set[str], key: str = "freeze")
 def hf_weights(
     model: PreTrainedModel,
     full: Callable[[Tensor], Tensor] = Tensor.detach,
-    within: Set[int] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream ``(name, tensor)`` of the whole model as its ``state_dict`` names it, one tensor at a time.
 
@@ -113,21 +113,26 @@ def hf_weights(
     Args:
         model: With or without adapters.
         full: Gathers a parameter that is sharded; by default the parameter as it is.
-        within: Ids of the modules whose own tensors are streamed; by default all.
     """
     adapted = {id(module.base_layer): module for module in model.modules() if hasattr(module, "lora_A")}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if ".lora_" in prefix or not (within is None or id(module) in within):
+        if ".lora_" in prefix:
             continue
         for name, tensor in _own_state(module):
             weight = full(tensor)
             if name == "weight" and id(module) in adapted:
-                layer = adapted[id(module)]
-                (adapter,) = layer.active_adapters
-                a, b = full(layer.lora_A[adapter].weight), full(layer.lora_B[adapter].weight)
-                weight = weight + (layer.scaling[adapter] * (b.float() @ a.float())).to(weight.dtype)
+                weight = _merged(weight, adapted[id(module)], full)
             parts = [part for part in prefix.split(".") if part not in _WRAPPERS]
             yield ".".join([*filter(None, parts), name]), weight
+            del weight  # or it would still be there while the next one is gathered
+
+
+def _merged(weight: Tensor, layer: LoraLayer, full: Callable[[Tensor], Tensor]) -> Tensor:
+    """W + scaling·B·A in memory of its own; of that size nothing else is made in float32."""
+    (adapter,) = layer.active_adapters
+    a, b = full(layer.lora_A[adapter].weight), full(layer.lora_B[adapter].weight)
+    change = (b.float() @ a.float()).mul_(layer.scaling[adapter])
+    return change.to(weight.dtype).add_(weight)
 
 
 _WRAPPERS = {"base_layer", "_fsdp_wrapped_module"}

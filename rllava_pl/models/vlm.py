@@ -72,18 +72,21 @@ class VLM:
     def prepare(self, seed: int) -> None:
         """Make the checkpoint available; called once a machine, before anything is loaded."""
 
-    def load(self, *, temperature: float = 1.0, trainable: bool = True, empty: bool = False) -> Policy:
+    def load(
+        self, *, temperature: float = 1.0, trainable: bool = True, empty: bool = False, may_wait: bool = False
+    ) -> Policy:
         """Load weights and processor.
 
         Args:
             temperature: Of sampling, and so of the log-probs.
             trainable: False gives a frozen copy without adapters: a reference policy.
             empty: Parameters have shapes but no values and no memory (``meta``); buffers are right.
+            may_wait: Values may be left in their file, in its dtype, until the policy is cut (``models/stored.py``).
         """
         from rllava_pl.models.policy import Policy
 
         policy = Policy(
-            self._empty_model() if empty else self._load_model(),
+            self._empty_model() if empty else self._load_model(may_wait),
             self.load_processor(),
             temperature=temperature,
             share_prompt=self.share_prompt,
@@ -102,10 +105,17 @@ class VLM:
 
         return load_processor(self.path, revision=self.revision)
 
-    def _load_model(self) -> PreTrainedModel:
+    def _load_model(self, may_wait: bool) -> PreTrainedModel:
+        from rllava_pl.models.stored import let_wait, narrow_dtype
+
         _, auto, options = self._architecture()
+        can_wait = may_wait and self.dtype == "float32" and self.lora is None  # adapters take the dtype they find
+        stored = narrow_dtype(self.path, self.revision) if can_wait else None
         with no_progress_bar():
-            return auto.from_pretrained(self.path, revision=self.revision, **options)
+            model = auto.from_pretrained(
+                self.path, revision=self.revision, **options | ({"dtype": stored} if stored else {})
+            )
+        return let_wait(model) if stored else model
 
     def _empty_model(self) -> PreTrainedModel:
         from accelerate import init_empty_weights
@@ -184,12 +194,14 @@ class TinyVLM(VLM):
         self.threads = threads
         self.cache_dir = Path(cache_dir) if cache_dir else _cache_home() / "rllava_pl"
 
-    def load(self, *, temperature: float = 1.0, trainable: bool = True, empty: bool = False) -> Policy:
+    def load(
+        self, *, temperature: float = 1.0, trainable: bool = True, empty: bool = False, may_wait: bool = False
+    ) -> Policy:
         """As ``VLM.load``; also sets the number of threads."""
         import torch
 
         torch.set_num_threads(self.threads)
-        return super().load(temperature=temperature, trainable=trainable, empty=empty)
+        return super().load(temperature=temperature, trainable=trainable, empty=empty, may_wait=may_wait)
 
     def prepare(self, seed: int) -> None:
         """Build the model of this recipe and seed unless it is in the cache, and point ``path`` at it."""

@@ -16,7 +16,9 @@ from torch.optim import Optimizer
 
 from rllava_pl.models.trainable import hf_weights
 from rllava_pl.strategies import updates
+from rllava_pl.strategies.collectives import rank
 from rllava_pl.strategies.ddp import RLStrategyMixin
+from rllava_pl.strategies.pieces import Piece, even_bounds, gatherer
 from rllava_pl.strategies.sharding import CheckpointDirectory
 
 if TYPE_CHECKING:
@@ -246,14 +248,15 @@ def _(strategy: RLDeepSpeedStrategy, optimizer: ZeROOptimizer) -> None:
 
 @updates.full_weights.register(RLDeepSpeedStrategy)
 def _(strategy: RLDeepSpeedStrategy, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    return hf_weights(model, _gathered if strategy.stage == 3 else Tensor.detach)
+    cut = {id(p): _piece(p) for p in model.parameters() if hasattr(p, "ds_tensor")}
+    return hf_weights(model, gatherer(cut, strategy.root_device))
 
 
-def _gathered(x: Tensor) -> Tensor:
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([x]):
-        return x.detach().clone()
+def _piece(p: Tensor) -> Piece:
+    """Stage 3 cuts the flattened parameter into equal runs and pads the last, also where it keeps a whole one too."""
+    own, size = p.ds_tensor, p.ds_numel  # type: ignore[attr-defined]
+    bounds = even_bounds(size, own.ds_numel)
+    return Piece(own.detach().flatten()[: bounds[rank() + 1] - bounds[rank()]], bounds, p.ds_shape)  # type: ignore[attr-defined]
 
 
 @updates.in_step.register(RLDeepSpeedStrategy)

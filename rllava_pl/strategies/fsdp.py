@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-import torch.distributed
 from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
@@ -16,10 +15,12 @@ from torch.optim import Optimizer
 from rllava_pl.models.trainable import hf_weights
 from rllava_pl.strategies import updates
 from rllava_pl.strategies.ddp import RLStrategyMixin
-from rllava_pl.strategies.sharding import LocalShards, make_room, units
+from rllava_pl.strategies.pieces import Piece, gatherer, shifted
+from rllava_pl.strategies.sharding import LocalShards, make_room, units, values_of
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
     from transformers import PreTrainedModel
 
 
@@ -53,10 +54,11 @@ class RLFSDPStrategy(RLStrategyMixin, LocalShards, FSDPStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         """Wrap layer by layer; stock code takes no CPU for a device."""
         from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp._runtime_utils import _lazy_init
 
         if self._wrapped is not None and self._wrapped.module is model:  # it stays wrapped between the stages of a run
             return self._wrapped
-        whole = model.state_dict() if self.is_global_zero else {}
+        values = values_of(model)
         make_room(model)
         apart = {id(unit) for unit in units(model)}
         self._wrapped = FullyShardedDataParallel(
@@ -67,7 +69,8 @@ class RLFSDPStrategy(RLStrategyMixin, LocalShards, FSDPStrategy):
             sharding_strategy=self.sharding_strategy,
             **self.kwargs,
         )
-        self._fill(self._wrapped, whole)
+        _lazy_init(self._wrapped, self._wrapped)  # the first forward would do it; weights are asked for before
+        self.fill(self._wrapped, values)
         return self._wrapped
 
     def reshard(self) -> None:
@@ -77,16 +80,12 @@ class RLFSDPStrategy(RLStrategyMixin, LocalShards, FSDPStrategy):
         if self._wrapped._handle is not None:
             _reshard(self._wrapped, self._wrapped._handle, free_unsharded_flat_param=True)
 
-    def _fill(self, wrapped: nn.Module, whole: Mapping[str, Tensor]) -> None:
-        """Send the parameters of one unit after the other from rank 0; each rank keeps its part of them."""
-        prefixes = {id(module): f"{name}." for name, module in wrapped.named_modules()}
-        for modules in _opened(wrapped, writeback=True):
-            for module in modules:
-                for name, parameter in module.named_parameters(recurse=False):
-                    if self.is_global_zero:
-                        key = (prefixes[id(module)] + name).replace("_fsdp_wrapped_module.", "")
-                        parameter.data.copy_(whole[key])
-                    torch.distributed.broadcast(parameter.data, src=0)
+    def pieces(self) -> dict[int, Piece]:
+        """A parameter lies somewhere in its unit's flat one, of which every rank holds an equal run."""
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        units = FullyShardedDataParallel.fsdp_modules(self._wrapped)
+        return {key: piece for unit in units if unit._handle is not None for key, piece in _within(unit._handle)}
 
 
 StrategyRegistry.register("rl_fsdp", RLFSDPStrategy, description="FSDP for steps with many forwards")
@@ -104,25 +103,21 @@ def _(strategy: RLFSDPStrategy, optimizer: Optimizer, max_norm: float) -> Tensor
 
 @updates.full_weights.register(RLFSDPStrategy)
 def _(strategy: RLFSDPStrategy, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Unit by unit: what a layer holds, or what belongs to none, is gathered at a time."""
-    for modules in _opened(strategy.model, writeback=False):
-        yield from hf_weights(model, _copy, within={id(module) for module in modules})
+    strategy.reshard()
+    return hf_weights(model, gatherer(strategy.pieces(), strategy.root_device))
 
 
-def _copy(x: Tensor) -> Tensor:
-    """A gathered parameter is freed with its unit."""
-    return x.detach().clone()
-
-
-def _opened(wrapped: nn.Module, *, writeback: bool) -> Iterator[list[nn.Module]]:
-    """Gather one unit after the other; gives the modules whose own parameters are whole until the next is asked for."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    units = FullyShardedDataParallel.fsdp_modules(wrapped)
-    unit_of = {id(module): unit for unit in units for module in unit.modules()}  # outer units first, so inner ones win
-    for unit in units:
-        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback):
-            yield [module for module in unit.modules() if unit_of[id(module)] is unit]
+def _within(handle: FlatParamHandle) -> Iterator[tuple[int, Piece]]:
+    """The pieces of one flat parameter while it is cut, by the ids of the parameters it was made of."""
+    flat = handle.flat_param
+    run = flat._sharded_size.numel()
+    bounds = [run * r for r in range(handle.world_size + 1)]
+    offsets = zip(handle._get_flat_param_offsets(), flat._is_padding_mask, strict=True)
+    starts = [start for (start, _), is_padding in offsets if not is_padding]
+    for parameter, start, shape in zip(flat._params, starts, flat._shapes, strict=True):
+        begin = start - bounds[handle.rank]  # seen from this rank's run
+        own = flat.detach()[max(0, begin) : max(0, begin + shape.numel())]
+        yield id(parameter), Piece(own, shifted(bounds, start, shape.numel()), shape)
 
 
 @updates.parts.register(RLFSDPStrategy)
@@ -139,6 +134,6 @@ def _(strategy: RLFSDPStrategy) -> bool:
     return True
 
 
-@updates.reads_weights.register(RLFSDPStrategy)
-def _(strategy: RLFSDPStrategy) -> bool:
-    return strategy.is_global_zero
+@updates.loading.register(RLFSDPStrategy)
+def _(strategy: RLFSDPStrategy) -> updates.Loading:
+    return "waiting" if strategy.is_global_zero else "empty"

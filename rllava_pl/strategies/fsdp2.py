@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from rllava_pl.models.trainable import hf_weights
 from rllava_pl.strategies import updates
 from rllava_pl.strategies.ddp import RLStrategyMixin
-from rllava_pl.strategies.sharding import LocalShards, make_room, units
+from rllava_pl.strategies.pieces import Piece, even_bounds, gatherer
+from rllava_pl.strategies.sharding import LocalShards, make_room, units, values_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -74,19 +75,22 @@ class RLFSDP2Strategy(RLStrategyMixin, LocalShards, ModelParallelStrategy):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def pieces(self) -> dict[int, Piece]:
+        """Rows are cut: every rank holds equally many, the last ones fewer or none."""
+        return {id(p): _piece(p) for p in self.lightning_module.parameters() if isinstance(p, DTensor)}
+
     def _shard(self) -> None:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
         from torch.distributed.fsdp import fully_shard
 
         root, mesh = self.lightning_module, self.device_mesh["data_parallel"]
-        whole: dict[str, Any] = root.state_dict() if self.is_global_zero else {}
+        values = values_of(root)
         make_room(root)
         for unit in units(root):
             fully_shard(unit, mesh=mesh)
         name = type(root).__name__
         fully_shard(root, mesh=mesh)
         type(root).__name__ = name  # as summaries and logs know the algorithm
-        set_model_state_dict(root, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        self.fill(root, values)
         self.root._get_fsdp_state()._lazy_init()  # the first module that runs would else take itself for the root
 
 
@@ -107,7 +111,14 @@ def _(strategy: RLFSDP2Strategy, optimizer: Optimizer, max_norm: float) -> Tenso
 @updates.full_weights.register(RLFSDP2Strategy)
 def _(strategy: RLFSDP2Strategy, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     strategy.reshard()
-    return hf_weights(model, lambda x: (x.full_tensor() if isinstance(x, DTensor) else x).detach())
+    return hf_weights(model, gatherer(strategy.pieces(), strategy.root_device))
+
+
+def _piece(p: DTensor) -> Piece:
+    """Rows as ``torch.chunk`` deals them out, each of ``numel / rows`` elements."""
+    rows, ranks = p.shape[0], p.device_mesh.size()
+    run = -(-rows // ranks) * (p.numel() // max(1, rows))
+    return Piece(p.to_local().detach().flatten(), even_bounds(p.numel(), run), p.shape)
 
 
 @updates.parts.register(RLFSDP2Strategy)
@@ -125,6 +136,6 @@ def _(strategy: RLFSDP2Strategy) -> bool:
     return True
 
 
-@updates.reads_weights.register(RLFSDP2Strategy)
-def _(strategy: RLFSDP2Strategy) -> bool:
-    return strategy.is_global_zero
+@updates.loading.register(RLFSDP2Strategy)
+def _(strategy: RLFSDP2Strategy) -> updates.Loading:
+    return "waiting" if strategy.is_global_zero else "empty"

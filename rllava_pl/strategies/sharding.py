@@ -16,9 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from rllava_pl.models.stored import WAITING
 from rllava_pl.strategies.checkpoint_io import refuse_damaged
 from rllava_pl.strategies.durable import committed_directory, together
 from rllava_pl.strategies.manifest import FACTS
+from rllava_pl.strategies.pieces import Piece, overwrite
 
 LOOP_FILE = "loop.ckpt"
 """What Lightning stores beside weights and optimizer states; written by rank 0, read by all."""
@@ -49,6 +51,16 @@ def make_room(root: nn.Module) -> None:
             if parameter is not None and parameter.is_meta:
                 place = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
                 module._parameters[name] = places.setdefault(parameter, place)
+
+
+def values_of(root: nn.Module) -> dict[str, Tensor | None]:
+    """Parameters and persistent buffers by name, in the same order on all ranks; None where this rank has no value.
+
+    A parameter that waits for its value (see ``VLM.load``) is represented by it.
+    """
+    tensors = {name: x for name, x in root.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
+    found = {name: getattr(x, WAITING, x) for name, x in tensors.items()}
+    return {name: None if x.is_meta else x.detach() for name, x in found.items()}
 
 
 def _trained(module: nn.Module) -> bool:
@@ -117,6 +129,25 @@ class LocalShards(CheckpointDirectory):
     @abstractmethod
     def reshard(self) -> None:
         """Have this rank hold nothing but its parts."""
+
+    @abstractmethod
+    def pieces(self) -> dict[int, Piece]:
+        """What this rank holds of every parameter, by its id; it holds nothing but its parts."""
+
+    def fill(self, root: nn.Module, values: Mapping[str, Tensor | None]) -> None:
+        """Give parameters and persistent buffers rank 0's values, one tensor at a time; collective.
+
+        Args:
+            root: As it is wrapped.
+            values: From ``values_of`` before that; only those of rank 0 count.
+        """
+        pieces, device = self.pieces(), self.root_device
+        for name, p in root.named_parameters():
+            value = values[name.replace("_fsdp_wrapped_module.", "")]
+            pieces[id(p)].fill(value if self.is_global_zero else None, device)
+        for name, buffer in root.named_buffers():
+            if name.replace("_fsdp_wrapped_module.", "") in values:
+                overwrite(buffer, device)
 
     def save_shards(self, directory: Path) -> None:
         """Local parts of trained parameters and of optimizer states."""

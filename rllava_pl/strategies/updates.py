@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import singledispatch
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch.strategies import (
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Loading = Literal["whole", "waiting", "empty"]
 SUPPORTED = "use one of `auto`, `ddp`, `rl_ddp`, `rl_fsdp`, `rl_fsdp2`, `rl_deepspeed`"
 
 
@@ -133,9 +134,13 @@ def in_step(strategy: Strategy) -> bool:
 
 
 @singledispatch
-def reads_weights(strategy: object) -> bool:
-    """Whether this rank reads the checkpoint; where not, its empty parameters are filled when they are sharded."""
-    return True
+def loading(strategy: object) -> Loading:
+    """What a policy holds before the strategy cuts it.
+
+    ``whole``: its weights; ``waiting``: the same, but they may be left in the file, for they will be handed out;
+    ``empty``: nothing, they will be received.
+    """
+    return "whole"
 
 
 @restarts.register(SingleDeviceStrategy)

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from rllava_pl.models.policy import Policy
+from rllava_pl.models.stored import narrow_dtype
+from rllava_pl.models.vlm import VLM
 from rllava_pl.modules import PPO
 from rllava_pl.strategies import RLDeepSpeedStrategy, RLFSDP2Strategy, RLFSDPStrategy
-from rllava_pl.strategies.sharding import make_room, units
+from rllava_pl.strategies.pieces import Piece, even_bounds, gatherer, shifted
+from rllava_pl.strategies.sharding import make_room, units, values_of
 from rllava_pl.strategies.updates import check_accelerator
 from tests import runs
 
@@ -58,6 +61,45 @@ def test_shared_parameters_get_one_place() -> None:
     make_room(pair)
     assert pair[1].weight is pair[0].weight
     assert not any(p.is_meta for p in pair.parameters())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("shape", [(5, 3), (1, 4), (7,), (2, 2, 2)])
+def test_the_runs_of_all_ranks_are_the_whole(ranks: int, shape: tuple[int, ...], monkeypatch) -> None:
+    """A parameter of its own, and one that begins in the middle of a longer vector that is cut."""
+    monkeypatch.setattr("rllava_pl.strategies.pieces.world_size", lambda: ranks)
+    size = torch.Size(shape).numel()
+    for bounds in (even_bounds(size, -(-size // ranks)), shifted(even_bounds(100, -(-100 // ranks)), 41, size)):
+        assert len(bounds) == ranks + 1 and (bounds[0], bounds[-1]) == (0, size)
+        assert list(bounds) == sorted(bounds)
+
+
+def test_a_lone_rank_gathers_a_copy_of_what_it_was_given() -> None:
+    own, whole = torch.zeros(6), torch.arange(6.0, dtype=torch.bfloat16).view(2, 3)
+    piece = Piece(own, (0, 6), whole.shape)
+    piece.fill(whole, own.device)
+    gathered = gatherer({1: piece}, own.device)(whole)
+    assert gathered is not whole and torch.equal(gathered, whole)  # not cut: as it is
+    assert torch.equal(piece.gather(own.device), whole.float())
+    assert piece.gather(own.device).data_ptr() != own.data_ptr()
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_weights_of_a_narrow_file_wait_in_it(stored: torch.dtype, tmp_path) -> None:
+    """Shapes, dtypes and buffers are those of a policy that was read at once; a wide file is read at once."""
+    tiny = runs.tiny()
+    tiny.prepare(1)
+    read = tiny.load()
+    read.model.to(stored).save_pretrained(tmp_path)
+    read.processor.save_pretrained(tmp_path)
+    whole, waiting = VLM(str(tmp_path)).load(), VLM(str(tmp_path)).load(may_wait=True)
+    assert {p.is_meta for p in waiting.parameters()} == {stored == torch.bfloat16}
+    assert waiting.model.dtype == waiting.model.config.dtype == torch.float32
+    values = values_of(waiting)
+    for name, there in whole.state_dict().items():
+        assert torch.equal(values[name].to(there.dtype), there), name
+    (tmp_path / "model.safetensors").unlink()
+    assert narrow_dtype(str(tmp_path), "main") is None
 
 
 @pytest.mark.parametrize(

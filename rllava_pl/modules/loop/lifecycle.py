@@ -59,8 +59,10 @@ class Lifecycle(Checkpointing):
 
     def load_policy(self, *, trainable: bool = True) -> Policy:
         """A policy of the run's checkpoint; without values on a rank that gets them from another one."""
-        empty = self._trainer is not None and not updates.reads_weights(self.trainer.strategy)
-        policy = self.source.load(temperature=self.sampling.temperature, trainable=trainable, empty=empty)
+        how = "whole" if self._trainer is None else updates.loading(self.trainer.strategy)
+        policy = self.source.load(
+            temperature=self.sampling.temperature, trainable=trainable, empty=how == "empty", may_wait=how == "waiting"
+        )
         policy.always_sees = world_size() > 1 and hasattr(policy.processor, "image_processor")
         return policy
 

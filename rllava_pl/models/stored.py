@@ -1,0 +1,68 @@
+"""Weights that wait in their file until they are cut: a rank that fills the others needs no copy of a whole model.
+
+safetensors maps files into memory, so weights that are wanted as they are stored cost no memory of the process. Most
+checkpoints are in bfloat16, and float32 is what is trained: converted at once, they would be a copy of four bytes a
+parameter on the rank that reads. So they stay in bfloat16, and each is converted when its turn comes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WAITING = "waiting_value"
+"""Attribute of an empty parameter: its value, in another dtype."""
+NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtypes in the words of safetensors."""
+
+
+def narrow_dtype(path: str, revision: str) -> torch.dtype | None:
+    """The 16-bit dtype of all weights of a checkpoint; None if they have several, others, or are no safetensors."""
+    from transformers.utils import cached_file
+
+    try:
+        config = cached_file(path, "config.json", revision=revision)
+    except OSError:
+        return None
+    files = Path(config).parent.glob("*.safetensors") if config else ()
+    entries = [entry for file in files for name, entry in _header(file).items() if name != "__metadata__"]
+    found = {entry["dtype"] for entry in entries}
+    return NARROW.get(found.pop()) if len(found) == 1 else None
+
+
+def _header(file: Path) -> dict[str, dict[str, str]]:
+    """Of a safetensors file: eight bytes of length, then JSON."""
+    with file.open("rb") as stream:
+        header: dict[str, dict[str, str]] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return header
+
+
+def let_wait(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Make parameters of other dtypes empty ones of ``dtype`` that carry their values; shared ones stay shared.
+
+    Persistent buffers are converted.
+    """
+    places: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dtype != dtype:
+                module._parameters[name] = places.setdefault(parameter, _empty(parameter, dtype))
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to(dtype)
+    for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+        config.dtype = dtype
+    return model
+
+
+def _empty(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    empty = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="meta"), parameter.requires_grad)
+    setattr(empty, WAITING, parameter.detach())
+    return empty
