@@ -128,7 +128,7 @@ def run(options: argparse.Namespace, device: str, folder: Path) -> dict[str, obj
 class RandomVLM(VLM):
     """Random weights from a config, made on the device that will train them."""
 
-    def _load_model(self) -> PreTrainedModel:
+    def _load_model(self, may_wait: bool) -> PreTrainedModel:
         from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
         config = AutoConfig.from_pretrained(self.path)

@@ -71,7 +71,7 @@ FAULTS = {
     "sleeps": (_hang, "timeout"),
     "spins": (_spin, "timeout"),
     "eats memory": (lambda: Score(float(len(bytearray(1 << 40)))), "memory"),
-    "eats memory bit by bit": (lambda: Score(float(len([bytearray(1 << 20) for _ in range(1 << 20)]))), "memory"),
+    "eats memory bit by bit": (lambda: Score(float(len([bytearray(1 << 24) for _ in range(1 << 16)]))), "memory"),
     "exits": (lambda: sys.exit(0), "exception"),
     "exits hard": (lambda: os._exit(0), "crash"),
     "segfaults": (lambda: ctypes.string_at(0), "crash"),

@@ -37,6 +37,7 @@ class HostGradients:
         self._sums: dict[Tensor, Tensor] = {}  # memory is kept from step to step
         self._present: dict[Tensor, None] = {}  # in the order of arrival
         self._scale = torch.ones((), device="cpu")
+        self._stretch = torch.empty(0, device="cpu")
 
     def watch(self, parameter: Parameter) -> None:
         """Take this parameter's gradients from now on, in place of whoever took them before."""
@@ -85,9 +86,13 @@ class HostGradients:
         return self._sums[parameter] if parameter in self._present else None
 
     def scaled(self, x: Tensor) -> Tensor:
-        """A stretch of a sum, clipped, in fp32; the stretch itself where nothing changes."""
-        unchanged = x.dtype == torch.float32 and float(self._scale) == 1.0
-        return x if unchanged else x.float() * self._scale
+        """A stretch of a sum, clipped, in fp32; the stretch itself where nothing changes, else valid until the next."""
+        if x.dtype == torch.float32 and float(self._scale) == 1.0:
+            return x
+        if len(self._stretch) < len(x):
+            self._stretch = torch.empty(len(x), device="cpu")  # new memory every time would be cleared every time
+        held = self._stretch[: len(x)]
+        return torch.mul(x, self._scale, out=held) if x.dtype == held.dtype else held.copy_(x).mul_(self._scale)
 
     def clear(self) -> None:
         """Forget all sums, and what is still on its way to them."""

@@ -16,6 +16,8 @@ from rllava_pl.strategies.host.gradients import HostGradients
 from rllava_pl.strategies.host.lanes import lane_to, spans
 from rllava_pl.strategies.host.storage import BFloat16, Float8, Float32, Int8, Stored
 
+STRETCH = DECK
+"""Numbers updated at a time: few enough to stay in the cache of a core, many enough for the start not to count."""
 Precision = Literal["float32", "bfloat16", "int8"]
 _MOMENTS: dict[str, tuple[Callable[[int], Stored], Callable[[int], Stored]]] = {
     "float32": (Float32.zeros, Float32.zeros),
@@ -147,11 +149,14 @@ class HostAdamW(Optimizer):
         """One step of one parameter, a stretch that fits the cache at a time."""
         state = self._state(p)
         state.step = state.step + 1
-        weights, lane = p.view(-1), self._lane(p.device)
+        seed = (index, int(state.step))
+        weights, lane = p.detach().view(-1), self._lane(p.device)
+        rates = {name: group[name] for name in ("lr", "weight_decay", "eps")}
         beta1, beta2 = group["betas"]
-        for span in spans(len(weights), _stretch()):
+        for span in spans(p.numel(), STRETCH):
+            target = weights[span]
             parts = {name: part.read(span) for name, part in state.parts.items()}
-            weight = parts["master"] if "master" in parts else lane.fetch(weights[span]).float()
+            weight = parts["master"] if "master" in parts else lane.fetch(target).float()
             torch._fused_adamw_(
                 [weight],
                 [self._sums.scaled(gradient[span])],
@@ -159,20 +164,17 @@ class HostAdamW(Optimizer):
                 [parts["exp_avg_sq"]],
                 [],
                 [state.step],
-                lr=group["lr"],
+                **rates,
                 beta1=beta1,
                 beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
                 amsgrad=False,
                 maximize=False,
             )
-            seed = (index, int(state.step))
             for name, part in state.parts.items():
                 part.write(span, parts[name], (name, *seed))
             if "master" not in parts and p.dtype == torch.bfloat16:
                 weight = on_bfloat16_grid(weight, draw(deck(16), span.start, len(weight), "weight", *seed))
-            lane.deliver(weight, weights[span])
+            lane.deliver(weight, target)
 
     def _state(self, p: Tensor) -> HostState:
         """The state of a parameter, made at its first step."""
@@ -204,11 +206,6 @@ class HostAdamW(Optimizer):
         for index, p in enumerate(self._parameters()):
             if index in state_dict["state"]:
                 self._state(p).restore(state_dict["state"][index], self.precisions["states"])
-
-
-def _stretch() -> int:
-    """Numbers updated at a time: what is read and written fits the cache of one core, or of several."""
-    return DECK // 2 if torch.get_num_threads() == 1 else DECK
 
 
 def _check(p: Tensor) -> None:

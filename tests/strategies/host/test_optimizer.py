@@ -171,10 +171,10 @@ def test_how_a_batch_is_split_changes_nothing(states: str) -> None:
 
 @pytest.mark.parametrize("states", ["bfloat16", "int8"])
 def test_rounding_does_not_depend_on_how_a_tensor_is_cut(monkeypatch: pytest.MonkeyPatch, states: str) -> None:
-    """That follows the number of threads, and a run may be resumed with another one."""
+    """A run may be resumed with a later version that cuts otherwise."""
     ends = []
     for stretch in (DECK, DECK // 2, DECK // 16):
-        monkeypatch.setattr(module, "_stretch", lambda size=stretch: size)
+        monkeypatch.setattr(module, "STRETCH", stretch)
         weight = nn.Parameter(torch.linspace(-1, 1, DECK + 999).bfloat16())
         optimizer = host([weight], states=states)
         for _ in range(2):
