@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import socket
@@ -23,11 +24,17 @@ def run(task: Task, log: Path, ranks: int = 1, limit_seconds: float = 120.0, tog
         task: What each rank does.
         log: Where their output goes.
         ranks: Number of processes.
-        limit_seconds: After which all are killed, for a test that fails instead of hanging.
+        limit_seconds: After which all are killed, for a test that fails instead of hanging; a moment before, the log
+            gets what every thread is doing.
         together: As on a machine where the others are killed too when one process of a run is.
     """
+
+    def watched(rank: int) -> None:
+        faulthandler.dump_traceback_later(0.9 * limit_seconds)
+        task(rank)
+
     port = free_port() if ranks > 1 else 0
-    pids = [_fork(task, rank, ranks, port, log) for rank in range(ranks)]
+    pids = [_fork(watched, rank, ranks, port, log) for rank in range(ranks)]
     return _wait(pids, time.monotonic() + limit_seconds, together)
 
 
