@@ -31,7 +31,8 @@ class MemoryReport(Callback):
     On a GPU the peak is that of torch's allocator, with what else the card holds at the end of the phase (context, an
     engine's own memory). On a CPU (Linux) it is the growth of the process since the first rollout began, plus the
     weights that were loaded by then: interpreter and libraries are not counted. The plan takes every response to be as
-    long as ``sampling.max_tokens``, and every prompt as long as the longest of the first rollout. Rank 0 alone reports.
+    long as ``sampling.max_tokens``, and every prompt as long as the longest of the first rollout. Rank 0 alone reports,
+    and of several reports in a run, such as the CLI's and one of an overlay, only the first.
 
     Args:
         predict: Make the plan before the first rollout; a few seconds.
@@ -43,18 +44,21 @@ class MemoryReport(Callback):
         """GiB by phase."""
         self.measured: dict[str, float] = {}
         """Largest GiB by phase, of the whole run."""
+        self._reports = False
         self._meter: Meter | None = None
         self._running: list[list[int | str]] = []
         self._recent: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Be told of phases."""
-        if trainer.is_global_zero:
-            cast("RLModule", pl_module).observers.append(self)
+        observers = cast("RLModule", pl_module).observers
+        self._reports = trainer.is_global_zero and not any(isinstance(x, MemoryReport) for x in observers)
+        if self._reports:
+            observers.append(self)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Before the first rollout: plan, and take stock."""
-        if self._meter is not None or not trainer.is_global_zero:
+        if self._meter is not None or not self._reports:
             return
         module = cast("RLModule", pl_module)
         if self.predict:
@@ -87,7 +91,7 @@ class MemoryReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Log the rollout that has just ended."""
-        if not trainer.is_global_zero:
+        if not self._reports:
             return
         recent, self._recent = self._recent, {}
         self.measured |= {name: max(size, self.measured.get(name, 0.0)) for name, size in recent.items()}
@@ -99,8 +103,14 @@ class MemoryReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A table of all phases."""
-        if trainer.is_global_zero and self.measured:
+        if self._reports and self.measured:
             _print(self.measured, self.predicted)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Be told of nothing any more, however the run ended."""
+        observers = cast("RLModule", pl_module).observers
+        if self in observers:
+            observers.remove(self)
 
     def _plan(self, trainer: Trainer, module: RLModule, batch: PromptBatch) -> dict[str, float]:
         """Predicted GiB by phase; nothing, and a line in the log, where there is no plan for this run."""

@@ -40,7 +40,8 @@ TRAINER_DEFAULTS = {
     },
 }
 CALLBACKS = [
-    {"class_path": f"rllava_pl.callbacks.{name}"} for name in ("RolloutProgressBar", "RolloutCheckpoint", "Watchdog")
+    {"class_path": f"rllava_pl.callbacks.{name}"}
+    for name in ("RolloutProgressBar", "RolloutCheckpoint", "Watchdog", "MemoryReport")
 ]
 """Callbacks of a run whose config names none."""
 LINKS = {

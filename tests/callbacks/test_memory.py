@@ -61,6 +61,17 @@ def test_every_rollout_logs_both(tmp_path, capsys):
     assert "peak memory" in capsys.readouterr().out
 
 
+@linux
+def test_of_two_reports_one_speaks_and_a_second_run_has_its_own(tmp_path, capsys):
+    module = runs.module()
+    for reports in ([MemoryReport(), MemoryReport()], [MemoryReport()]):
+        module.max_rollouts = module.rollout_index + 1
+        runs.trainer(tmp_path, callbacks=reports).fit(module, runs.data())
+        assert [bool(report.measured) for report in reports] == [True, False][: len(reports)]
+        assert capsys.readouterr().out.count("peak memory") == 1
+        assert module.observers == []
+
+
 def test_a_run_without_a_plan_is_measured_all_the_same(tmp_path, monkeypatch, caplog):
     def fails(*_: object) -> None:
         raise ValueError("no memory plan for this")
