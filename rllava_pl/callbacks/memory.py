@@ -184,7 +184,17 @@ def meter(module: nn.Module) -> Meter:
     parameters = {id(p): p for p in module.parameters()}.values()
     if any(p.is_cuda for p in parameters):
         return CUDAMeter()
-    return ProcessMeter(loaded=sum(p.nbytes for p in parameters))
+    files = _mapped_files()
+    own = (p for p in parameters if not (p.requires_grad and any(p.data_ptr() in places for places in files)))
+    return ProcessMeter(loaded=sum(p.nbytes for p in own))
+
+
+def _mapped_files() -> list[range]:
+    """Addresses of files that are mapped into this process (Linux)."""
+    maps = Path("/proc/self/maps")
+    lines = [line.split() for line in maps.read_text().splitlines()] if maps.exists() else []
+    ends = (line[0].split("-") for line in lines if line[4] != "0")
+    return [range(int(start, 16), int(end, 16)) for start, end in ends]
 
 
 class CUDAMeter:
@@ -207,7 +217,8 @@ class ProcessMeter:
     Freed memory that the C library holds on to is given back at every restart: it would hide what the next phase needs.
 
     Args:
-        loaded: Bytes of weights that were loaded by then and count.
+        loaded: Bytes of weights that were loaded by then and count. Those that will be trained and are still pages of
+            their file do not: they begin to count when the first update writes them.
     """
 
     STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

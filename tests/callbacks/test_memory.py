@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rllava_pl.callbacks import MemoryReport
 from rllava_pl.callbacks.memory import ProcessMeter
+from rllava_pl.callbacks.memory import meter as meter_of
 from tests import runs
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
@@ -25,6 +27,22 @@ def test_the_meter_sees_what_was_touched_and_forgets_at_a_restart():
     assert meter.peak() == pytest.approx(69 * MIB, abs=8 * MIB)
     meter.restart()
     assert meter.peak() < 20 * MIB
+
+
+@linux
+@pytest.mark.parametrize("trainable", [True, False])
+def test_weights_that_are_still_in_their_file_count_when_they_are_written(tmp_path, trainable):
+    """Else those that an update has written would count twice: as loaded, and as growth."""
+    file = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.ones(4 * MIB)}, file)
+    policy = torch.nn.Linear(1, 1)
+    policy.weight = torch.nn.Parameter(load_file(file)["weight"], requires_grad=trainable)
+    meter = meter_of(policy)
+    assert meter.peak() == pytest.approx(0 if trainable else 16 * MIB, abs=4 * MIB)
+    with torch.no_grad():
+        policy.weight.add_(1.0)
+    if trainable:
+        assert meter.peak() == pytest.approx(16 * MIB, abs=4 * MIB)
 
 
 class Steps:

@@ -161,9 +161,11 @@ class _Budget:
         """What the first step adds."""
         place = self.placement
         moments = self.trained * (place.moment_bytes or self.optimizer.moment_bytes)
+        spared = place.spares_masters and not self.on_gpu and self.shapes.weight_bytes == 4
+        masters = 0.0 if spared else self.trained * place.master_bytes
         lines = [
             self._at(place.states, "optimizer moments", self._cut("states", moments)),
-            self._at(place.states, "master weights", self._cut("states", self.trained * place.master_bytes)),
+            self._at(place.states, "master weights", self._cut("states", masters)),
             Line("communication buffers", gpu=place.buffer_elements * self.shapes.weight_bytes),
         ]
         if place.gradients == "host":

@@ -32,6 +32,8 @@ class Placement:
     """0: what the optimizer itself keeps."""
     master_bytes: float = 0.0
     """Of a copy of the weights in higher precision."""
+    spares_masters: bool = False
+    """Whether fp32 weights that lie where the optimizer computes are their own masters."""
     gradient_copies: float = 0.0
     """Further copies of all gradients on the GPU, as a part of them."""
     whole_parameters: int = 0
@@ -93,6 +95,7 @@ def host_adamw(states: str = "float32", gradients: str = "float32") -> Placement
         gradient_bytes=4.0 if gradients == "float32" else 2.0,
         moment_bytes=moments,
         master_bytes=master,
+        spares_masters=True,
     )
 
 

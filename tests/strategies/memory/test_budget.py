@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from rllava_pl.strategies.memory import Engine, Placement, Prompts, Settings, Source, parse_bytes
@@ -115,6 +117,14 @@ def test_the_host_optimizer_leaves_weights_and_activations_on_the_gpu(states, gr
     assert gpu("update", placement=placement) == 2000 + 70
     assert gpu("optimizer", placement=placement) == 2000
     assert host("update", placement=placement) - STAGING_BYTES == pytest.approx(800 * bytes_a_parameter, abs=1)
+
+
+@pytest.mark.parametrize(("weight_bytes", "bytes_a_parameter"), [(2, 16), (4, 12)])
+def test_on_a_host_that_trains_its_own_weights_fp32_needs_no_masters(weight_bytes, bytes_a_parameter):
+    shapes = dataclasses.replace(SHAPES, weight_bytes=weight_bytes)
+    settings = Settings(Source("none"), placement=host_adamw(), device="cpu", engine=SERVER)
+    found = next(phase for phase in phases(shapes, settings, STEPS, ADAMW) if phase.name == "save")
+    assert found.host == 1000 * weight_bytes + 800 * bytes_a_parameter
 
 
 @pytest.mark.parametrize(
