@@ -125,7 +125,7 @@ def train(task: Task) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         with (Path(folder) / "log").open("w") as file, redirect_stdout(file), redirect_stderr(file):
             cli = command([*task.arguments, f"--trainer.default_root_dir={folder}"])
-        (test,) = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+            (test,) = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     return Run(
         method=task.method,
         seed=task.seed,

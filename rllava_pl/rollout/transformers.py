@@ -142,6 +142,7 @@ class TransformersEngine:
         position = next_positions(inputs["position_ids"])[row_of_N][:, None]
         axes = inputs["position_ids"].ndim == 3
         tokens = sampler.draw(out.logits[row_of_N, -1])
+        del inputs, out  # pixels are large, and not needed any more
         while not sampler.finished:
             if (kept := sampler.drop_finished()) is not None:
                 cache.batch_select_indices(kept)

@@ -223,16 +223,21 @@ class _Budget:
         return lines
 
     def _embedded(self) -> list[Line]:
-        """The embedded engine while it samples: cache, one layer of it twice while it grows, prompts, draws."""
+        """The embedded engine: at its peak it reads prompts, or draws last tokens, one layer of the cache twice."""
         shapes, settings = self.shapes, self.settings
-        rows = min(settings.engine.batch_prompts, settings.batch_prompts) * settings.group
-        cache = kv_cache_bytes(rows, settings.prompts.tokens + settings.max_tokens, shapes.kv_bytes)
-        draws = rows * shapes.vocabulary * SAMPLER_BYTES
-        return [
+        prompts = min(settings.engine.batch_prompts, settings.batch_prompts)
+        rows, length = prompts * settings.group, settings.prompts.tokens
+        cache = kv_cache_bytes(rows, length + settings.max_tokens, shapes.kv_bytes)
+        reading = [
+            Line("KV cache of prompts", gpu=kv_cache_bytes(prompts, length, shapes.kv_bytes)),
+            Line("reading prompts", gpu=self.steps.prefill),
+        ]
+        drawing = [
             Line("KV cache", gpu=cache),
             Line("KV cache that grows", gpu=cache // shapes.layers),
-            Line("reading prompts, drawing tokens", gpu=max(draws, self.steps.prefill)),
+            Line("drawing tokens", gpu=rows * shapes.vocabulary * SAMPLER_BYTES),
         ]
+        return max(reading, drawing, key=lambda lines: sum(line.gpu for line in lines))
 
     # -- phases ------------------------------------------------------------------------------------------------------
 
