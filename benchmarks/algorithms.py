@@ -122,8 +122,8 @@ def train(task: Task) -> Run:
     from rllava_pl.cli import main as command
 
     wall, cpu = time.perf_counter(), time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        with (Path(folder) / "log").open("w") as file, redirect_stdout(file), redirect_stderr(file):
+    with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w") as file:
+        with redirect_stdout(file), redirect_stderr(file):
             cli = command([*task.arguments, f"--trainer.default_root_dir={folder}"])
             (test,) = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     return Run(
