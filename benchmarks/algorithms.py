@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -122,10 +122,13 @@ def train(task: Task) -> Run:
     from rllava_pl.cli import main as command
 
     wall, cpu = time.perf_counter(), time.process_time()
-    with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w") as file:
-        with redirect_stdout(file), redirect_stderr(file):
-            cli = command([*task.arguments, f"--trainer.default_root_dir={folder}"])
-            (test,) = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        log = stack.enter_context(Path(folder, "log").open("w"))
+        stack.enter_context(redirect_stdout(log))
+        stack.enter_context(redirect_stderr(log))
+        cli = command([*task.arguments, f"--trainer.default_root_dir={folder}"])
+        (test,) = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     return Run(
         method=task.method,
         seed=task.seed,
