@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 
 from rllava_pl.datamodules import SyntheticVisionDataModule
@@ -121,33 +121,43 @@ def read(field: str) -> float:
 
 
 def work(name: str, checkpoint: str, output: Path) -> None:
-    """One rank: two passes of GRPO with SGD."""
+    """One rank."""
     torch.set_num_threads(1)
     VLM(checkpoint).load(empty=True)  # imports what a load needs
     for library in LIBRARIES[name if name in LIBRARIES else "rl_deepspeed"]:
         import_module(library)
     memory = Memory()
+    fit(name, VLM(checkpoint), SyntheticVisionDataModule(train_size=16, batch_size=2), memory, group=2, tokens=4)
+    finish(memory.facts, output / f"{name}-{rank()}.json")
+
+
+def fit(name: str, vlm: VLM, data: LightningDataModule, callback: Callback, *, group: int, tokens: int) -> None:
+    """A few passes of GRPO with SGD under a strategy."""
     module = GRPO(
-        VLM(checkpoint),
+        vlm,
         [AnswerTagReward()],
-        group_size=2,
-        sampling=Sampling(max_tokens=4),
-        max_rollouts=2,
+        group_size=group,
+        sampling=Sampling(max_tokens=tokens),
+        max_rollouts=3,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
     )
     ranks = int(os.environ["WORLD_SIZE"])
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
     quiet |= {"enable_model_summary": False, "max_epochs": -1, "use_distributed_sampler": False}
-    trainer = Trainer(accelerator="cpu", devices=ranks, strategy=strategy(name), callbacks=[memory], **quiet)
-    trainer.fit(module, SyntheticVisionDataModule(train_size=16, batch_size=2))
-    (output / f"{name}-{rank()}.json").write_text(json.dumps(memory.facts))
+    trainer = Trainer(accelerator="cpu", devices=ranks, strategy=strategy(name), callbacks=[callback], **quiet)
+    trainer.fit(module, data)
+
+
+def finish(facts: dict[str, float], file: Path) -> None:
+    """Write what this rank found, and leave together."""
+    file.write_text(json.dumps(facts))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def launch(name: str, checkpoint: Path, output: Path) -> list[dict[str, float]]:
-    """The facts of both ranks."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+def launch(script: str, name: str, checkpoint: Path, output: Path) -> list[dict[str, float]]:
+    """The facts of both ranks of a script's worker."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
     environment = os.environ | HEAP | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*torchrun, "--worker", name, str(checkpoint), str(output)], env=environment, capture_output=True, text=True
@@ -177,7 +187,7 @@ def main() -> None:
         print("| strategy | held | rests when loaded | peak while loading | extra peak of stream | largest | seconds |")
         print("|---|---|---|---|---|---|---|")
         for name in options.strategies:
-            a, b = launch(name, checkpoint, Path(directory))
+            a, b = launch(__file__, name, checkpoint, Path(directory))
             keys = ("held", "rests", "load_peak", "stream_peak")
             pairs = [f"{a[key]:.0f} / {b[key]:.0f}" for key in keys]
             row = [name, *pairs, f"{a['largest_tensor']:.0f}", f"{a['pass_seconds']:.1f}"]
