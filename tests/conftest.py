@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
 
 # Before torch and transformers are imported, in this process and in every process a test starts.
 os.environ.update(
@@ -23,14 +22,6 @@ import torch
 
 torch.set_num_threads(1)
 torch.set_num_interop_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def no_process_group_is_left() -> Iterator[None]:
-    """A fork of this process would take over the group of an earlier test, whose threads it lacks, and wait forever."""
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

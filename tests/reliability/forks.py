@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 Task = Callable[[int], None]
 """What a process does, given its rank."""
 
@@ -28,6 +30,7 @@ def run(task: Task, log: Path, ranks: int = 1, limit_seconds: float = 120.0, tog
             gets what every thread is doing.
         together: As on a machine where the others are killed too when one process of a run is.
     """
+    assert not torch.distributed.is_initialized(), "an earlier test left a process group; a fork lacks its threads"
 
     def watched(rank: int) -> None:
         faulthandler.dump_traceback_later(0.9 * limit_seconds)

@@ -77,3 +77,4 @@ def test_ranks_that_exchange_gradients_are_refused(tmp_path: Path) -> None:
     trainer = runs.trainer(tmp_path, strategy="rl_ddp", devices=1)
     with pytest.raises(ValueError, match="HostAdamW takes gradients away before RLDDPStrategy can exchange them"):
         trainer.fit(module, runs.data(batch_size=4))
+    torch.distributed.destroy_process_group()  # Lightning leaves it, and forks of later tests would inherit it
