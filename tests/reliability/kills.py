@@ -2,6 +2,7 @@
 
 python -m tests.reliability.kills --trials 50 --workers 2
 python -m tests.reliability.kills --trials 10 --ranks 2
+python -m tests.reliability.kills --trials 10 --ranks 2 --sharded
 """
 
 from __future__ import annotations
@@ -64,9 +65,10 @@ def reference(root: Path, ranks: int, every_n_rollouts: int = 1) -> tuple[object
 
 
 def end_of(root: Path) -> tuple[object, object]:
-    """Final state, and the metrics of each pass and validation."""
+    """Final states of all ranks, and the metrics of each pass and validation."""
     metrics = {(line["step"], min(line["metrics"])): line["metrics"] for line in victim.record(root)}
-    return torch.load(root / "final-0.pt", weights_only=True), sorted(metrics.items())
+    states = [torch.load(path, weights_only=True) for path in sorted(root.glob("final-*.pt"))]
+    return states, sorted(metrics.items())
 
 
 def trial(root: Path, at: int, ranks: int, other_file_system: bool, outcome: Outcome, expected: object) -> None:
@@ -172,7 +174,11 @@ def arguments(trials: int) -> dict[str, int]:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
-    return vars(parser.parse_args())
+    parser.add_argument("--sharded", action="store_true", help="the ranks cut the model (rl_fsdp2)")
+    options = vars(parser.parse_args())
+    if options.pop("sharded"):
+        os.environ[victim.SHARDED] = "1"  # forks inherit it
+    return options
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Asks a run to leave in the middle of a phase, looks how it ends, resumes it and compares.
 
 python -m tests.reliability.stops --trials 40 --workers 2
-python -m tests.reliability.stops --trials 10 --ranks 2
+python -m tests.reliability.stops --trials 10 --ranks 2 --sharded
 """
 
 from __future__ import annotations

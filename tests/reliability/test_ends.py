@@ -17,7 +17,7 @@ Outcome = dict[str, object]
 
 def campaign(module: str, **options: int) -> Outcome:
     """What ``python -m tests.reliability.<module>`` found."""
-    words = [f"--{name}={value}" for name, value in options.items()]
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", f"tests.reliability.{module}", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -43,8 +43,9 @@ def test_killed_runs_end_in_the_same_weights_and_lose_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_do_too() -> None:
-    check_kills(campaign("kills", trials=2, ranks=2))
+@pytest.mark.parametrize("options", [{}, {"sharded": True}], ids=["whole", "sharded"])
+def test_two_processes_that_are_killed_do_too(options: dict[str, int]) -> None:
+    check_kills(campaign("kills", trials=2, ranks=2, **options))
 
 
 @pytest.mark.slow
@@ -61,16 +62,19 @@ def test_ranks_commit_a_directory_together_or_not_at_all() -> None:
     assert found["left"] == ["a.ckpt", "log", "said-0.json", "said-1.json"]
 
 
+TWO = [{"trials": 10, "ranks": 2}, {"trials": 10, "ranks": 2, "sharded": True}]
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("options", [{"trials": 50, "workers": 2}, {"trials": 10, "ranks": 2}], ids=["one", "two"])
+@pytest.mark.parametrize("options", [{"trials": 50, "workers": 2}, *TWO], ids=["one", "two", "sharded"])
 def test_many_kills(options: dict[str, int]) -> None:
     check_kills(campaign("kills", **options))
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("options", [{"trials": 40, "workers": 2}, {"trials": 10, "ranks": 2}], ids=["one", "two"])
+@pytest.mark.parametrize("options", [{"trials": 40, "workers": 2}, *TWO], ids=["one", "two", "sharded"])
 def test_many_signals(options: dict[str, int]) -> None:
     found = campaign("stops", **options)
     check_stops(found)

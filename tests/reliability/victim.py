@@ -7,21 +7,28 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from rllava_pl.callbacks import RolloutCheckpoint
 from rllava_pl.modules import GRPO, RLModule
+from rllava_pl.strategies import RLFSDP2Strategy
 from rllava_pl.strategies.checkpoint_io import AtomicCheckpointIO
+from rllava_pl.strategies.sharding import CheckpointDirectory
 from rllava_pl.types import Sampling
 from tests import runs
 
 ROLLOUTS = 5
+SHARDED = "VICTIM_SHARDED"
+"""Environment variable: two processes cut the model (``rl_fsdp2``), and a checkpoint is a directory."""
 BETWEEN = "between"
 """Outside all phases: data, callbacks, pruning."""
 WRITE = "write"
@@ -115,11 +122,12 @@ def train(root: Path, clock: Clock, every_n_rollouts: int = 1) -> None:
         sampling=Sampling(max_tokens=4),
     )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    several = RLFSDP2Strategy(allow_cpu=True) if SHARDED in os.environ else "rl_ddp"
     trainer = runs.trainer(
         root,
         callbacks=[saved, Watched(clock)],
         logger=Record(root / "record.jsonl", saved),
-        strategy="rl_ddp" if ranks > 1 else "auto",
+        strategy=several if ranks > 1 else "auto",
         devices=ranks,
         limit_val_batches=2,
         val_check_interval=2,
@@ -132,9 +140,9 @@ def train(root: Path, clock: Clock, every_n_rollouts: int = 1) -> None:
 
 
 def state(module: RLModule) -> dict[str, object]:
-    """All that must not depend on what happened on the way."""
+    """All that must not depend on what happened on the way; of tensors that are cut, this rank's parts."""
     optimizer = module.optimizers().optimizer
-    return {
+    found = {
         "weights": module.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": module.lr_schedulers().state_dict(),
@@ -142,6 +150,8 @@ def state(module: RLModule) -> dict[str, object]:
         "rounds": module.collection.rounds,
         "step": module.trainer.global_step,
     }
+    own: dict[str, object] = tree_map_only(DTensor, DTensor.to_local, found)
+    return own
 
 
 def record(root: Path) -> list[dict[str, object]]:
@@ -166,20 +176,22 @@ def difference(a: object, b: object, place: str = "") -> str:
 @contextmanager
 def marking_writes(clock: Clock) -> Iterator[None]:
     """Tell the clock when a checkpoint is being written."""
-    plain = AtomicCheckpointIO.save_checkpoint
 
-    def marked(self: AtomicCheckpointIO, *args: object, **options: object) -> None:
-        clock.phase_begins(WRITE)
-        try:
-            plain(self, *args, **options)
-        finally:
-            clock.phase_ends(WRITE)
+    def marked(save: Callable[..., None]) -> Callable[..., None]:
+        def marks(*args: object, **options: object) -> None:
+            clock.phase_begins(WRITE)
+            try:
+                save(*args, **options)
+            finally:
+                clock.phase_ends(WRITE)
 
-    AtomicCheckpointIO.save_checkpoint = marked
-    try:
+        return marks
+
+    with ExitStack() as stack:
+        for writer in (AtomicCheckpointIO, CheckpointDirectory):
+            save = marked(writer.save_checkpoint)
+            stack.enter_context(patch.object(writer, "save_checkpoint", save))
         yield
-    finally:
-        AtomicCheckpointIO.save_checkpoint = plain
 
 
 def moments(spans: list[tuple[str, int]], calls: int) -> dict[str, list[range]]:
