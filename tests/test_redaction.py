@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -116,7 +119,18 @@ def test_what_was_hidden_is_still_told(run: tuple[Path, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["api_key", "openai_api_key", "apikey", "password", "hf_token", "token", "client_secret"]
+    "name",
+    [
+        "api_key",
+        "openai_api_key",
+        "apikey",
+        "x-api-key",
+        "openai_key",
+        "password",
+        "github_token",
+        "token",
+        "client_secret",
+    ],
 )
 def test_names_of_secrets(name: str) -> None:
     assert is_secret(name)
@@ -170,3 +184,61 @@ def test_a_module_keeps_a_key_out_of_its_hyperparameters() -> None:
     assert module.api_key == "abcdefgh-ijkl"
     assert "api_key" not in module.hparams and "api_key" not in module.hparams_initial
     assert torch.tensor(module.hparams["group_size"]) == 4
+
+
+def test_all_that_stands_under_a_secret_name_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists, tables and numbers too; nothing and a switch are no secrets."""
+    monkeypatch.setattr(redaction, "_given", set())
+    config = {
+        "password": 987654321,
+        "api_key": ["first-key-1", {"second": "second-key-2"}],
+        "secret": None,
+        "token": False,
+    }
+    redaction.hide(config)
+    assert redacted(config) == {"password": HIDDEN, "api_key": HIDDEN, "secret": None, "token": False}
+    assert redact("987654321 first-key-1 second-key-2") == " ".join([HIDDEN] * 3)
+
+
+def test_secrets_within_repr_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = 'back\\slash"5ecret'
+    monkeypatch.setenv("SOME_TOKEN", secret)
+    assert redact(f"{secret!r} {json.dumps([secret])} {secret}") == f"'{HIDDEN}' [\"{HIDDEN}\"] {HIDDEN}"
+
+
+def test_warnings_threads_and_destructors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "tell-nobody")
+
+    class Loud:
+        def __del__(self) -> None:
+            raise ValueError("tell-nobody at the end")
+
+    def fail() -> None:
+        raise ValueError("tell-nobody in a thread")
+
+    with redacted_logs():
+        text = warnings.formatwarning("tell-nobody of it", UserWarning, __file__, 1)
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        loud = Loud()
+        del loud
+    printed = text + capsys.readouterr().err
+    assert "tell-nobody" not in printed
+    assert all(f"{HIDDEN} {what}" in printed for what in ("of it", "in a thread", "at the end"))
+
+
+def test_a_module_hides_keys_within_its_hyperparameters() -> None:
+    class Mine(runs.GRPO):
+        def __init__(self, *args: object, judge: dict[str, str], **options: object) -> None:
+            super().__init__(*args, **options)
+            self.judge = judge
+
+    module = runs.module(Mine, judge={"api_key": "abcdefgh-ijkl", "url": "there"})
+    assert module.judge["api_key"] == "abcdefgh-ijkl"
+    for hparams in (module.hparams, module.hparams_initial):
+        assert hparams["judge"] == {"api_key": HIDDEN, "url": "there"}
+
+
+def test_escaped() -> None:
+    assert redaction.escaped("\x1b[2Jöl\n\u202e") == "\\x1b[2Jöl\\n\\u202e"

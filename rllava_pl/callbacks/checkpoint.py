@@ -76,8 +76,14 @@ class RolloutCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save a run that was asked to leave; after an error nobody knows what is in memory."""
-        if isinstance(exception, SIGTERMException) and _trains(trainer):
+        if not isinstance(exception, SIGTERMException) or not _trains(trainer):
+            return
+        try:
             self._save(trainer, cast(RLModule, pl_module))
+        except OSError as error:  # raised, it would keep the callbacks behind from leaving: exit code, SLURM's queue
+            kept = f"the last checkpoint is {shown(self.last_path)}" if self.last_path else "this run has none"
+            log.error("stopped by a signal, and not saved: %s; %s", error, kept)
+        else:
             if trainer.is_global_zero:
                 log.warning("stopped by a signal, saved in %s; go on with --ckpt_path last", shown(self.last_path))
 

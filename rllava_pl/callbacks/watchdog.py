@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import threading
-import traceback
 from collections import defaultdict, deque
 from statistics import median
 from time import monotonic, sleep
@@ -18,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rllava_pl.callbacks.peers import Peers, Word
 from rllava_pl.modules.base import RLModule
+from rllava_pl.redaction import escaped, redact, traceback_text
 from rllava_pl.strategies.collectives import rank, world_size
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ EXIT_CODES = MappingProxyType(
     }
 )
 """Of a phase that took too long; ``between``: outside of any, e.g. in the data loader."""
+OWN_PHASE = 89
+"""A phase that only a subclass knows took too long."""
 LOST = 88
 """Another rank died or failed."""
 RECENT = 20
@@ -118,9 +120,10 @@ class Watchdog(Callback):
         self._stop()
         if self._peers is None or not isinstance(exception, Exception):
             return
-        self._peers.say(Word("failed", rank(), f"{type(exception).__name__}: {exception}"[:500], LOST))
+        text = escaped(redact(f"{type(exception).__name__}: {exception}"))[:500]
+        self._peers.say(Word("failed", rank(), text, LOST))
         if isinstance(exception, RuntimeError) and self._lost.wait(2.0):  # torch's collectives raise no other
-            traceback.print_exception(exception)
+            sys.stderr.write(traceback_text(exception))
             _exit(LOST)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -183,8 +186,8 @@ class Watchdog(Callback):
             told += f"; the engine has not answered for {', '.join(waiting[:8])}" + (", ..." if waiting[8:] else "")
         _report(f"rank {rank()}: {told}", stacks=True)
         if self._peers is not None:
-            self._peers.say(Word("stalled", rank(), told, EXIT_CODES[phase.name]))
-        _exit(EXIT_CODES[phase.name])
+            self._peers.say(Word("stalled", rank(), told, EXIT_CODES.get(phase.name, OWN_PHASE)))
+        _exit(EXIT_CODES.get(phase.name, OWN_PHASE))
 
     # -- other ranks --------------------------------------------------------------------------------------------------
 
@@ -212,7 +215,7 @@ class Watchdog(Callback):
 
 def _report(text: str, *, stacks: bool = False) -> None:
     """Past Python's buffers and locks, which others may hold."""
-    os.write(2, f"\n[watchdog] {text}\n".encode())
+    os.write(2, f"\n[watchdog] {redact(text)}\n".encode())
     if stacks:
         faulthandler.dump_traceback(2)
 

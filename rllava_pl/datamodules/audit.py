@@ -12,6 +12,7 @@ from rllava_pl.datamodules.model_checks import ModelChecks
 from rllava_pl.datamodules.rejections import Rejection, RowError
 from rllava_pl.datamodules.schema import ParsedRow, RowSchema
 from rllava_pl.datamodules.tables import Table
+from rllava_pl.redaction import escaped
 from rllava_pl.strategies.collectives import gather_objects, rank, world_size
 from rllava_pl.types import Prompt
 
@@ -211,4 +212,4 @@ def _foreseen() -> Iterator[None]:
 def _printable(text: str) -> str:
     """Without characters that a terminal or a file would stumble over, and of bounded length."""
     text = text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return escaped(text)

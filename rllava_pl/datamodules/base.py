@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from rllava_pl.datamodules.loader import PromptDataset, PromptLoader, PromptSampler, quiet_generator
+from rllava_pl.datamodules.loader import (
+    PromptDataset,
+    PromptLoader,
+    PromptSampler,
+    leave_signals_to_the_trainer,
+    quiet_generator,
+)
 from rllava_pl.types import Prompt, PromptBatch
 
 log = logging.getLogger(__name__)
@@ -56,6 +62,7 @@ class BaseDataModule(LightningDataModule):
             batch_size=self.batch_size,
             sampler=PromptSampler(dataset, num_replicas, rank, shuffle=True, seed=self.seed, drop_last=True),
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_the_trainer,
             collate_fn=PromptBatch,
             drop_last=True,
             generator=quiet_generator(self.seed),
@@ -84,6 +91,7 @@ class BaseDataModule(LightningDataModule):
             batch_size=self.val_batch_size,
             sampler=PromptSampler(dataset, *self._shard(), shuffle=False, drop_last=False),
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_the_trainer,
             collate_fn=PromptBatch,
             generator=quiet_generator(self.seed),
         )

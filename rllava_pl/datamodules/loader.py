@@ -7,6 +7,7 @@ therefore the whole state, the same on every rank, and one rank's checkpoint res
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence, Sized
 from typing import TYPE_CHECKING
 
@@ -166,6 +167,16 @@ class PromptLoader(DataLoader["Prompt | None"]):
 def _processed(progress: _Progress) -> int:
     """Batches of the epoch, or epochs, that were run through to their end."""
     return int(progress.current.state_dict()["processed"])
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """For ``worker_init_fn``: a signal to all processes of a job must not take the loader from under its trainer.
+
+    Schedulers and ``kill -- -GROUP`` ask every process to leave. A worker that did so at once would end the trainer's
+    step with an error before anything is saved; so workers stay until the trainer closes them, or is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def quiet_generator(seed: int) -> torch.Generator:

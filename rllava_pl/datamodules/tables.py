@@ -234,6 +234,7 @@ def _read_json(path: Path) -> Rows:
 
 def _read_csv(path: Path) -> Rows:
     """Bytes that are no UTF-8 become lone surrogates, which are refused in the cell they stand in."""
+    csv.field_size_limit(2**31 - 1)  # at a shorter one the reader would go on inside of the cell, and make up rows
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)  # strict: a quote that is never closed would swallow all rows behind it
         header = next(reader, [])

@@ -39,6 +39,8 @@ def math_equal(given: str, truth: str) -> Verdict:
     """
     if len(given) > MAX_CHARS:
         return Verdict(False, "answer_too_long")
+    if len(truth) > MAX_CHARS:  # what follows looks at no more of it
+        return Verdict(False)
     ours, theirs = _unit(given), _unit(truth)
     if ours and theirs and ours != theirs:
         return Verdict(False)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from numbers import Real
 
+from rllava_pl.redaction import escaped
 from rllava_pl.rewards.base import RewardError, snake
 from rllava_pl.rewards.scoring import number, scored
 from rllava_pl.types import Reward, Rollout, Score
@@ -111,7 +112,8 @@ def _log_faults(reward: Reward, rollouts: Sequence[Rollout], scores: Sequence[Sc
         if score.value is None and score.detail and score.reason not in seen:
             seen.add(score.reason)
             prompt = f"{rollout.prompt.uid!r}" + (f" ({rollout.prompt.source})" if rollout.prompt.source else "")
-            log.warning("reward %s, %s at prompt %s: %s", _name(reward), score.reason, prompt, score.detail)
+            texts = (_name(reward), score.reason, prompt, score.detail)
+            log.warning("reward %s, %s at prompt %s: %s", *map(escaped, texts))
 
 
 def _weighted_sum(rewards: Sequence[Reward], row: Sequence[Score]) -> Score:

@@ -89,13 +89,18 @@ class Manifest:
         try:
             body = json.loads(text)
             digest = body.pop("sha256")
-        except (ValueError, TypeError, AttributeError, KeyError):
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             raise DamagedCheckpoint("its manifest cannot be read") from None
         if digest != _digest_of_body(body):
             raise DamagedCheckpoint("its manifest was changed")
         if body.get("format") != FORMAT:
             raise DamagedCheckpoint(f"its format is {body.get('format')}, this version reads {FORMAT}")
-        return cls(**body | {"files": {name: Content(**content) for name, content in body["files"].items()}})
+        try:
+            files = {name: Content(int(x["bytes"]), str(x["sha256"])) for name, x in body["files"].items()}
+            counters = {name: int(body[name]) for name in ("rollouts", "updates", "world_size", "saved_at_ns")}
+            return cls(files, config_sha256=str(body["config_sha256"]), versions=dict(body["versions"]), **counters)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise DamagedCheckpoint(f"its manifest lacks a field or holds a wrong one: {error!r}") from None
 
 
 def read(checkpoint: Path) -> Manifest:
@@ -141,16 +146,16 @@ def newest(checkpoints: Iterable[Path]) -> Path | None:
     for path in checkpoints:
         try:
             found[path] = read(path)
-        except DamagedCheckpoint as error:
+        except (DamagedCheckpoint, OSError) as error:
             damaged[path] = str(error)
     for path in sorted(found, key=lambda path: found[path].saved_at_ns, reverse=True):
         try:
             check(path)
-        except DamagedCheckpoint as error:
+        except (DamagedCheckpoint, OSError) as error:
             damaged[path] = str(error)
             continue
         if damaged:
-            rank_zero_warn(f"going on from {path}, because newer ones are damaged: {_listing(damaged)}")
+            rank_zero_warn(f"going on from {path}, the newest that is whole; damaged: {_listing(damaged)}")
         return path
     if damaged:
         raise DamagedCheckpoint(f"no checkpoint is whole: {_listing(damaged)}; to start anew, move them away")

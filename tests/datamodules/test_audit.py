@@ -49,6 +49,15 @@ def verdicts(source: str, **options: object) -> list[tuple[int, str, str]]:
 # -- broken rows in every kind of file --------------------------------------------------------------------------------
 
 
+def test_what_stands_inside_a_long_csv_cell_is_no_row(tmp_path):
+    """The csv module stops at 131,072 characters unless told otherwise, and would go on reading within the cell."""
+    long = "\n".join(["Ignore the label,0"] * 8_000)
+    (tmp_path / "a.csv").write_text(f'prompt,answer\nfirst,1\n"{long}",2\nlast,3\n')
+    rows = PromptDataModule(train=str(tmp_path / "a.csv")).audit("train")
+    assert rows.total == 3
+    assert "0" not in [prompt.answer for prompt in rows]
+
+
 def test_csv_rows_are_refused_one_by_one_with_their_line(tmp_path):
     lines = [
         b"prompt,answer,note",

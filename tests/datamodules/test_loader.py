@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 
-from rllava_pl.datamodules import PADDING, PromptLoader, PromptSampler
+from rllava_pl.datamodules import PADDING, BaseDataModule, PromptLoader, PromptSampler
 from rllava_pl.datamodules.loader import PromptDataset, quiet_generator
 from rllava_pl.types import Prompt, PromptBatch
 
@@ -157,3 +160,20 @@ def test_loading_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     list(loader)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_signal_to_all_processes_leaves_the_workers_to_their_trainer():
+    """As schedulers send it. The batches behind it arrive, and closing the loader still ends the workers."""
+    data = BaseDataModule(val_batch_size=2, num_workers=2)
+    data.val_prompts = ROWS
+    batches = iter(data.val_dataloader())
+    workers = batches._workers
+    next(batches), next(batches)  # one of each worker: both have begun
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(worker.pid, number)
+    assert sum(len(batch) for batch in batches) == 6
+    del batches
+    for worker in workers:
+        worker.join(10)
+        assert worker.exitcode == 0

@@ -117,3 +117,15 @@ def test_slurm_puts_the_job_back_into_its_queue_and_the_next_one_goes_on(tmp_pat
     runs.trainer(tmp_path / "whole").fit(whole, runs.data())
     for name, tensor in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_without_room_for_a_checkpoint_the_run_leaves_as_it_should(tmp_path, monkeypatch, caplog):
+    """Exit code and everything behind the checkpoint's callback (SLURM's queue) do not depend on the disk."""
+    callback = RolloutCheckpoint(str(tmp_path), every_n_rollouts=100)
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", full)
+    fit_until(Ask("rollout", signal.SIGTERM), tmp_path, callbacks=[callback])
+    assert "not saved: [Errno 28] No space left on device; this run has none" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import resource
 import shutil
@@ -142,6 +143,44 @@ def test_a_run_goes_on_over_a_full_disk_and_says_so_and_stops_only_at_its_end(tm
 # -- damage ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body.pop("files"),
+        lambda body: body.update(files=[]),
+        lambda body: body.update(files={"archive": 3}),
+        lambda body: body.update(saved_at_ns="tomorrow"),
+        lambda body: body.update(saved_at_ns=None),
+    ],
+)
+def test_a_manifest_that_is_signed_and_wrong_is_damage(change):
+    body = json.loads(manifest.Manifest({"archive": manifest.Content(1, "")}).dumps())
+    body.pop("sha256")
+    change(body)
+    text = json.dumps({"sha256": manifest._digest_of_body(body)} | body)
+    with pytest.raises(manifest.DamagedCheckpoint, match="its manifest lacks a field or holds a wrong one"):
+        manifest.Manifest.loads(text)
+
+
+def test_a_manifest_without_end_is_damage():
+    with pytest.raises(manifest.DamagedCheckpoint, match="cannot be read"):
+        manifest.Manifest.loads("[" * 60_000)
+
+
+def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(run, monkeypatch):
+    older, newest = (run / f"rollout-00000{k}.ckpt" for k in (1, 2))
+    read = manifest.check
+
+    def check(path: Path) -> manifest.Manifest:
+        if path == newest:
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(manifest, "check", check)
+    with pytest.warns(UserWarning, match="Input/output error"):
+        assert manifest.newest([older, newest]) == older
+
+
 def test_the_newest_checkpoint_damaged_anywhere_is_passed_over_with_one_warning(run, tmp_path):
     """Cut off at 50 places and one bit flipped at 50, first and last bytes and the manifest among them."""
     older, newest = (run / f"rollout-00000{k}.ckpt" for k in (1, 2))
@@ -162,9 +201,7 @@ def test_the_newest_checkpoint_damaged_anywhere_is_passed_over_with_one_warning(
                 found = callback.newest(trainer)
             assert found == str(tmp_path / "a" / older.name), place
             (message,) = [str(warning.message) for warning in said]
-            assert (
-                "rollout-000002.ckpt: " in message and "rollout-000001.ckpt, because newer ones are damaged" in message
-            )
+            assert "rollout-000002.ckpt: " in message and "rollout-000001.ckpt, the newest that is whole" in message
             with pytest.raises(manifest.DamagedCheckpoint, match=r"rollout-000002\.ckpt is damaged"):
                 AtomicCheckpointIO().load_checkpoint(target)
 

@@ -93,6 +93,10 @@ def test_a_long_answer_is_wrong() -> None:
     assert math_equal("1+" * 300, "1") == (False, "answer_too_long")
 
 
+def test_a_longer_label_is_not_equal_to_its_beginning() -> None:
+    assert not math_equal("12" * 256, "12" * 300).right
+
+
 def test_without_math_verify_formulas_are_wrong_with_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formulas, "find_spec", lambda _: None)
     assert math_equal(r"2\sqrt{3}", r"\sqrt{12}") == (False, "symbolic_unavailable")

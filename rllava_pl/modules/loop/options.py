@@ -18,7 +18,7 @@ from rllava_pl.models.vlm import VLM
 from rllava_pl.modules.loop.collection import Collection
 from rllava_pl.modules.loop.diagnosis import Diagnosis
 from rllava_pl.modules.loop.tally import Tally
-from rllava_pl.redaction import is_secret
+from rllava_pl.redaction import is_secret, redacted
 from rllava_pl.rewards.base import BaseReward
 from rllava_pl.rewards.panel import Judging
 from rllava_pl.rollout.managed import ManagedEngine
@@ -93,6 +93,7 @@ class Options(LightningModule):
         self.automatic_optimization = False
         objects = ["policy", "rewards", "judging", "optimizer", "sampling"]
         self.save_hyperparameters(ignore=[*objects, *_secrets(type(self))])  # loggers and checkpoints keep the others
+        self.save_hyperparameters(redacted(dict(self.hparams)))
         self.source = policy
         self.rewards = rewards
         self.judging = judging
