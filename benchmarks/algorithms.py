@@ -4,9 +4,10 @@
     python benchmarks/algorithms.py --methods dapo gspo --seeds 1  # some of them
     python benchmarks/algorithms.py --methods grpo --model.kl_loss_coef=0.01 --output kl.json
 
-A run is `python -m rllava_pl fit --config tiny/colour --config algorithms/<method>` in a process of its own, validated
-every few rollouts and tested at its end; options that this script does not know go to that command. Methods that learn
-from demonstrations besides rewards find right ones at 20 % of the prompts, and are compared with GRPO, seed by seed.
+A run is `python -m rllava_pl fit --config tiny/colour --config algorithms/<method>`, with `tiny/algorithms/<method>` on
+top where the tiny task needs other values than the paper has. Each has a process of its own, is validated every few
+rollouts and tested at its end; options that this script does not know go to that command. Methods that learn from
+demonstrations besides rewards find right ones at 20 % of the prompts, and are compared with GRPO, seed by seed.
 Count rollouts to compare algorithms; CPU seconds also count validations, and depend on the machine.
 """
 
@@ -25,8 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-OVERLAYS = Path(__file__).parents[1] / "configs" / "algorithms"
-METHODS = sorted(path.stem for path in OVERLAYS.glob("*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+METHODS = sorted(path.stem for path in (CONFIGS / "algorithms").glob("*.yaml"))
 GUIDED = ("chord", "hpt", "luffy", "srft", "uft")
 """Learn from rewards and from demonstrations."""
 SUPERVISED = {"sft": ("accuracy", "nll"), "dpo": ("pair_accuracy", "margin")}
@@ -57,9 +58,11 @@ class Task:
     @property
     def arguments(self) -> list[str]:
         """Of `python -m rllava_pl`."""
+        tuned = f"algorithms/{self.method}"
         curve = {"class_path": "_curve.Curve", "init_args": {"monitor": self.monitor, "stop_at": self.stop_at}}
         return [
-            *("fit", "--config", "tiny/colour", "--config", f"algorithms/{self.method}"),
+            *("fit", "--config", "tiny/colour", "--config", tuned),
+            *(("--config", f"tiny/{tuned}") if (CONFIGS / "tiny" / f"{tuned}.yaml").exists() else ()),
             f"--seed_everything={self.seed}",
             f"--trainer.callbacks=[{json.dumps(curve)}]",
             f"--trainer.val_check_interval={self.every}",

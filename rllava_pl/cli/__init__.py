@@ -39,7 +39,7 @@ commands:
 {"".join(f"  {name:12}{what}{chr(10)}" for name, what in COMMANDS.items())}
 examples:
   python -m rllava_pl fit --config quickstart
-  python -m rllava_pl fit --config quickstart --config algorithms/rloo --model.group_size 16
+  python -m rllava_pl fit --config quickstart --config algorithms/gspo --model.group_size 16
   python -m rllava_pl check-data --config my_run.yaml
   python -m rllava_pl plan --config my_run.yaml --gpu 24GiB --ram 64GB
   python -m rllava_pl test --config runs/quickstart/version_0/config.yaml --ckpt_path PATH

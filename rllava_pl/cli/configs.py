@@ -25,7 +25,8 @@ def names() -> list[str]:
 
 def listing() -> str:
     """One line a config: its name and the first line of its comment."""
-    lines = [f"{name:20} {_title(folder() / (name + SUFFIX))}" for name in names()]
+    width = max(map(len, names()))
+    lines = [f"{name:{width}} {_title(folder() / (name + SUFFIX))}" for name in names()]
     return "\n".join([*lines, f"\nfiles in {folder()}; several --config merge, the later one wins"])
 
 
