@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from rllava_pl.functional.losses import value_clipped
 from rllava_pl.functional.reduce import reduce_loss
 from rllava_pl.models.policy import Policy, spread
 from rllava_pl.modules.base import RLModule
+from rllava_pl.modules.loop.checks import NOT_NEGATIVE, POSITIVE
 from rllava_pl.modules.loop.experience import over_ranks
 from rllava_pl.modules.loop.optimization import Counts
 from rllava_pl.modules.loop.recovery import Done
@@ -38,6 +39,12 @@ class ActorCritic(RLModule):
     """
 
     needs_values = True
+    ranges = RLModule.ranges | {
+        "vf_coef": NOT_NEGATIVE,
+        "critic_lr_factor": POSITIVE,
+        "critic_warmup_steps": NOT_NEGATIVE,
+    }
+    choices = RLModule.choices | {"critic": get_args(CriticKind)}
 
     def __init__(
         self,

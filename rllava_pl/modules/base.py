@@ -15,6 +15,7 @@ from rllava_pl.functional.losses import WeightLevel, WeightMode, clipped, import
 from rllava_pl.functional.reduce import masked_mean, reduce_loss
 from rllava_pl.functional.seeds import permutation, seed_from
 from rllava_pl.modules.loop import shaping
+from rllava_pl.modules.loop.checks import credit_of_tokens, loss_of_tokens
 from rllava_pl.modules.loop.evaluation import Evaluation
 from rllava_pl.modules.loop.experience import assemble, minibatches, over_ranks
 from rllava_pl.modules.loop.observation import Observation
@@ -132,8 +133,7 @@ class RLModule(Observation, Evaluation):
         experience = self.shape(experience)
         everyone, own = over_ranks(experience)
         self.adapt_kl(everyone)
-        advantages = self.advantages(everyone)
-        advantages_NT = advantages[:, None].expand(everyone.mask_NT.shape) if advantages.ndim == 1 else advantages
+        advantages_NT = credit_of_tokens(self, self.advantages(everyone), everyone.mask_NT)
         width = experience.mask_NT.shape[1]
         return experience.replace(advantages_NT=advantages_NT[own, :width].masked_fill(~experience.mask_NT, 0.0))
 
@@ -235,7 +235,7 @@ class RLModule(Observation, Evaluation):
         logp_NT = output.logp_NT
         old_logp_NT = logp_NT.detach() if batch.old_logp_NT is None else batch.old_logp_NT
         batch = batch.replace(old_logp_NT=old_logp_NT, entropy_NT=output.entropy_NT.detach())
-        loss_NT = self.correct(self.policy_loss(logp_NT, batch), batch)
+        loss_NT = self.correct(loss_of_tokens(self, self.policy_loss(logp_NT, batch), logp_NT), batch)
         if self.kl_loss_coef:
             kl_NT = kl_estimate(logp_NT, batch.ref_logp_NT, self.kl_estimator).masked_fill(batch.demo_mask_NT, 0.0)
             loss_NT = loss_NT + self.kl_loss_coef * self.kl_controller.coef * kl_NT

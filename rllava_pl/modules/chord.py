@@ -7,6 +7,7 @@ from torch import Tensor
 from rllava_pl.functional import advantages, demonstrations
 from rllava_pl.functional.demonstrations import ChordWeighting
 from rllava_pl.modules.demonstrations import BesideGroupModule
+from rllava_pl.modules.loop.checks import PART
 from rllava_pl.types import Experience
 
 
@@ -14,17 +15,19 @@ class CHORD(BesideGroupModule):
     """CHORD (arXiv 2508.11408): imitation as a second loss, weighed as a whole by μ and token by token by φ.
 
     (1 - μ)·GRPO over the samples, mean over their tokens, - μ·φ·log π over the demonstrations, mean over theirs;
-    φ = p(1 - p) spares tokens that are known and tokens that are out of reach. With ``mu_decay_steps`` μ rises to
-    ``mu`` over ``mu_warmup_steps`` rollouts and falls by a cosine to ``mu_valley``; without, it is constant.
+    φ = p(1 - p) spares tokens that are known and tokens that are out of reach. μ rises to ``mu`` over
+    ``mu_warmup_steps`` rollouts and, with ``mu_decay_steps``, falls by a cosine to ``mu_valley``.
 
     Args:
         mu: μ, or its peak.
         weighting: "phi": p(1 - p); "p": p; "none": 1, which is CHORD-μ.
         mu_warmup_steps: Rollouts of linear rise.
-        mu_decay_steps: Rollouts of decay; 0: constant.
+        mu_decay_steps: Rollouts of decay; 0: none.
         mu_valley: Where the decay ends.
         scale_by_std: Divide by the group's standard deviation.
     """
+
+    ranges = BesideGroupModule.ranges | {"mu": PART, "mu_valley": PART}
 
     def __init__(
         self,
@@ -44,10 +47,9 @@ class CHORD(BesideGroupModule):
     @property
     def present_mu(self) -> float:
         """μ of this rollout."""
-        if not self.mu_decay_steps:
-            return self.mu
+        valley = self.mu_valley if self.mu_decay_steps else self.mu
         phases = {"warmup_steps": self.mu_warmup_steps, "decay_steps": self.mu_decay_steps}
-        return demonstrations.chord_mu(self.rollout_index, **phases, peak=self.mu, valley=self.mu_valley)
+        return demonstrations.chord_mu(self.rollout_index, **phases, peak=self.mu, valley=valley)
 
     def advantages(self, experience: Experience) -> Tensor:
         """(r - mean) / std over the samples of a prompt, (N,)."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from rllava_pl.functional import advantages, demonstrations
 from rllava_pl.functional.reduce import ReduceMode
 from rllava_pl.modules.demonstrations import MixedGroupModule
+from rllava_pl.modules.loop.checks import NOT_NEGATIVE, POSITIVE
 from rllava_pl.types import Experience
 
 
@@ -25,6 +26,7 @@ class LUFFY(MixedGroupModule):
     """
 
     demonstrations_apart = False
+    ranges = MixedGroupModule.ranges | {"shaping": POSITIVE, "clip": NOT_NEGATIVE}
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from torch import Tensor
 from rllava_pl.functional.advantages import gae
 from rllava_pl.functional.reduce import reduce_loss
 from rllava_pl.modules.actor_critic import ActorCritic
+from rllava_pl.modules.loop.checks import NOT_NEGATIVE, PART
 from rllava_pl.modules.loop.optimization import Counts
 from rllava_pl.types import Experience, PolicyOutput
 
@@ -28,6 +29,8 @@ class PPO(ActorCritic):
         group_size: Completions of each prompt.
         kl_reward_coef: Weight of the KL divergence in the reward.
     """
+
+    ranges = ActorCritic.ranges | {"gamma": PART, "lam": PART, "lam_critic": PART, "length_adaptive": NOT_NEGATIVE}
 
     def __init__(
         self,

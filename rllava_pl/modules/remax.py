@@ -27,6 +27,11 @@ class ReMax(RLModule):
     def __init__(self, *args, kl_reward_coef: float = 0.001, **kwargs) -> None:
         super().__init__(*args, kl_reward_coef=kl_reward_coef, **kwargs)
 
+    @property
+    def trained_members(self) -> int:
+        """The greedy answer is not trained."""
+        return self.group_size
+
     def sample(self, requests: list[Request]) -> list[Rollout]:
         """``group_size`` samples and then the greedy answer of each prompt."""
         sampled = super().sample(requests)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from rllava_pl.functional.kl import AdaptiveKLController, FixedKLController, KLEstimator
 from rllava_pl.functional.reduce import ReduceMode
+from rllava_pl.functional.schedules import Schedule
 from rllava_pl.models.policy import Policy
 from rllava_pl.models.vlm import VLM
+from rllava_pl.modules.loop.checks import COUNT, NOT_NEGATIVE, PART, POSITIVE, Range, check_choices, check_ranges
 from rllava_pl.modules.loop.collection import Collection
 from rllava_pl.modules.loop.diagnosis import Diagnosis
 from rllava_pl.modules.loop.tally import Tally
@@ -45,6 +47,38 @@ class Options(LightningModule):
     """Rows of a group beside its ``group_size`` completions, such as a greedy answer or a demonstration."""
     demonstrations_apart: ClassVar[bool] = False
     """True where the loss of demonstration tokens has a denominator of its own (their mean)."""
+    ranges: ClassVar[dict[str, Range]] = {
+        "group_size": COUNT,
+        "max_rollouts": NOT_NEGATIVE,
+        "minibatches": COUNT,
+        "epochs": COUNT,
+        "micro_batch_size": NOT_NEGATIVE,
+        "warmup_steps": NOT_NEGATIVE,
+        "final_lr_ratio": PART,
+        "max_grad_norm": POSITIVE,  # .inf: no clipping; 0 would mean that to some and "no step" to others
+        "max_skipped": COUNT,
+        "clip_low": NOT_NEGATIVE,
+        "clip_high": NOT_NEGATIVE,
+        "dual_clip": Range(1, without_low=True),
+        "kl_loss_coef": NOT_NEGATIVE,
+        "kl_reward_coef": NOT_NEGATIVE,
+        "kl_target": NOT_NEGATIVE,
+        "kl_horizon": COUNT,
+        "overlong_buffer": Range(0, 1, without_high=True),
+        "overlong_scale": NOT_NEGATIVE,
+        "max_refills": NOT_NEGATIVE,
+        "informative_share": PART,
+        "engine_correction_cap": POSITIVE,
+        "val_samples": NOT_NEGATIVE,
+    }
+    """What numbers may be, by the options' names; an algorithm adds its own."""
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "lr_schedule": get_args(Schedule),
+        "aggregation": get_args(ReduceMode),
+        "kl_estimator": get_args(KLEstimator),
+        "engine_correction": get_args(EngineCorrection),
+    }
+    """What words may be, likewise."""
     rollouts_done: Tensor
     updates_done: Tensor
     policy: Policy
@@ -63,7 +97,7 @@ class Options(LightningModule):
         epochs: int = 1,
         micro_batch_size: int = 0,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
-        lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
+        lr_schedule: Schedule = "constant",
         warmup_steps: int = 0,
         final_lr_ratio: float = 0.0,
         max_grad_norm: float = 1.0,
@@ -164,36 +198,46 @@ class Options(LightningModule):
         )
 
     @property
+    def trained_members(self) -> int:
+        """Rows of a group in the update."""
+        return self.group_size + self.extra_members
+
+    @property
     def overlong_tokens(self) -> int:
         """Width of the stretch before the budget's end in which length is punished."""
         return max(1, round(self.overlong_buffer * self.sampling.max_tokens))
 
     def _check_options(self) -> None:
-        """Refuse options that contradict each other, with the arithmetic."""
+        """Refuse options that are out of range or contradict each other, with the arithmetic."""
         name, group, micro = type(self).__name__, self.group_size, self.micro_batch_size
+        check_ranges(name, self.hparams, self.ranges)
+        check_choices(self.hparams, self.choices)
         if not self.rewards and self.needs_rewards:
             raise ValueError(f"{name}: no reward given, so nothing to learn from; e.g. rewards: [AnswerTagReward]")
         if group < (2 if self.needs_groups else 1):
             raise ValueError(f"{name} compares the completions of a prompt: group_size must be >= 2, is {group}")
-        if micro and micro % group and group % micro:
+        rows = self.trained_members
+        if micro and micro % rows and rows % micro:
+            beside = f" (and {rows - group} beside it)" if rows > group else ""
             raise ValueError(
-                f"micro_batch_size {micro} and group_size {group}: a group shares its prompt, so a micro-batch holds "
-                f"whole groups (a multiple of {group}) or equal parts of one (a divisor of {group})"
+                f"micro_batch_size {micro} and group_size {group}{beside}: a group shares its prompt, so a micro-batch "
+                f"holds whole groups (a multiple of {rows}) or equal parts of one (a divisor of {rows})"
             )
-        if min(self.num_minibatches, self.epochs) < 1:
-            raise ValueError(f"minibatches ({self.num_minibatches}) and epochs ({self.epochs}) must be at least 1")
-        if self.max_skipped < 1:
-            raise ValueError(f"max_skipped is {self.max_skipped}; the run stops at the first update left out with 1")
+        if self.collection.max_refills and group < 2:
+            raise ValueError("max_refills looks for groups whose rewards differ; group_size 1 has none")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: all completions of a prompt would be equal")
-        if not 0 <= self.overlong_buffer < 1:
-            raise ValueError(
-                f"overlong_buffer is {self.overlong_buffer}; it is a part of the budget, from 0 (off) to 1"
-            )
         if isinstance(self.kl_controller, AdaptiveKLController) and not self.needs_reference:
             raise ValueError("kl_target adapts the KL coefficient, but kl_loss_coef and kl_reward_coef are both 0")
         if self.lr_schedule != "constant" and self.max_rollouts < 1:
             raise ValueError(f"lr_schedule {self.lr_schedule!r} decays over max_rollouts, which is {self.max_rollouts}")
+        steps = self.max_rollouts * self.updates_per_rollout
+        if self.lr_schedule != "constant" and steps <= self.warmup_steps:
+            raise ValueError(
+                f"lr_schedule {self.lr_schedule!r} decays after warmup_steps={self.warmup_steps}, but the run has "
+                f"max_rollouts {self.max_rollouts} x minibatches {self.num_minibatches} x epochs {self.epochs} "
+                f"= {steps} steps; lower warmup_steps, raise max_rollouts or set lr_schedule: constant"
+            )
 
     def _check_batch(self, prompts: PromptBatch) -> None:
         if len(prompts) % self.num_minibatches or not len(prompts):

@@ -103,7 +103,7 @@ def test_the_overlong_penalty_moves_advantages_and_not_the_logged_reward(tmp_pat
 
 @pytest.mark.parametrize("buffer", [1.0, -0.1])
 def test_a_buffer_is_a_part_of_the_budget(buffer: float) -> None:
-    with pytest.raises(ValueError, match=f"overlong_buffer is {buffer}; it is a part of the budget, from 0"):
+    with pytest.raises(ValueError, match=f"overlong_buffer is {buffer}; it must be at least 0 and below 1"):
         bare(GRPO, overlong_buffer=buffer)
 
 
