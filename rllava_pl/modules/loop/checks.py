@@ -1,4 +1,4 @@
-"""What options may be, each by itself (``options`` refuses contradictions), and what hooks of an algorithm may return."""
+"""What options may be, each by itself (``options`` refuses contradictions), and what an algorithm may return."""
 
 from __future__ import annotations
 
