@@ -21,6 +21,7 @@ from typing import BinaryIO, Literal
 
 from PIL import Image, UnidentifiedImageError
 
+from rllava_pl.datamodules.encoded import check_length, count_scans, in_several_scans
 from rllava_pl.datamodules.paths import open_inside
 from rllava_pl.datamodules.pixels import PIXEL_COST, fit, orientation, to_rgb
 from rllava_pl.datamodules.rejections import RowError
@@ -34,7 +35,7 @@ SIGNATURES: Mapping[str, re.Pattern[bytes]] = MappingProxyType(
 MIB = 1024 * 1024
 SHORTEST_SIDE_PIXELS, LARGEST_ASPECT = 2, 200
 MOST_SCANS = 100
-"""Passes over a progressive JPEG; encoders make ten, and each costs time whatever its size in the file."""
+"""Passes over a JPEG; encoders make up to ten, and each costs time whatever its size in the file."""
 DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -80,9 +81,13 @@ class ImageReader:
             RowError: E02, E06 to E12.
         """
         with self._open(ref, field) as image, _decoding(field):
+            if image.format == "PNG" and (file := getattr(image, "fp", None)):
+                check_length(file, field)
             image.draft("L", (1, 1))
             image.load()
             orientation(image)
+            if image.has_transparency_data or image.mode == "P":
+                to_rgb(image, self.resize_above)  # a table of colours can be broken as well
 
     def load(self, ref: ImageRef, field: str) -> Image.Image:
         """The image in RGB, upright (EXIF orientation applied), transparency on white, scaled down if it is too large.
@@ -147,21 +152,23 @@ class ImageReader:
 
     def _check_header(self, image: Image.Image, field: str) -> None:
         width, height = image.size
-        kind = "progressive" if image.info.get("progressive") else image.format
+        kind = "progressive" if image.format in ("JPEG", "MPO") and in_several_scans(image) else image.format
         limit = int(self.max_pixels / PIXEL_COST.get(kind or "", 1.0))
         if width * height > limit:
             of_kind = f" of a {kind} image" if limit < self.max_pixels else ""
             raise RowError(
                 "E09", field, f"is {width} x {height} = {width * height} pixels; the limit{of_kind} is {limit}"
             )
-        short, long = min(image.size), max(image.size)
+        size = fit(width, height, self.resize_above)
+        short, long = min(size), max(size)
         if short < SHORTEST_SIDE_PIXELS or long > LARGEST_ASPECT * short:
             limits = f"sides from {SHORTEST_SIDE_PIXELS} pixels, ratio up to {LARGEST_ASPECT}"
-            raise RowError("E11", field, f"is {width} x {height}; {limits}")
+            scaled = f", scaled down to {size[0]} x {size[1]}" if size != image.size else ""
+            raise RowError("E11", field, f"is {width} x {height}{scaled}; {limits}")
         moving = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photo with its own preview
         if moving and self.animations == "reject":
             raise RowError("E08", field, "is an animation; give single frames, or set animations: first_frame")
-        if kind == "progressive" and (scans := _count_scans(image)) > MOST_SCANS:
+        if image.format in ("JPEG", "MPO") and (scans := count_scans(image)) > MOST_SCANS:
             raise RowError("E09", field, f"is a JPEG of {scans} scans; the limit is {MOST_SCANS}")
 
 
@@ -172,19 +179,9 @@ def _decoding(field: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on metadata that is damaged but not needed
             yield
+    except RowError:
+        raise
     except Image.DecompressionBombError as error:
         raise RowError("E09", field, str(error)) from error
     except DECODE_ERRORS as error:
         raise RowError("E10", field, f"is truncated or broken: {error}") from error
-
-
-def _count_scans(image: Image.Image) -> int:
-    """Scans of a JPEG file: their marker cannot occur within compressed data."""
-    file = getattr(image, "fp", None)
-    if file is None:
-        return 0
-    place = file.tell()
-    file.seek(0)
-    scans: int = file.read().count(b"\xff\xda")
-    file.seek(place)
-    return scans
