@@ -18,6 +18,8 @@ from rllava_pl.types import Prompt, PromptBatch, RolloutEngine, Sampling
 from tests import runs
 from tests.modules.passes import gradient, one_pass, prompts
 
+PREFERENCES = {f"val/{x}" for x in ("margin", "pair_accuracy", "chosen_reward", "rejected_reward", "chosen_nll")}
+
 
 class NoEngine(TransformersRollout):
     """Nobody may ask for it."""
@@ -42,7 +44,7 @@ def fit(root: Path, module: RLModule, train_size: int = 24, **options: object) -
 def test_no_engine_is_built_in_training_and_validation(tmp_path: Path, algorithm: type[RLModule]) -> None:
     validation = {"limit_val_batches": 1.0, "check_val_every_n_epoch": None, "val_check_interval": 2}
     metrics = fit(tmp_path, without_rewards(algorithm, max_rollouts=2), **validation)
-    expected = {SFT: {"val/nll"}, DPO: {"val/margin", "val/pair_accuracy"}}[algorithm]
+    expected = {SFT: {"val/nll"}, DPO: PREFERENCES}[algorithm]
     assert {name for name in metrics if name.startswith("val/")} == expected
     assert not any(name.startswith("train/reward") for name in metrics)
 
@@ -109,6 +111,7 @@ def test_the_margin_of_dpo_grows_and_the_right_response_is_preferred(tmp_path: P
     metrics = fit(tmp_path, module, train_size=4)
     assert metrics["train/margin"] > 0.5
     assert metrics["train/pair_accuracy"] > 0.9
+    assert metrics["train/chosen_reward"] - metrics["train/rejected_reward"] == pytest.approx(metrics["train/margin"])
     assert metrics["train/loss"] < math.log(2)
 
 

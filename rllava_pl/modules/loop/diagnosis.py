@@ -10,6 +10,8 @@ from dataclasses import dataclass
 log = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float]
+EQUAL = 1e-6
+"""Standard deviation up to which numbers count as equal."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,29 @@ def _at_least(name: str, limit: float) -> Callable[[Metrics], bool]:
     return lambda metrics: metrics.get(name, float("-inf")) >= limit
 
 
+def _no_group_teaches(metrics: Metrics) -> bool:
+    """Rewards are equal within groups, and nothing but them gives credit: a batch baseline or a critic may."""
+    return metrics.get("train/informative_groups", 1.0) <= 0 and metrics.get("train/advantage_std", 0.0) <= EQUAL
+
+
+def _no_reward_differs(metrics: Metrics) -> bool:
+    """The same without groups."""
+    return "train/informative_groups" not in metrics and metrics.get("train/reward_std", 1.0) <= EQUAL
+
+
 SYMPTOMS = (
     Symptom(
         "equal rewards",
-        _at_most("train/informative_groups", 0.0),
+        _no_group_teaches,
         "all answers to a prompt earned the same reward (mean {train/reward:.3g}), so that every advantage is 0. If "
         "the mean is low the prompts are too hard or the reward reads another format than the model writes: look at "
         "the rollouts, give part credit, or begin with easier prompts; if it is high they are solved",
+    ),
+    Symptom(
+        "one reward",
+        _no_reward_differs,
+        "all answers to all prompts earned the same reward ({train/reward:.3g}), so that there is nothing to learn "
+        "from: the reward reads another format than the model writes, the prompts are too hard, or they are solved",
     ),
     Symptom(
         "everything truncated",

@@ -34,6 +34,7 @@ class Observation(Optimization, Lifecycle):
         if self.group_size > 1:  # a completion without others to compare with says nothing about its prompt
             samples["informative_groups"] = self.collection.informative(experience)
         self.tally.add_all(samples, counted_N)
+        self.tally.add_spread("reward_std", experience.rewards_N, counted_N)
 
     def observe_credit(self, experience: Experience) -> None:
         """How far advantages spread over the tokens that the policy sampled: 0 means that nothing is learnt."""
