@@ -56,6 +56,12 @@ class PromptRows(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self.audit.kept)
 
+    def responses(self, name: str) -> Iterator[tuple[str, str]]:
+        """Where each usable row stands, and its ``target`` or ``rejected`` text; no image is opened."""
+        for s, row in self.audit.kept:
+            source = self.sources[s]
+            yield f"{source.table.source} row {row}", getattr(source.parse(row), name)
+
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
     @overload

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from rllava_pl.modules.base import RLModule
 from rllava_pl.modules.loop.experience import interleaved
 from rllava_pl.types import Experience, Request, Rollout
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class HoldsResponses(Protocol):
+    """Prompts that give the responses of their rows without opening images."""
+
+    def responses(self, name: str) -> Iterator[tuple[str, str]]:
+        """Place and text of each, by the name of the field."""
 
 
 class DemonstrationModule(RLModule):
@@ -18,6 +31,54 @@ class DemonstrationModule(RLModule):
 
     demonstrations_apart = True
     demonstration_metric = "demonstration_fraction"
+
+    given_fields: ClassVar[tuple[str, ...]] = ("target",)
+    """Columns of the data that hold responses."""
+    needs_every_response: ClassVar[bool] = False
+    """Whether a row without one is of no use."""
+
+    def on_fit_start(self) -> None:
+        """Look at the given responses of data sets from files, before a rollout stumbles over one.
+
+        Raises:
+            ValueError: A response is missing where each is needed, or does not fit the budget.
+        """
+        rows = getattr(getattr(self.trainer, "datamodule", None), "train_prompts", None)
+        if not isinstance(rows, HoldsResponses):
+            return
+        for field in self.given_fields:
+            texts = list(rows.responses(field))
+            missing = [place for place, text in texts if not text]
+            if missing and self.needs_every_response:
+                raise ValueError(
+                    f"{type(self).__name__} learns from the {field} of every row, and {len(missing)} of {len(texts)} "
+                    f"have none, e.g. {missing[0]}; data.require_{field}: true leaves them out"
+                )
+            if len(missing) == len(texts):
+                log.warning("no row has a %s: %s learns from rewards alone", field, type(self).__name__)
+            for place, text in texts:
+                if text:
+                    self.encode_given(text, f"{field} of {place}")
+
+    def encode_given(self, text: str, place: str) -> Tensor:
+        """Token ids of a given response, closed by the end token.
+
+        Raises:
+            ValueError: The text is empty, does not fit the response budget, or contains tokens that no response may
+                contain; names the place.
+        """
+        try:
+            if not text:
+                raise ValueError(f"it is empty, and {type(self).__name__} learns from nothing else")
+            ids_T = self.policy.encode_response(text)
+            if len(ids_T) > self.sampling.max_tokens:
+                raise ValueError(
+                    f"it has {len(ids_T)} tokens, sampling.max_tokens is {self.sampling.max_tokens}; raise it, or "
+                    "leave such rows out by data.max_target_tokens and data.processor_path"
+                )
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        return ids_T
 
     def given(self, request: Request, text: str, field: str = "target") -> Rollout:
         """``text`` as a response to the request, all of its tokens given by a demonstration.
@@ -28,19 +89,11 @@ class DemonstrationModule(RLModule):
             field: Named in errors.
 
         Raises:
-            ValueError: The text is empty, does not fit the response budget, or contains tokens that no response may
-                contain.
+            ValueError: As ``encode_given``.
         """
         prompt = request.prompt
-        try:
-            if not text:
-                raise ValueError(f"it is empty, and {type(self).__name__} learns from nothing else")
-            ids_T = self.policy.encode_response(text)
-            if len(ids_T) > self.sampling.max_tokens:
-                raise ValueError(f"it has {len(ids_T)} tokens, sampling.max_tokens is {self.sampling.max_tokens}")
-        except ValueError as error:
-            place = f" ({prompt.source})" if prompt.source else ""
-            raise ValueError(f"{field} of prompt {prompt.uid!r}{place}: {error}") from error
+        place = f" ({prompt.source})" if prompt.source else ""
+        ids_T = self.encode_given(text, f"{field} of prompt {prompt.uid!r}{place}")
         every_T = torch.ones_like(ids_T, dtype=torch.bool)
         return Rollout(
             prompt=prompt,

@@ -27,6 +27,8 @@ class DPO(SupervisedModule):
         label_smoothing: Probability that a pair is labelled the wrong way round.
     """
 
+    given_fields = ("target", "rejected")
+
     def __init__(
         self,
         policy: VLM,
@@ -46,8 +48,7 @@ class DPO(SupervisedModule):
 
     def sample(self, requests: list[Request]) -> list[Rollout]:
         """Chosen and rejected of each prompt."""
-        fields = ("target", "rejected")
-        return [self.given(r, getattr(r.prompt, field), field) for r in requests for field in fields]
+        return [self.given(r, getattr(r.prompt, field), field) for r in requests for field in self.given_fields]
 
     def advantages(self, experience: Experience) -> Tensor:
         """There is no credit but the comparison itself, (N,)."""

@@ -21,6 +21,7 @@ class SupervisedModule(DemonstrationModule):
     """
 
     needs_rewards = False
+    needs_every_response = True
     demonstrations_apart = False
 
     def score_rollouts(self, rollouts: Sequence[Rollout]) -> Judgement:
