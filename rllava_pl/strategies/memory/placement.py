@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -117,8 +116,3 @@ def placement_of(strategy: str, options: Mapping[str, object]) -> Placement:
     raise ValueError(
         f"no memory plan for the strategy {strategy!r}; it knows auto, rl_ddp, rl_fsdp, rl_fsdp2, rl_deepspeed"
     )
-
-
-def with_states(placement: Placement, **changes: object) -> Placement:
-    """A copy with some fields changed."""
-    return dataclasses.replace(placement, **changes)  # type: ignore[arg-type]
