@@ -12,7 +12,7 @@ from rllava_pl.datamodules.rejections import RowError
 from rllava_pl.rewards.text import exact, last_block, number
 
 AnswerKind = Literal["text", "number", "integer", "box", "json"]
-MOST_CHARS = 64 * 1024
+MOST_BYTES = 64 * 1024
 
 
 def check_answer(answer: str, kind: AnswerKind, column: str) -> None:
@@ -21,8 +21,8 @@ def check_answer(answer: str, kind: AnswerKind, column: str) -> None:
     Raises:
         RowError: E16.
     """
-    if len(answer) > MOST_CHARS:
-        raise RowError("E16", column, f"has {len(answer)} characters; an answer has at most {MOST_CHARS}")
+    if (size := len(answer.encode())) > MOST_BYTES:
+        raise RowError("E16", column, f"has {size} bytes; an answer has at most {MOST_BYTES}")
     label = last_block(answer, "answer")  # rewards accept a tagged label
     expected, fits = KINDS[kind]
     if not fits((answer if label is None else label).strip()):

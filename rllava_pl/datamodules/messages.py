@@ -21,9 +21,9 @@ def check_text(value: object, column: str) -> str:
     """
     if not isinstance(value, str):
         raise RowError("E02", column, f"is {type(value).__name__}; text is needed")
-    if not value.strip():
-        raise RowError("E03", column, "is empty; leave the row out, or fill it in")
     check_unicode(value, column)
+    if not any(c.isprintable() and not c.isspace() for c in value):  # zero-width characters show as little
+        raise RowError("E03", column, "is empty; leave the row out, or fill it in")
     return value
 
 

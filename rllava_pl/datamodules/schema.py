@@ -25,11 +25,13 @@ from rllava_pl.datamodules.tables import Row
 from rllava_pl.types import IMAGE, Markup, Message
 
 FIELDS = ("id", "prompt", "messages", "images", "answer", "target", "rejected")
+VIDEO = "<video>"
 CONTROLS = re.compile(r"[\x01-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters other than tab, line feed and NUL; NUL is refused."""
 DEEPEST = 8
 """Levels of nesting that are searched for control characters; texts of messages stand at the fourth."""
-MOST_METADATA_CHARS = 64 * 1024
+MOST_METADATA_BYTES = 64 * 1024
+"""Of all of a row."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ class RowSchema:
         messages = self._messages(row)
         images = self._images(row)
         slots = sum(message.image_slots for message in messages)
+        if any(isinstance(part, str) and VIDEO in part for message in messages for part in message.parts):
+            raise RowError(
+                "E05", self.text_column(row), f"has a {VIDEO} slot; only images are read, so give its frames"
+            )
         if add := slots == 0 and len(images) > 0:
             messages = _prepend_slots(messages, len(images))
         elif slots != len(images):
@@ -211,10 +217,15 @@ class RowSchema:
         used = {self.column(name) for name in FIELDS}
         rest = {name: value for name, value in row.items() if name not in used and value is not None}
         texts = {name: value if isinstance(value, str) else _json(value) for name, value in rest.items()}
-        kept = {name: text for name, text in texts.items() if text is not None and len(text) <= MOST_METADATA_CHARS}
-        for name, text in kept.items():
+        kept, left_bytes = {}, MOST_METADATA_BYTES
+        for name, text in texts.items():
+            if text is None or len(text) > left_bytes:  # a character has a byte at least
+                continue
             check_unicode(name, repr(name))
             check_unicode(text, name)
+            if (size := len(text.encode())) <= left_bytes:
+                kept[name] = text
+                left_bytes -= size
         return kept, len(kept) < len(rest)
 
 

@@ -81,12 +81,16 @@ class JsonLines(Rows):
             line = file.readline()
         try:
             return as_row(_parse_json(line.decode("utf-8-sig" if index == 0 else "utf-8")))
+        except RowError:
+            raise
         except UnicodeDecodeError as error:
             raise RowError("E04", "line", f"is not UTF-8: {error}") from error
         except RecursionError as error:
             raise RowError("E02", "line", "is nested too deep") from error
         except json.JSONDecodeError as error:
             raise RowError("E02", "line", f"is not JSON: {error.msg} at column {error.colno}") from error
+        except ValueError as error:
+            raise RowError("E02", "line", str(error)) from error
 
 
 class ListedRows(Rows):
@@ -218,7 +222,20 @@ def _read_file(path: Path) -> Rows:
 
 def _parse_json(text: str) -> object:
     """JSON in which a number too long to be one is infinite, and so refused wherever a number is read."""
-    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= LONGEST_INT_DIGITS else math.inf)
+    return json.loads(
+        text,
+        parse_int=lambda digits: int(digits) if len(digits) <= LONGEST_INT_DIGITS else math.inf,
+        object_pairs_hook=_without_duplicates,
+    )
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object, unless it names a field twice, of which nobody knows which one is meant."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for name in fields if sum(other == name for other, _ in pairs) > 1)
+        raise ValueError(f"names {twice!r} twice")
+    return fields
 
 
 def _read_json(path: Path) -> Rows:

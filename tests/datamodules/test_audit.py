@@ -433,3 +433,9 @@ def test_a_run_reports_in_its_folder(tmp_path):
     with pytest.raises(DataError, match=r"run/rejected_train\.jsonl"):
         data.setup("fit")
     assert (tmp_path / "run" / "rejected_train.jsonl").read_text().count("\n") == 1
+
+
+def test_a_json_row_that_names_a_field_twice_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "answer": "4", "answer": "5"}\n{"prompt": "q", "answer": "4"}\n')
+    rows = PromptDataModule(train=str(tmp_path / "a.jsonl")).audit("train")
+    assert [(r.row, r.code, r.message) for r in rows.rejections] == [(0, "E02", "names 'answer' twice")]

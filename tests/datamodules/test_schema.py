@@ -276,3 +276,23 @@ def test_e03_nothing_but_the_think_tag_that_the_prompt_opened():
     with pytest.raises(RowError, match="has nothing behind the <think> that the prompt ends with already") as caught:
         RowSchema(template="{prompt} <think>").parse(ROW | {"target": "<think>\n"}, "t:0")
     assert (caught.value.code, caught.value.field) == ("E03", "target")
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "said"),
+    [
+        ({"prompt": "<video>What happens?", "answer": "4"}, "E05", "has a <video> slot"),
+        ({"prompt": "\u200b \u2060", "answer": "4"}, "E03", "is empty"),
+        ({"prompt": "q", "answer": "\U0001f600" * 20_000}, "E16", "has 80000 bytes; an answer has at most 65536"),
+    ],
+)
+def test_what_nobody_would_mean_is_refused(row, code, said):
+    with pytest.raises(RowError, match=said) as error:
+        RowSchema().parse(row, "a:0")
+    assert error.value.code == code
+
+
+def test_metadata_of_a_row_have_64_kib_in_all():
+    row = {"prompt": "q", "answer": "4"} | {f"m{k}": "x" * 30_000 for k in range(5)} | {"small": "é"}
+    parsed = RowSchema().parse(row, "a:0")
+    assert list(parsed.metadata) == ["m0", "m1", "small"] and parsed.repairs == ("W04",)
