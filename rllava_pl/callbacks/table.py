@@ -118,7 +118,13 @@ class RolloutTable(Callback):
     def _write(self, trainer: Trainer, module: RLModule) -> None:
         if trainer.is_global_zero and self.path is not None:
             title = f"{type(module).__name__}: answers over {module.rollout_index} rollouts"
-            write_text(self.path, page.render(title, self._prompts, self._images, self.moments))
+            text = page.render(title, self._prompts, self._images, self.moments)
+            try:
+                write_text(self.path, text)
+            except OSError as error:  # a picture of a run is not worth the run; the next column tries again
+                log.warning(
+                    "RolloutTable: %s was not written after %d rollouts: %s", self.path, module.rollout_index, error
+                )
 
     def _log(self, trainer: Trainer) -> None:
         """The newest column to TensorBoard, images with the first one."""

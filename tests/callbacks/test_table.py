@@ -84,6 +84,19 @@ def test_data_without_validation_prompts_gives_no_table(tmp_path: Path, caplog: 
     assert not (tmp_path / "rollouts.html").exists()
 
 
+def test_a_page_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rllava_pl.callbacks.table.write_text", full)
+    callback, module = RolloutTable(every_n_rollouts=1, num_prompts=2), runs.module(max_rollouts=2)
+    runs.trainer(tmp_path, callbacks=[callback]).fit(module, runs.data())
+    assert module.rollout_index == 2
+    assert "was not written after 2 rollouts: [Errno 28] No space left on device" in caplog.text
+
+
 def test_columns_about_other_prompts_are_not_continued(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = RolloutTable(num_prompts=1, samples=0, every_n_rollouts=0)
     old = Moment(0, [Answer("x", "stop", 1.0)], [[]])
