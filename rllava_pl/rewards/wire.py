@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
@@ -95,33 +95,48 @@ def frames(connection: socket.socket, limit_bytes: int = MAX_REQUEST_BYTES) -> I
 
 
 def rollout_request(reward: int, rollouts: Sequence[Rollout], *, images: bool) -> bytes:
-    """The frame that asks to score rollouts with the reward of this number."""
+    """The frame that asks to score rollouts with the reward of this number; a picture that several have goes once.
+
+    Raises:
+        WireError: More than ``MAX_REQUEST_BYTES``.
+    """
+    pictures = {id(image): image for rollout in rollouts for image in rollout.prompt.images} if images else {}
+    places = {key: place for place, key in enumerate(pictures)}
     rest = bytearray()
-    rows: list[Json] = [_encoded(rollout, rest, images) for rollout in rollouts]
-    return frame({"reward": reward, "rollouts": rows}, bytes(rest))
+    for image in pictures.values():
+        rest += image.convert("RGB").tobytes()
+        if len(rest) > MAX_REQUEST_BYTES:
+            raise WireError(
+                f"{len(rollouts)} rollouts have more than {MAX_REQUEST_BYTES >> 20} MiB of pictures, the most of "
+                "one call of a reward; override score, which takes rollouts one by one, or lower data.resize_above_pixels"
+            )
+    sizes: list[Json] = [list(image.size) for image in pictures.values()]
+    rows: list[Json] = [_encoded(rollout, rest, places if images else None) for rollout in rollouts]
+    return frame({"reward": reward, "pictures": sizes, "rollouts": rows}, bytes(rest))
 
 
 def read_request(message: Json, rest: bytes) -> tuple[int, list[Rollout]]:
     """Number of the reward, and the rollouts as they were, but for the model's inputs, of which the ids alone come."""
     body = cast("dict[str, Json]", message)
-    view, rollouts, start = memoryview(rest), [], 0
+    view, rollouts = memoryview(rest), []
+    sizes = cast("list[list[int]]", body["pictures"])
+    pictures = list(_images(sizes, view))
+    start = sum(3 * width * height for width, height in sizes)
     for row in cast("list[dict[str, Json]]", body["rollouts"]):
         size = cast(int, row["bytes"])
-        rollouts.append(_decoded(row, view[start : start + size]))
+        rollouts.append(_decoded(row, view[start : start + size], pictures))
         start += size
     return cast(int, body["reward"]), rollouts
 
 
-def _encoded(rollout: Rollout, rest: bytearray, images: bool) -> dict[str, Json]:
+def _encoded(rollout: Rollout, rest: bytearray, places: Mapping[int, int] | None) -> dict[str, Json]:
+    """``places``: of each picture by its id; None: pictures stay here."""
     start, lengths = len(rest), {}
     for name, dtype in _TENSORS.items():
         x: Tensor | None = getattr(rollout, name)
         if x is not None:
             lengths[name] = len(x)
             rest += x.detach().to("cpu", dtype).numpy().tobytes()
-    pictures = [image.convert("RGB") for image in rollout.prompt.images] if images else []
-    for picture in pictures:
-        rest += picture.tobytes()
     prompt = rollout.prompt
     return {
         "prompt": {
@@ -135,8 +150,8 @@ def _encoded(rollout: Rollout, rest: bytearray, images: bool) -> dict[str, Json]
             "metadata": dict(prompt.metadata),
             "source": prompt.source,
         },
-        "pictures": [list(picture.size) for picture in pictures],
-        "withheld": 0 if images else len(prompt.images),
+        "pictures": [] if places is None else [places[id(image)] for image in prompt.images],
+        "withheld": len(prompt.images) if places is None else 0,
         "lengths": cast(Json, lengths),
         "bytes": len(rest) - start,
         "group": rollout.group,
@@ -147,7 +162,7 @@ def _encoded(rollout: Rollout, rest: bytearray, images: bool) -> dict[str, Json]
     }
 
 
-def _decoded(row: dict, rest: memoryview) -> Rollout:  # type: ignore[type-arg]
+def _decoded(row: dict, rest: memoryview, pictures: Sequence[Image]) -> Rollout:  # type: ignore[type-arg]
     tensors, start = {}, 0
     for name, length in row["lengths"].items():
         dtype = _TENSORS[name]
@@ -155,7 +170,7 @@ def _decoded(row: dict, rest: memoryview) -> Rollout:  # type: ignore[type-arg]
         whole = bytearray(rest[start:stop])  # a copy: torch wants memory that may be written
         tensors[name] = torch.frombuffer(whole, dtype=dtype) if whole else torch.empty(0, dtype=dtype)
         start = stop
-    images: tuple[Image, ...] = Withheld() if row["withheld"] else tuple(_images(row["pictures"], rest[start:]))
+    images: tuple[Image, ...] = Withheld() if row["withheld"] else tuple(pictures[place] for place in row["pictures"])
     prompt = row["prompt"]
     messages = tuple(Message(m[0], tuple(IMAGE if p is None else p for p in m[1:])) for m in prompt.pop("messages"))
     return Rollout(
