@@ -107,8 +107,8 @@ def rollout_request(reward: int, rollouts: Sequence[Rollout], *, images: bool) -
         rest += image.convert("RGB").tobytes()
         if len(rest) > MAX_REQUEST_BYTES:
             raise WireError(
-                f"{len(rollouts)} rollouts have more than {MAX_REQUEST_BYTES >> 20} MiB of pictures, the most of "
-                "one call of a reward; override score, which takes rollouts one by one, or lower data.resize_above_pixels"
+                f"{len(rollouts)} rollouts have more than {MAX_REQUEST_BYTES >> 20} MiB of pictures, the most "
+                "of one call; override score, which takes rollouts one by one, or lower data.resize_above_pixels"
             )
     sizes: list[Json] = [list(image.size) for image in pictures.values()]
     rows: list[Json] = [_encoded(rollout, rest, places if images else None) for rollout in rollouts]
