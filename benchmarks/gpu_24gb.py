@@ -31,19 +31,19 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rllava_pl.callbacks import RolloutCallback, TransformersRollout, VLLMRollout
-from rllava_pl.callbacks.planning import settings_of
+from rllava_pl.callbacks.plan_settings import settings_of
 from rllava_pl.datamodules import SyntheticVisionDataModule
 from rllava_pl.datamodules.synthetic import TASKS, DrawnPrompts
+from rllava_pl.memory import Plan, Prompts, plan
+from rllava_pl.memory.placement import host_adamw
 from rllava_pl.models import VLM, tiny
 from rllava_pl.models.architectures import architecture, config_of
 from rllava_pl.models.encoding import encode
 from rllava_pl.models.families import FAMILIES
 from rllava_pl.models.processors import load_processor
 from rllava_pl.modules import GRPO, RLModule
+from rllava_pl.optim import HostAdamW
 from rllava_pl.rewards import BaseReward
-from rllava_pl.strategies import HostAdamW
-from rllava_pl.strategies.memory import Plan, Prompts, plan
-from rllava_pl.strategies.memory.placement import host_adamw
 from rllava_pl.types import Rollout, Sampling, Score
 
 if TYPE_CHECKING:

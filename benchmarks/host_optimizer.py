@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from rllava_pl.strategies import HostAdamW
+from rllava_pl.optim import HostAdamW
 
 WIDTH = 2**20
 """Parameters of a tensor."""

@@ -22,8 +22,8 @@ from strategies import NAMES, build, finish, fit, launch, read, reset_peak
 
 from rllava_pl.datamodules import BaseDataModule
 from rllava_pl.datamodules.synthetic import TASKS, DrawnPrompts
+from rllava_pl.distributed.collectives import rank
 from rllava_pl.models import VLM
-from rllava_pl.strategies.collectives import rank
 from rllava_pl.types import IMAGE, Message
 
 REPEATS = 16

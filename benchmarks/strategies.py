@@ -27,18 +27,18 @@ from lightning.pytorch.strategies import Strategy
 
 from rllava_pl.datamodules import SyntheticVisionDataModule
 from rllava_pl.datamodules.synthetic import TASKS
+from rllava_pl.distributed.collectives import rank
 from rllava_pl.models import VLM, TinyVLM
 from rllava_pl.modules import GRPO
 from rllava_pl.rewards import AnswerTagReward
 from rllava_pl.strategies import RLDeepSpeedStrategy, RLFSDP2Strategy, RLFSDPStrategy
-from rllava_pl.strategies.collectives import rank
-from rllava_pl.strategies.updates import full_weights
+from rllava_pl.strategies.adapter import full_weights
 from rllava_pl.types import Sampling
 
 LIBRARIES = {
     "rl_ddp": [],
-    "rl_fsdp": ["torch.distributed.fsdp", "rllava_pl.models.stored"],
-    "rl_fsdp2": ["torch.distributed.fsdp", "rllava_pl.models.stored"],
+    "rl_fsdp": ["torch.distributed.fsdp", "rllava_pl.models.lazy_weights"],
+    "rl_fsdp2": ["torch.distributed.fsdp", "rllava_pl.models.lazy_weights"],
     "rl_deepspeed": ["deepspeed", "transformers.integrations.deepspeed"],
 }
 """What is imported before memory is measured."""

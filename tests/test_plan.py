@@ -8,10 +8,10 @@ import pytest
 
 from rllava_pl.cli import configs, main
 from rllava_pl.cli.plan import PlanCLI, _limits, _parser, _settings
-from rllava_pl.strategies.memory import Limits, advise, largest_cache, largest_micro_batch, plan
-from rllava_pl.strategies.memory.advice import changes
-from rllava_pl.strategies.memory.plan import Steps, planned
-from rllava_pl.strategies.memory.settings import Engine, Prompts, Settings, Source
+from rllava_pl.memory import Limits, advise, largest_cache, largest_micro_batch, plan
+from rllava_pl.memory.advice import changes
+from rllava_pl.memory.plan import Steps, planned
+from rllava_pl.memory.settings import Engine, Prompts, Settings, Source
 from tests.runs import CACHE
 
 GIB = 2**30

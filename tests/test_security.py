@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rllava_pl.checkpoint.io import AtomicCheckpointIO
 from rllava_pl.cli import main
+from rllava_pl.loop import guard
 from rllava_pl.models import VLM
 from rllava_pl.modules import GRPO
-from rllava_pl.modules.loop import guard
-from rllava_pl.strategies.checkpoint_io import AtomicCheckpointIO
 from tests import runs
 
 ROOT = Path(__file__).parent.parent

@@ -2,15 +2,15 @@
 
 from rllava_pl.callbacks.checkpoint import RolloutCheckpoint
 from rllava_pl.callbacks.export import ExportHF
-from rllava_pl.callbacks.memory import MemoryReport
+from rllava_pl.callbacks.memory_report import MemoryReport
 from rllava_pl.callbacks.progress import RolloutProgressBar
+from rllava_pl.callbacks.rollout_table import RolloutTable
 from rllava_pl.callbacks.summary import RunSummary
-from rllava_pl.callbacks.table import RolloutTable
 from rllava_pl.callbacks.vllm import VLLMRollout
 from rllava_pl.callbacks.vllm_server import VLLMServerRollout
 from rllava_pl.callbacks.watchdog import Watchdog
 from rllava_pl.callbacks.writer import RolloutWriter
-from rllava_pl.rollout.lifecycle import RolloutCallback, TransformersRollout
+from rllava_pl.rollout.callbacks import RolloutCallback, TransformersRollout
 
 __all__ = [
     "ExportHF",

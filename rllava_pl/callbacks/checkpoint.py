@@ -13,10 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rllava_pl.callbacks.files import run_directory, shown
+from rllava_pl.checkpoint import manifest
+from rllava_pl.checkpoint.atomic import draft_beside, remove, remove_leftovers
+from rllava_pl.distributed.collectives import world_size
 from rllava_pl.modules.base import RLModule
-from rllava_pl.strategies import RLStrategyMixin, manifest
-from rllava_pl.strategies.collectives import world_size
-from rllava_pl.strategies.durable import draft_beside, remove, remove_leftovers
+from rllava_pl.strategies import RLStrategyMixin
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import rllava_pl
 from rllava_pl.callbacks.files import run_directory
+from rllava_pl.checkpoint.atomic import draft_beside, replace_directory
 from rllava_pl.models.quiet import no_progress_bar
-from rllava_pl.strategies.durable import draft_beside, replace_directory
-from rllava_pl.strategies.updates import full_weights
+from rllava_pl.strategies.adapter import full_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,10 +16,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rllava_pl.callbacks.export import ExportHF
 from rllava_pl.callbacks.files import run_directory, shown
+from rllava_pl.callbacks.rollout_table import RolloutTable
 from rllava_pl.callbacks.splits import batches, split_loaders
-from rllava_pl.callbacks.table import RolloutTable
-from rllava_pl.modules.loop.evaluation import Scores
-from rllava_pl.strategies.durable import write_text
+from rllava_pl.checkpoint.atomic import write_text
+from rllava_pl.loop.evaluation import Scores
 
 if TYPE_CHECKING:
     from rllava_pl.modules.base import RLModule

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 
+from rllava_pl.distributed.collectives import rank
 from rllava_pl.models.policy import Policy
-from rllava_pl.rollout.canary import LIMITS, Canary, Limit
-from rllava_pl.rollout.lifecycle import RolloutCallback, Samples
-from rllava_pl.rollout.managed import ManagedEngine
+from rllava_pl.rollout.callbacks import RolloutCallback, Samples
+from rllava_pl.rollout.engine import ManagedEngine
+from rllava_pl.rollout.sync_check import LIMITS, Canary, Limit
 from rllava_pl.rollout.vllm import VLLMEngine
 from rllava_pl.rollout.vllm_adapter import adapter_options
 from rllava_pl.rollout.vllm_build import MemoryMode, build_llm, context_of, memory_mode, require_vllm
-from rllava_pl.strategies.collectives import rank
 
 EngineDType = Literal["auto", "float32", "bfloat16", "float16"]
 

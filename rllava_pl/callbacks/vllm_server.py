@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from rllava_pl.rollout.canary import LIMITS, Canary, Limit
-from rllava_pl.rollout.lifecycle import RolloutCallback, Samples
-from rllava_pl.rollout.managed import ManagedEngine
+from rllava_pl.rollout.callbacks import RolloutCallback, Samples
+from rllava_pl.rollout.engine import ManagedEngine
+from rllava_pl.rollout.sync_check import LIMITS, Canary, Limit
 from rllava_pl.rollout.vllm_http import Limits, base_url, require_client
 from rllava_pl.rollout.vllm_server import VLLMServerEngine
 from rllava_pl.types import RolloutEngine

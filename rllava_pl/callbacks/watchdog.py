@@ -15,10 +15,10 @@ from typing import NamedTuple, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rllava_pl.callbacks.peers import Peers, Word
+from rllava_pl.distributed.collectives import rank, world_size
+from rllava_pl.distributed.failure_detector import Peers, Word
 from rllava_pl.modules.base import RLModule
 from rllava_pl.redaction import escaped, redact, traceback_text
-from rllava_pl.strategies.collectives import rank, world_size
 
 log = logging.getLogger(__name__)
 

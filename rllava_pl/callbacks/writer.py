@@ -11,8 +11,8 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rllava_pl.callbacks.files import run_directory, shown
-from rllava_pl.strategies.collectives import world_size
-from rllava_pl.strategies.durable import write_text
+from rllava_pl.checkpoint.atomic import write_text
+from rllava_pl.distributed.collectives import world_size
 from rllava_pl.types import Rollout
 
 Row = dict[str, str | int]

@@ -20,6 +20,7 @@ import rllava_pl.rewards
 import rllava_pl.strategies  # noqa: F401
 from rllava_pl.callbacks import RolloutCheckpoint, RolloutWriter
 from rllava_pl.callbacks.files import shown
+from rllava_pl.checkpoint.manifest import DamagedCheckpoint
 from rllava_pl.cli import TRAINER_COMMANDS, given
 from rllava_pl.cli.errors import UsageError, debugging, raised_by_us, with_hint
 from rllava_pl.cli.explain import Place, explain, unknown_option
@@ -27,7 +28,6 @@ from rllava_pl.cli.names import import_class
 from rllava_pl.cli.quiet import quiet
 from rllava_pl.modules import RLModule
 from rllava_pl.redaction import hide, redacted, redacted_logs
-from rllava_pl.strategies.manifest import DamagedCheckpoint
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # a run ends with max_rollouts, not with a number of passes over the prompts

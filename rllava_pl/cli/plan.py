@@ -14,14 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from rllava_pl.callbacks import RolloutCallback
-from rllava_pl.callbacks.planning import placement_with, settings_of
+from rllava_pl.callbacks.plan_settings import placement_with, settings_of
 from rllava_pl.cli import configs
 from rllava_pl.cli.app import RLCLI
 from rllava_pl.cli.errors import UsageError, with_hint
 from rllava_pl.cli.names import import_class
 from rllava_pl.cli.quiet import quiet
-from rllava_pl.modules import RLModule
-from rllava_pl.strategies.memory import (
+from rllava_pl.memory import (
     Advice,
     Limits,
     Phase,
@@ -35,10 +34,11 @@ from rllava_pl.strategies.memory import (
     placement_of,
     plan,
 )
-from rllava_pl.strategies.memory.units import gib
+from rllava_pl.memory.units import gib
+from rllava_pl.modules import RLModule
 
 if TYPE_CHECKING:
-    from rllava_pl.strategies.memory.sizes import MakeOptimizer
+    from rllava_pl.memory.sizes import MakeOptimizer
 
 ABOUT = """\
 Say how many bytes each phase of a run takes on the GPU and on the host, which micro-batch and which cache of keys and

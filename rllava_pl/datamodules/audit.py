@@ -12,8 +12,8 @@ from rllava_pl.datamodules.model_checks import ModelChecks
 from rllava_pl.datamodules.rejections import Rejection, RowError
 from rllava_pl.datamodules.schema import ParsedRow, RowSchema
 from rllava_pl.datamodules.tables import Table
+from rllava_pl.distributed.collectives import gather_objects, rank, world_size
 from rllava_pl.redaction import escaped
-from rllava_pl.strategies.collectives import gather_objects, rank, world_size
 from rllava_pl.types import Prompt
 
 MOST_CHARS = 400

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from rllava_pl.strategies.durable import write_text
+from rllava_pl.checkpoint.atomic import write_text
 
 CODES: Mapping[str, str] = MappingProxyType(
     {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rllava_pl.functional.logprobs import chunked_token_log_probs, token_log_probs
 from rllava_pl.models import shared_prompt
-from rllava_pl.models.blank import blank_prompt, hide, with_blank
+from rllava_pl.models.dummy_image import blank_prompt, hide, with_blank
 from rllava_pl.models.encoding import PaddingSide, collate, encode, encode_response, tokenizer_of
 from rllava_pl.models.families import banned_token_ids, family_of
 from rllava_pl.types import PolicyBatch, PolicyOutput, Prompt, PromptInputs

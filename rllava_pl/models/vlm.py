@@ -106,7 +106,7 @@ class VLM:
         return load_processor(self.path, revision=self.revision)
 
     def _load_model(self, may_wait: bool) -> PreTrainedModel:
-        from rllava_pl.models.stored import let_wait, narrow_dtype
+        from rllava_pl.models.lazy_weights import let_wait, narrow_dtype
 
         _, auto, options = self._architecture()
         can_wait = may_wait and self.dtype == "float32" and self.lora is None  # adapters take the dtype they find

@@ -8,15 +8,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from rllava_pl.distributed.collectives import world_size
 from rllava_pl.functional.losses import value_clipped
 from rllava_pl.functional.reduce import reduce_loss
+from rllava_pl.loop.checks import NOT_NEGATIVE, POSITIVE
+from rllava_pl.loop.experience import over_ranks
+from rllava_pl.loop.optimization import Counts
+from rllava_pl.loop.recovery import Done
 from rllava_pl.models.policy import Policy, spread
 from rllava_pl.modules.base import RLModule
-from rllava_pl.modules.loop.checks import NOT_NEGATIVE, POSITIVE
-from rllava_pl.modules.loop.experience import over_ranks
-from rllava_pl.modules.loop.optimization import Counts
-from rllava_pl.modules.loop.recovery import Done
-from rllava_pl.strategies.collectives import world_size
 from rllava_pl.types import Experience, PolicyBatch, PolicyOutput
 
 CriticKind = Literal["shared", "head", "separate"]

@@ -10,19 +10,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from rllava_pl.distributed.collectives import world_size
 from rllava_pl.functional.kl import AdaptiveKLController, kl_estimate
 from rllava_pl.functional.losses import WeightLevel, WeightMode, clipped, importance_weights
 from rllava_pl.functional.reduce import masked_mean, reduce_loss
 from rllava_pl.functional.seeds import permutation, seed_from
-from rllava_pl.modules.loop import shaping
-from rllava_pl.modules.loop.checks import credit_of_tokens, loss_of_tokens
-from rllava_pl.modules.loop.evaluation import Evaluation
-from rllava_pl.modules.loop.experience import assemble, minibatches, over_ranks
-from rllava_pl.modules.loop.observation import Observation
-from rllava_pl.modules.loop.optimization import Counts
-from rllava_pl.rewards.judgement import Judgement
-from rllava_pl.strategies import updates
-from rllava_pl.strategies.collectives import world_size
+from rllava_pl.loop import shaping
+from rllava_pl.loop.checks import credit_of_tokens, loss_of_tokens
+from rllava_pl.loop.evaluation import Evaluation
+from rllava_pl.loop.experience import assemble, minibatches, over_ranks
+from rllava_pl.loop.observation import Observation
+from rllava_pl.loop.optimization import Counts
+from rllava_pl.rewards.output import Judgement
+from rllava_pl.strategies import adapter as updates
 from rllava_pl.types import Experience, PolicyBatch, PolicyOutput, PromptBatch, Request, Rollout
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from rllava_pl.functional import advantages, demonstrations
 from rllava_pl.functional.demonstrations import ChordWeighting
+from rllava_pl.loop.checks import PART
 from rllava_pl.modules.demonstrations import BesideGroupModule
-from rllava_pl.modules.loop.checks import PART
 from rllava_pl.types import Experience
 
 

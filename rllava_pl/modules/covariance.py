@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rllava_pl.distributed.collectives import row_gatherer
 from rllava_pl.functional.reduce import ReduceMode
 from rllava_pl.functional.seeds import seed_from
+from rllava_pl.loop.experience import over_ranks
 from rllava_pl.modules.grpo import GRPO
-from rllava_pl.modules.loop.experience import over_ranks
-from rllava_pl.strategies.collectives import row_gatherer
 from rllava_pl.types import Experience
 
 

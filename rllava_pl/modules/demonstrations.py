@@ -11,8 +11,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from rllava_pl.loop.experience import interleaved
 from rllava_pl.modules.base import RLModule
-from rllava_pl.modules.loop.experience import interleaved
 from rllava_pl.types import Experience, Request, Rollout
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from rllava_pl.functional import preference
+from rllava_pl.loop.optimization import Counts
 from rllava_pl.models.vlm import VLM
-from rllava_pl.modules.loop.optimization import Counts
 from rllava_pl.modules.supervised import SupervisedModule
 from rllava_pl.rewards.base import BaseReward
 from rllava_pl.types import Experience, PolicyOutput, Request, Reward, Rollout

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from rllava_pl.functional import advantages, demonstrations
 from rllava_pl.functional.reduce import ReduceMode
+from rllava_pl.loop.checks import NOT_NEGATIVE, POSITIVE
 from rllava_pl.modules.demonstrations import MixedGroupModule
-from rllava_pl.modules.loop.checks import NOT_NEGATIVE, POSITIVE
 from rllava_pl.types import Experience
 
 

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from rllava_pl.functional.advantages import gae
 from rllava_pl.functional.reduce import reduce_loss
+from rllava_pl.loop.checks import NOT_NEGATIVE, PART
+from rllava_pl.loop.optimization import Counts
 from rllava_pl.modules.actor_critic import ActorCritic
-from rllava_pl.modules.loop.checks import NOT_NEGATIVE, PART
-from rllava_pl.modules.loop.optimization import Counts
 from rllava_pl.types import Experience, PolicyOutput
 
 

@@ -7,8 +7,8 @@ import dataclasses
 from torch import Tensor
 
 from rllava_pl.functional import advantages
+from rllava_pl.loop.experience import interleaved
 from rllava_pl.modules.base import RLModule
-from rllava_pl.modules.loop.experience import interleaved
 from rllava_pl.types import Experience, Request, Rollout
 
 

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rllava_pl.loop.experience import assemble, join_rows, numbered, split
 from rllava_pl.modules.demonstrations import DemonstrationModule
-from rllava_pl.modules.loop.experience import assemble, join_rows, numbered, split
-from rllava_pl.rewards.judgement import Judgement
+from rllava_pl.rewards.output import Judgement
 from rllava_pl.types import Experience, PolicyOutput, PromptBatch, Rollout
 
 

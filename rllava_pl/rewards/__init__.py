@@ -22,10 +22,10 @@ run in processes of their own, which can be killed.
 
 from rllava_pl.rewards.answer import AnswerTagReward
 from rllava_pl.rewards.base import BaseReward, RewardError
-from rllava_pl.rewards.judgement import Judgement, judge
-from rllava_pl.rewards.mathematics import MathReward
-from rllava_pl.rewards.panel import Judging, Panel
+from rllava_pl.rewards.math import MathReward
+from rllava_pl.rewards.output import Judgement, judge
 from rllava_pl.rewards.penalties import RepetitionPenalty
+from rllava_pl.rewards.runner import Judging, Panel
 
 __all__ = [
     "AnswerTagReward",

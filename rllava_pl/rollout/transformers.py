@@ -17,11 +17,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from rllava_pl.distributed.collectives import max_over_ranks
+from rllava_pl.distributed.signals import abort_if_asked
 from rllava_pl.functional.seeds import uniforms
 from rllava_pl.models.encoding import extend
 from rllava_pl.models.policy import Policy, next_positions
-from rllava_pl.strategies.collectives import max_over_ranks
-from rllava_pl.strategies.signals import abort_if_asked
 from rllava_pl.types import PromptInputs, Request, Rollout, Sampling, Turn
 
 

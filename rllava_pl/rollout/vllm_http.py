@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
-from rllava_pl.strategies.signals import abort_if_asked
+from rllava_pl.distributed.signals import abort_if_asked
 
 if TYPE_CHECKING:
     import httpx

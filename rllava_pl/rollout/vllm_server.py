@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import Tensor
 
+from rllava_pl.distributed.collectives import max_over_ranks, rank
 from rllava_pl.models.encoding import unexpanded_ids
 from rllava_pl.models.policy import Policy
 from rllava_pl.rollout import vllm_routes as routes
@@ -38,7 +39,6 @@ from rllava_pl.rollout.vllm_http import (
 )
 from rllava_pl.rollout.vllm_routes import BAN
 from rllava_pl.rollout.vllm_transfer import buckets, to_text
-from rllava_pl.strategies.collectives import max_over_ranks, rank
 from rllava_pl.types import Request, Rollout, Sampling, Turn
 
 if TYPE_CHECKING:

@@ -8,6 +8,5 @@ from rllava_pl.strategies.ddp import RLDDPStrategy, RLStrategyMixin
 from rllava_pl.strategies.deepspeed import RLDeepSpeedStrategy
 from rllava_pl.strategies.fsdp import RLFSDPStrategy
 from rllava_pl.strategies.fsdp2 import RLFSDP2Strategy
-from rllava_pl.strategies.host import HostAdamW
 
-__all__ = ["HostAdamW", "RLDDPStrategy", "RLDeepSpeedStrategy", "RLFSDP2Strategy", "RLFSDPStrategy", "RLStrategyMixin"]
+__all__ = ["RLDDPStrategy", "RLDeepSpeedStrategy", "RLFSDP2Strategy", "RLFSDPStrategy", "RLStrategyMixin"]

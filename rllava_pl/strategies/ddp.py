@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from rllava_pl.strategies.durable import together
+from rllava_pl.checkpoint.atomic import together
 
 
 class RLStrategyMixin:

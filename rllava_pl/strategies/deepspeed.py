@@ -14,11 +14,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rllava_pl.distributed.collectives import rank
+from rllava_pl.distributed.shards import Piece, even_bounds, gatherer
 from rllava_pl.models.trainable import hf_weights
-from rllava_pl.strategies import updates
-from rllava_pl.strategies.collectives import rank
+from rllava_pl.strategies import adapter as updates
 from rllava_pl.strategies.ddp import RLStrategyMixin
-from rllava_pl.strategies.pieces import Piece, even_bounds, gatherer
 from rllava_pl.strategies.sharding import CheckpointDirectory
 
 if TYPE_CHECKING:

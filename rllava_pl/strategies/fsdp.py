@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
+from rllava_pl.distributed.shards import Piece, gatherer, shifted
 from rllava_pl.models.trainable import hf_weights
-from rllava_pl.strategies import updates
+from rllava_pl.strategies import adapter as updates
 from rllava_pl.strategies.ddp import RLStrategyMixin
-from rllava_pl.strategies.pieces import Piece, gatherer, shifted
 from rllava_pl.strategies.sharding import LocalShards, make_room, units, values_of
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from rllava_pl.models.stored import WAITING
-from rllava_pl.strategies.checkpoint_io import refuse_damaged
-from rllava_pl.strategies.durable import committed_directory, together
-from rllava_pl.strategies.manifest import FACTS
-from rllava_pl.strategies.pieces import Piece, overwrite
+from rllava_pl.checkpoint.atomic import committed_directory, together
+from rllava_pl.checkpoint.io import refuse_damaged
+from rllava_pl.checkpoint.manifest import FACTS
+from rllava_pl.distributed.shards import Piece, overwrite
+from rllava_pl.models.lazy_weights import WAITING
 
 LOOP_FILE = "loop.ckpt"
 """What Lightning stores beside weights and optimizer states; written by rank 0, read by all."""

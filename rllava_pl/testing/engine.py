@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from rllava_pl.rollout.lifecycle import RolloutCallback, Samples, TransformersRollout
-from rllava_pl.rollout.managed import ManagedEngine
+from rllava_pl.rollout.callbacks import RolloutCallback, Samples, TransformersRollout
+from rllava_pl.rollout.engine import ManagedEngine
 from rllava_pl.testing.schedule import Schedule
 from rllava_pl.types import Request, Rollout, RolloutEngine, Sampling
 

@@ -13,10 +13,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 
+from rllava_pl.loop.experience import assemble, minibatches
 from rllava_pl.modules import GRPO, RLOO, RLModule
-from rllava_pl.modules.loop.experience import assemble, minibatches
 from rllava_pl.rewards import AnswerTagReward, BaseReward
-from rllava_pl.rewards.judgement import judge
+from rllava_pl.rewards.output import judge
 from rllava_pl.types import Experience, PromptBatch, Rollout, Sampling, Score
 from tests import runs
 from tests.modules.passes import assert_close, gradient

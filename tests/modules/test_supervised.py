@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rllava_pl.loop.experience import minibatches
 from rllava_pl.models.encoding import extend
 from rllava_pl.models.policy import Policy
 from rllava_pl.modules import DPO, SFT, RLModule
-from rllava_pl.modules.loop.experience import minibatches
-from rllava_pl.rollout.lifecycle import Samples, TransformersRollout
+from rllava_pl.rollout.callbacks import Samples, TransformersRollout
 from rllava_pl.types import Prompt, PromptBatch, RolloutEngine, Sampling
 from tests import runs
 from tests.modules.passes import gradient, one_pass, prompts

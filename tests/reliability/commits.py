@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from rllava_pl.strategies import manifest
-from rllava_pl.strategies.durable import committed_directory
+from rllava_pl.checkpoint import manifest
+from rllava_pl.checkpoint.atomic import committed_directory
 from tests.reliability import forks
 
 RANKS = 2

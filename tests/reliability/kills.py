@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from rllava_pl.strategies import manifest
+from rllava_pl.checkpoint import manifest
 from tests.reliability import forks, victim
 from tests.reliability.victim import BETWEEN, WRITE, Clock
 

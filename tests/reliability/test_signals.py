@@ -13,8 +13,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rllava_pl.callbacks import RolloutCheckpoint
+from rllava_pl.checkpoint import manifest
 from rllava_pl.modules import RLModule
-from rllava_pl.strategies import manifest
 from tests import runs
 
 BEFORE = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}

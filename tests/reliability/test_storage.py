@@ -16,9 +16,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rllava_pl.callbacks import RolloutCheckpoint
-from rllava_pl.strategies import manifest
-from rllava_pl.strategies.checkpoint_io import AtomicCheckpointIO, bytes_of
-from rllava_pl.strategies.durable import committed_directory, draft_beside, locked, remove_leftovers
+from rllava_pl.checkpoint import manifest
+from rllava_pl.checkpoint.atomic import committed_directory, draft_beside, locked, remove_leftovers
+from rllava_pl.checkpoint.io import AtomicCheckpointIO, bytes_of
 from tests import runs
 
 FACTS = {"rollouts": 3, "updates": 6, "config_sha256": "c0ffee", "saved_at_ns": 5}

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from rllava_pl.callbacks import RolloutCheckpoint
+from rllava_pl.checkpoint.io import AtomicCheckpointIO
 from rllava_pl.modules import GRPO, RLModule
 from rllava_pl.strategies import RLFSDP2Strategy
-from rllava_pl.strategies.checkpoint_io import AtomicCheckpointIO
 from rllava_pl.strategies.sharding import CheckpointDirectory
 from rllava_pl.types import Sampling
 from tests import runs

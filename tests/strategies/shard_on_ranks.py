@@ -20,11 +20,11 @@ from lightning.pytorch.strategies import Strategy
 
 from rllava_pl import modules
 from rllava_pl.callbacks import RolloutCheckpoint
+from rllava_pl.distributed.collectives import rank, sum_over_ranks
 from rllava_pl.models.trainable import LoRA
 from rllava_pl.models.vlm import TinyVLM
 from rllava_pl.strategies import RLDeepSpeedStrategy, RLFSDP2Strategy, RLFSDPStrategy
-from rllava_pl.strategies.collectives import rank, sum_over_ranks
-from rllava_pl.strategies.updates import full_weights
+from rllava_pl.strategies.adapter import full_weights
 from rllava_pl.types import Message, Prompt
 from tests import runs
 

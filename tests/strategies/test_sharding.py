@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from rllava_pl.distributed.shards import Piece, even_bounds, gatherer, shifted
+from rllava_pl.models.lazy_weights import narrow_dtype
 from rllava_pl.models.policy import Policy
-from rllava_pl.models.stored import narrow_dtype
 from rllava_pl.models.vlm import VLM
 from rllava_pl.modules import PPO
 from rllava_pl.strategies import RLDeepSpeedStrategy, RLFSDP2Strategy, RLFSDPStrategy
-from rllava_pl.strategies.pieces import Piece, even_bounds, gatherer, shifted
+from rllava_pl.strategies.adapter import check_accelerator
 from rllava_pl.strategies.sharding import make_room, units, values_of
-from rllava_pl.strategies.updates import check_accelerator
 from tests import runs
 
 needs_deepspeed = pytest.mark.skipif(
@@ -67,7 +67,7 @@ def test_shared_parameters_get_one_place() -> None:
 @pytest.mark.parametrize("shape", [(5, 3), (1, 4), (7,), (2, 2, 2)])
 def test_the_runs_of_all_ranks_are_the_whole(ranks: int, shape: tuple[int, ...], monkeypatch) -> None:
     """A parameter of its own, and one that begins in the middle of a longer vector that is cut."""
-    monkeypatch.setattr("rllava_pl.strategies.pieces.world_size", lambda: ranks)
+    monkeypatch.setattr("rllava_pl.distributed.shards.world_size", lambda: ranks)
     size = torch.Size(shape).numel()
     for bounds in (even_bounds(size, -(-size // ranks)), shifted(even_bounds(100, -(-100 // ranks)), 41, size)):
         assert len(bounds) == ranks + 1 and (bounds[0], bounds[-1]) == (0, size)

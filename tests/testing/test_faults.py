@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from tests.rollout.test_managed import Scripted, request
 
-from rllava_pl.rewards.judgement import judge
-from rllava_pl.rollout.managed import ManagedEngine
+from rllava_pl.rewards.output import judge
+from rllava_pl.rollout.engine import ManagedEngine
 from rllava_pl.testing import FaultyEngine, FaultyReward, FaultyRollout, Schedule
 from rllava_pl.testing.engine import SPOILT, SURVIVED, EngineFault
 from rllava_pl.testing.reward import IN_PROCESS
 from rllava_pl.types import Sampling
 from tests import runs
 from tests.modules.cases import prompt, rollout
-from tests.rollout.test_managed import Scripted, request
 
 SAMPLING = Sampling(max_tokens=8)
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rllava_pl.functional.seeds import seed_from
 from rllava_pl.models.policy import Policy
 from rllava_pl.models.trainable import LoRA, hf_weights
-from rllava_pl.rollout.managed import check_rollouts
+from rllava_pl.rollout.engine import check_rollouts
 from rllava_pl.rollout.vllm import VLLMEngine
 from rllava_pl.rollout.vllm_adapter import adapter_options
 from rllava_pl.rollout.vllm_build import build_llm

@@ -9,8 +9,8 @@ import torch
 
 from rllava_pl.models.policy import Policy
 from rllava_pl.models.trainable import LoRA, hf_weights
-from rllava_pl.rollout.canary import LIMITS, Canary, CanaryError
-from rllava_pl.rollout.managed import ManagedEngine
+from rllava_pl.rollout.engine import ManagedEngine
+from rllava_pl.rollout.sync_check import LIMITS, Canary, CanaryError
 from rllava_pl.rollout.vllm import VLLMEngine
 from rllava_pl.types import Sampling
 from tests import runs

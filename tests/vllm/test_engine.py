@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rllava_pl.rollout.managed import ManagedEngine
+from rllava_pl.rollout.engine import ManagedEngine
 from rllava_pl.rollout.vllm_build import build_llm
 from rllava_pl.rollout.vllm_transfer import buckets
 from rllava_pl.types import Sampling

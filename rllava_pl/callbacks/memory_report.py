@@ -1,0 +1,259 @@
+"""Measured memory of every phase, beside what the plan predicts."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from rllava_pl.callbacks.plan_settings import placement_with, settings_of
+from rllava_pl.memory import Plan, Prompts, placement_of, plan
+from rllava_pl.memory.units import gib
+
+if TYPE_CHECKING:
+    from rllava_pl.modules.base import RLModule
+    from rllava_pl.types import PromptBatch, PromptInputs
+
+PLANNED = {"rollout": ("rollout",), "evaluate": ("reference",), "update": ("update", "optimizer"), "save": ("save",)}
+"""Phases of a run, and those of the plan that happen in them."""
+log = logging.getLogger(__name__)
+
+
+class MemoryReport(Callback):
+    """Logs the peak of every phase as ``memory/<phase>_gib``, and what was planned as ``memory/predicted_<phase>_gib``.
+
+    On a GPU the peak is that of torch's allocator, with what else the card holds at the end of the phase (context, an
+    engine's own memory). On a CPU (Linux) it is the growth of the process since the first rollout began, plus the
+    weights that were loaded by then: interpreter and libraries are not counted. The plan takes every response to be as
+    long as ``sampling.max_tokens``, and every prompt as long as the longest of the first rollout. Rank 0 alone reports,
+    and of several reports in a run, such as the CLI's and one of an overlay, only the first.
+
+    Args:
+        predict: Make the plan before the first rollout; a few seconds.
+    """
+
+    def __init__(self, predict: bool = True) -> None:
+        self.predict = predict
+        self.predicted: dict[str, float] = {}
+        """GiB by phase."""
+        self.measured: dict[str, float] = {}
+        """Largest GiB by phase, of the whole run."""
+        self._reports = False
+        self._meter: Meter | None = None
+        self._running: list[list[int | str]] = []
+        self._recent: dict[str, float] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Be told of phases."""
+        observers = cast("RLModule", pl_module).observers
+        self._reports = trainer.is_global_zero and not any(isinstance(x, MemoryReport) for x in observers)
+        if self._reports:
+            observers.append(self)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Before the first rollout: plan, and take stock."""
+        if self._meter is not None or not self._reports:
+            return
+        module = cast("RLModule", pl_module)
+        if self.predict:
+            self.predicted = self._plan(trainer, module, cast("PromptBatch", batch))
+        self._meter = meter(module)
+
+    def phase_begins(self, name: str) -> None:
+        """Start anew; what the phase around it has reached so far is kept."""
+        if self._meter is not None:
+            self._fold()
+            self._running.append([name, 0])
+            self._meter.restart()
+
+    def phase_ends(self, name: str, seconds: float) -> None:
+        """Note the peak, also as one of the phase around it."""
+        if self._meter is None or not self._running:
+            return
+        self._fold()
+        peak = cast(int, self._running.pop()[1])
+        self._recent[name] = max(self._recent.get(name, 0.0), gib(peak))
+        if self._running:
+            self._running[-1][1] = max(cast(int, self._running[-1][1]), peak)
+        self._meter.restart()
+
+    def _fold(self) -> None:
+        if self._running and self._meter is not None:
+            self._running[-1][1] = max(cast(int, self._running[-1][1]), self._meter.peak())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Log the rollout that has just ended."""
+        if not self._reports:
+            return
+        recent, self._recent = self._recent, {}
+        self.measured |= {name: max(size, self.measured.get(name, 0.0)) for name, size in recent.items()}
+        metrics = {f"memory/{name}_gib": size for name, size in recent.items()}
+        metrics |= {f"memory/predicted_{name}_gib": self.predicted[name] for name in recent if name in self.predicted}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=cast("RLModule", pl_module).rollout_index)
+        trainer.callback_metrics.update({name: torch.tensor(size) for name, size in metrics.items()})
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A table of all phases."""
+        if self._reports and self.measured:
+            _print(self.measured, self.predicted)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Be told of nothing any more, however the run ended."""
+        observers = cast("RLModule", pl_module).observers
+        if self in observers:
+            observers.remove(self)
+
+    def _plan(self, trainer: Trainer, module: RLModule, batch: PromptBatch) -> dict[str, float]:
+        """Predicted GiB by phase; nothing, and a line in the log, where there is no plan for this run."""
+        try:
+            found = planned(trainer, module, batch)
+        except Exception as error:  # a plan is a service: whatever is wrong with it must not end a run
+            log.warning("no memory plan: %s", error)
+            return {}
+        peaks = {phase.name: phase.gpu if found.settings.device == "cuda" else phase.host for phase in found.phases}
+        return {
+            name: gib(max(peaks[part] for part in parts if part in peaks))
+            for name, parts in PLANNED.items()
+            if any(part in peaks for part in parts)
+        }
+
+
+def planned(trainer: Trainer, module: RLModule, batch: PromptBatch) -> Plan:
+    """The plan of a run that is about to begin."""
+    strategy = trainer.strategy
+    zero = getattr(strategy, "config", {}).get("zero_optimization", {}) if hasattr(strategy, "config") else {}
+    options = {
+        "stage": zero.get("stage", 3),
+        "offload_optimizer": "offload_optimizer" in zero,
+        "offload_parameters": "offload_param" in zero,
+        "reduce_bucket_size": zero.get("reduce_bucket_size", 0),
+    }
+    settings = settings_of(
+        module,
+        trainer.callbacks,  # type: ignore[attr-defined]
+        placement=placement_with(placement_of(type(strategy).__name__, options), trainer.optimizers[0]),
+        precision=str(trainer.precision),
+        ranks=trainer.world_size,
+        batch_prompts=len(batch),
+        prompts=_measured(module, batch),
+        device="cuda" if module.policy.device.type == "cuda" else "cpu",
+    )
+    return plan(settings, module.optimizer)
+
+
+def _measured(module: RLModule, batch: PromptBatch) -> Prompts:
+    """The longest prompt of a batch, the most images of one, and the most tokens of an image."""
+    inputs = module.policy.encode(list(batch))
+    images = [len(prompt.images) for prompt in batch]
+    longest, most = max(len(x) for x in inputs), max(images)
+    tokens = max(_image_tokens(module, x) / max(1, n) for x, n in zip(inputs, images, strict=True))
+    return Prompts(longest, most, max(1, round(tokens)))
+
+
+def _image_tokens(module: RLModule, inputs: PromptInputs) -> int:
+    """Placeholders of images in a prompt."""
+    config = module.policy.model.config
+    image_id = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    return 0 if image_id is None else int((inputs.input_ids_S == image_id).sum())
+
+
+# -- meters ----------------------------------------------------------------------------------------------------------
+
+
+class Meter(Protocol):
+    """Peak memory since the last restart."""
+
+    def restart(self) -> None:
+        """Forget the peak."""
+
+    def peak(self) -> int:
+        """Bytes."""
+
+
+def meter(module: nn.Module) -> Meter:
+    """The meter of the device that computes."""
+    parameters = {id(p): p for p in module.parameters()}.values()
+    if any(p.is_cuda for p in parameters):
+        return CUDAMeter()
+    files = _mapped_files()
+    own = (p for p in parameters if not (p.requires_grad and any(p.data_ptr() in places for places in files)))
+    return ProcessMeter(loaded=sum(p.nbytes for p in own))
+
+
+def _mapped_files() -> list[range]:
+    """Addresses of files that are mapped into this process (Linux)."""
+    maps = Path("/proc/self/maps")
+    lines = [line.split() for line in maps.read_text().splitlines()] if maps.exists() else []
+    ends = (line[0].split("-") for line in lines if line[4] != "0")
+    return [range(int(start, 16), int(end, 16)) for start, end in ends]
+
+
+class CUDAMeter:
+    """Torch's allocator at its peak, and whatever else is on the card."""
+
+    def restart(self) -> None:
+        """Forget the peak."""
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        """Bytes."""
+        free, total = torch.cuda.mem_get_info()
+        others = total - free - torch.cuda.memory_reserved()
+        return others + torch.cuda.max_memory_reserved()
+
+
+class ProcessMeter:
+    """Memory of this process (Linux), counted from what it held when the meter was made; pages of files do not count.
+
+    Freed memory that the C library holds on to is given back at every restart: it would hide what the next phase needs.
+
+    Args:
+        loaded: Bytes of weights that were loaded by then and count. Those that will be trained and are still pages of
+            their file do not: they begin to count when the first update writes them.
+    """
+
+    STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def __init__(self, loaded: int = 0) -> None:
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if self.CLEAR.exists() else None
+        self.restart()
+        self.base = self._own("VmRSS") - loaded
+
+    def restart(self) -> None:
+        """Forget the peak."""
+        if self._trim is not None:
+            self._trim(0)
+        if self.CLEAR.exists():
+            self.CLEAR.write_text("5")  # resets VmHWM, see proc_pid_clear_refs(5)
+
+    def peak(self) -> int:
+        """Bytes."""
+        return self._own("VmHWM") - self.base
+
+    def _own(self, total: str) -> int:
+        """Bytes of ``total`` that are no pages of files, such as libraries; 0 where there is no such table."""
+        if not self.STATUS.exists():
+            return 0
+        sizes = dict(line.split(":", 1) for line in self.STATUS.read_text().splitlines())
+        return 1024 * (int(sizes[total].split()[0]) - int(sizes["RssFile"].split()[0]))
+
+
+def _print(measured: Mapping[str, float], predicted: Mapping[str, float]) -> None:
+    from rich import get_console
+    from rich.table import Table
+
+    table = Table("phase", title="peak memory, GiB", title_justify="left")
+    table.add_column("measured", justify="right")
+    table.add_column("predicted", justify="right")
+    for name, size in measured.items():
+        table.add_row(name, f"{size:.3f}", f"{predicted[name]:.3f}" if name in predicted else "")
+    get_console().print(table)

@@ -1,0 +1,244 @@
+"""What a checkpoint says of itself: sizes and SHA-256 of its files, how far the run was, and what wrote it.
+
+A sharded checkpoint is a directory with a ``manifest.json``. A checkpoint in one file is what ``torch.save`` writes, a
+ZIP archive, and its manifest is the archive's comment: one rename commits both, ``torch.load`` reads the file as ever,
+``unzip -z FILE`` prints the manifest, and a copy of the file is a copy of the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import time
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import lightning
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+import rllava_pl
+from rllava_pl.distributed.collectives import world_size
+
+FORMAT = 1
+NAME = "manifest.json"
+"""Of a directory's manifest."""
+FACTS = "rllava_pl"
+"""Key of a Lightning checkpoint under which a module leaves the facts for the manifest."""
+ARCHIVE = "archive"
+"""Name, in the manifest of a single file, of all before the comment."""
+END = struct.Struct("<H")
+"""Last field of a ZIP archive before the comment: the comment's length."""
+
+_found_whole: set[tuple[Path, tuple[int, ...]]] = set()
+"""Checkpoints that this process has read, with the times at which they last changed."""
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not what was saved, or cannot tell."""
+
+
+class NoManifest(DamagedCheckpoint):
+    """A checkpoint of another program."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file must hold."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was committed. Counters are 0 where whoever saved it has none."""
+
+    files: Mapping[str, Content]
+    """By path within the directory."""
+    rollouts: int = 0
+    """Passes of the loop that were done."""
+    updates: int = 0
+    """Optimizer steps that were done."""
+    config_sha256: str = ""
+    """Of the options that the module was built with."""
+    world_size: int = field(default_factory=world_size)
+    """Ranks that wrote it."""
+    saved_at_ns: int = field(default_factory=time.time_ns)
+    """Since 1970; tells the newest of several."""
+    versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+    """Of the packages that wrote it."""
+    format: int = FORMAT
+
+    def dumps(self) -> str:
+        """As JSON that carries its own SHA-256."""
+        body = asdict(self)
+        return json.dumps({"sha256": _digest_of_body(body), **body})
+
+    @classmethod
+    def loads(cls, text: str | bytes) -> Manifest:
+        """The inverse of ``dumps``.
+
+        Raises:
+            DamagedCheckpoint: Not what ``dumps`` wrote, or written by a later version.
+        """
+        try:
+            body = json.loads(text)
+            digest = body.pop("sha256")
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            raise DamagedCheckpoint("its manifest cannot be read") from None
+        if digest != _digest_of_body(body):
+            raise DamagedCheckpoint("its manifest was changed")
+        if body.get("format") != FORMAT:
+            raise DamagedCheckpoint(f"its format is {body.get('format')}, this version reads {FORMAT}")
+        try:
+            files = {name: Content(int(x["bytes"]), str(x["sha256"])) for name, x in body["files"].items()}
+            counters = {name: int(body[name]) for name in ("rollouts", "updates", "world_size", "saved_at_ns")}
+            return cls(files, config_sha256=str(body["config_sha256"]), versions=dict(body["versions"]), **counters)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise DamagedCheckpoint(f"its manifest lacks a field or holds a wrong one: {error!r}") from None
+
+
+def read(checkpoint: Path) -> Manifest:
+    """The manifest of a file or directory, with a look at names and sizes but not at the content.
+
+    Raises:
+        DamagedCheckpoint: There is none, or a file is missing, too many or not of the size it should have.
+    """
+    manifest, sizes = _of_directory(checkpoint) if checkpoint.is_dir() else _of_file(checkpoint)
+    for name in sorted(sizes.keys() | manifest.files.keys()):
+        expected = manifest.files[name].bytes if name in manifest.files else None
+        if sizes.get(name) != expected:
+            raise DamagedCheckpoint(f"{name} has {sizes.get(name)} bytes, the manifest says {expected}")
+    return manifest
+
+
+def check(checkpoint: Path) -> Manifest:
+    """Read the whole checkpoint and compare it with its manifest; once, unless a file changes.
+
+    Raises:
+        DamagedCheckpoint: Saying what differs.
+    """
+    manifest = read(checkpoint)
+    state = (checkpoint.absolute(), _changes_ns(checkpoint))
+    if state in _found_whole:
+        return manifest
+    for name, content in manifest.files.items():
+        digest = _digest_of_archive(checkpoint, content.bytes) if name == ARCHIVE else digest_of(checkpoint / name)
+        if digest != content.sha256:
+            raise DamagedCheckpoint(f"{name} was changed: its SHA-256 is not the one in the manifest")
+    _found_whole.add(state)
+    return manifest
+
+
+def newest(checkpoints: Iterable[Path]) -> Path | None:
+    """The newest checkpoint that is whole, None if there are none at all; damaged newer ones are named in a warning.
+
+    Raises:
+        DamagedCheckpoint: There are some, but none is whole.
+    """
+    found: dict[Path, Manifest] = {}
+    damaged: dict[Path, str] = {}
+    for path in checkpoints:
+        try:
+            found[path] = read(path)
+        except (DamagedCheckpoint, OSError) as error:
+            damaged[path] = str(error)
+    for path in sorted(found, key=lambda path: found[path].saved_at_ns, reverse=True):
+        try:
+            check(path)
+        except (DamagedCheckpoint, OSError) as error:
+            damaged[path] = str(error)
+            continue
+        if damaged:
+            rank_zero_warn(f"going on from {path}, the newest that is whole; damaged: {_listing(damaged)}")
+        return path
+    if damaged:
+        raise DamagedCheckpoint(f"no checkpoint is whole: {_listing(damaged)}; to start anew, move them away")
+    return None
+
+
+def _listing(damaged: Mapping[Path, str]) -> str:
+    return "; ".join(f"{path}: {why}" for path, why in sorted(damaged.items()))
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_archive(checkpoint: Mapping[str, object], file: BinaryIO, facts: Mapping[str, object]) -> None:
+    """``torch.save`` with a manifest; streams and hashes as it goes, so that memory and disk are gone through once."""
+    writer = _HashingWriter(file)
+    torch.save(checkpoint, writer)  # type: ignore[arg-type]  # write and flush are all it needs
+    content = Content(file.tell(), writer.digest.hexdigest())
+    comment = Manifest({ARCHIVE: content}, **facts).dumps().encode()  # type: ignore[arg-type]
+    file.seek(-END.size, 2)
+    file.write(END.pack(len(comment)) + comment)
+
+
+class _HashingWriter:
+    """Hashes what is written to a file, which comes in order."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _of_file(path: Path) -> tuple[Manifest, dict[str, int]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            comment = archive.comment
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DamagedCheckpoint(f"it cannot be read ({error})") from error
+    if not comment:
+        raise NoManifest("it has no manifest")
+    return Manifest.loads(comment), {ARCHIVE: path.stat().st_size - len(comment)}
+
+
+def _of_directory(directory: Path) -> tuple[Manifest, dict[str, int]]:
+    if not (directory / NAME).is_file():
+        raise NoManifest("it has no manifest")
+    manifest = Manifest.loads((directory / NAME).read_bytes())
+    return manifest, {name: (directory / name).stat().st_size for name in names_in(directory) if name != NAME}
+
+
+def _changes_ns(checkpoint: Path) -> tuple[int, ...]:
+    files = [checkpoint / name for name in names_in(checkpoint)] if checkpoint.is_dir() else [checkpoint]
+    return tuple(path.stat().st_mtime_ns for path in files)
+
+
+def names_in(directory: Path) -> list[str]:
+    """Files below a directory, sorted."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
+def _digest_of_archive(path: Path, size: int) -> str:
+    """As of the archive before its comment was added."""
+    digest, left = hashlib.sha256(), size - END.size
+    with path.open("rb") as file:
+        while piece := file.read(min(left, 1 << 20)):
+            digest.update(piece)
+            left -= len(piece)
+    digest.update(END.pack(0))
+    return digest.hexdigest()
+
+
+def _digest_of_body(body: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {"rllava_pl": rllava_pl.__version__, "torch": torch.__version__, "lightning": lightning.__version__}

@@ -1,0 +1,1 @@
+"""Processes of one run: collectives, shards of tensors, signals, and detection of failed ranks."""

@@ -1,0 +1,221 @@
+"""AdamW on the host for weights on an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rllava_pl.functional.rounding import DECK, deck, draw, on_bfloat16_grid
+from rllava_pl.optim.gradients import HostGradients
+from rllava_pl.optim.states import BFloat16, Float8, Float32, Int8, Stored
+from rllava_pl.optim.transfer import lane_to, spans
+
+STRETCH = DECK
+"""Numbers updated at a time: few enough to stay in the cache of a core, many enough for the start not to count."""
+Precision = Literal["float32", "bfloat16", "int8"]
+_MOMENTS: dict[str, tuple[Callable[[int], Stored], Callable[[int], Stored]]] = {
+    "float32": (Float32.zeros, Float32.zeros),
+    "bfloat16": (BFloat16, BFloat16),
+    "int8": (Int8, Float8),
+}
+
+
+class HostState:
+    """What the host keeps of one parameter.
+
+    Not a mapping and no dataclass on purpose: what Lightning finds in those, it would move to the accelerator.
+    """
+
+    def __init__(self, parts: dict[str, Stored]) -> None:
+        self.step = torch.zeros((), device="cpu")
+        self.parts = parts
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, for a checkpoint; the memory itself."""
+        named = {f"{name}{suffix}": x for name, part in self.parts.items() for suffix, x in part.tensors.items()}
+        return {"step": self.step, **named}
+
+    def restore(self, tensors: dict[str, Tensor], states: str) -> None:
+        """Take over what ``tensors()`` gave.
+
+        Raises:
+            ValueError: It was kept in another precision, or belongs to another model.
+        """
+        kept = {name: (x.dtype, x.shape) for name, x in self.tensors().items()}
+        found = {name: (x.dtype, x.shape) for name, x in tensors.items()}
+        if kept != found:
+            name = next(name for name in {**kept, **found} if kept.get(name) != found.get(name))
+            raise ValueError(
+                f"optimizer state {name!r} of the checkpoint is {_described(found.get(name))}, but states: {states} "
+                f"keeps {_described(kept.get(name))}; resume with the `states` and the dtype it was made with"
+            )
+        self.step = tensors["step"]
+        for name, part in self.parts.items():
+            part.tensors = {suffix: tensors[f"{name}{suffix}"] for suffix in part.tensors}
+
+
+class HostAdamW(Optimizer):
+    r"""AdamW (arXiv 1711.05101) whose gradients, moments and fp32 weights live in host memory.
+
+    The accelerator holds the weights and, for a moment, single gradients: each is added to its sum on the host as soon
+    as backward has it, and ``p.grad`` stays empty. The step runs on the CPU (torch's fused kernel) and only the new
+    weights travel back. For one process; where ranks exchange gradients, ``p.grad`` would have to stay.
+
+    With ``states="float32"`` all numbers are those of ``torch.optim.AdamW(fused=True)`` on the same CPU, bit by bit.
+
+    ============ ============== ============== =================== ==========================================
+    ``states``   weights        moments        bytes a parameter   result
+    ============ ============== ============== =================== ==========================================
+    float32      fp32           fp32, fp32     12                  AdamW
+    bfloat16     fp32           bf16, bf16     8                   AdamW with moments rounded at random
+    int8         as they are    8 bits each    2.03                the weights are rounded at random, too
+    ============ ============== ============== =================== ==========================================
+
+    Bytes of the sums of gradients (4 or 2) come on top. fp32 weights on a CPU are their own master: 4 bytes less.
+
+    Args:
+        params: Parameters or groups, in fp32 or bf16.
+        lr: Learning rate.
+        betas: Decay of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled; a step first scales the weights by 1 - lr * weight_decay.
+        states: Precision of what is kept from step to step.
+        gradients: Precision of the sums; bf16 rounds at every micro-batch, so prefer few large ones.
+
+    Raises:
+        ValueError: A parameter is neither fp32 nor bf16, or not contiguous.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        states: Precision = "float32",
+        gradients: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        if states not in _MOMENTS:
+            raise ValueError(f"states is {states!r}; it is one of {', '.join(_MOMENTS)}")
+        self.precisions = {"states": states, "gradients": gradients}
+        self._lane = cache(lane_to)
+        self._sums = HostGradients(self._lane, getattr(torch, gradients))
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, and take their gradients from now on."""
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            _check(p)
+            if p.requires_grad:
+                self._sums.watch(p)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients since the last call, wherever they are."""
+        super().zero_grad()
+        self._sums.clear()
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients to a global L2 norm of at most ``max_norm``; call it in place of torch's function.
+
+        Returns:
+            The norm before, 0-dim, on the device of the weights.
+        """
+        self._sums.settle(self._parameters())
+        return self._sums.clip(self._parameters(), max_norm).to(self.param_groups[0]["params"][0].device)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Update every parameter that got a gradient."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self._sums.settle(self._parameters())
+        groups = ((p, group) for group in self.param_groups for p in group["params"])
+        for index, (p, group) in enumerate(groups):
+            if (gradient := self._sums.get(p)) is not None:
+                self._update(p, gradient, group, index)
+        for device in {p.device for p in self._parameters()}:
+            self._lane(device).flush()
+        return loss
+
+    def _update(self, p: Tensor, gradient: Tensor, group: dict[str, Any], index: int) -> None:
+        """One step of one parameter, a stretch that fits the cache at a time."""
+        state = self._state(p)
+        state.step = state.step + 1
+        seed = (index, int(state.step))
+        weights, lane = p.detach().view(-1), self._lane(p.device)
+        rates = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        beta1, beta2 = group["betas"]
+        for span in spans(p.numel(), STRETCH):
+            target = weights[span]
+            parts = {name: part.read(span) for name, part in state.parts.items()}
+            weight = parts["master"] if "master" in parts else lane.fetch(target).float()
+            torch._fused_adamw_(
+                [weight],
+                [self._sums.scaled(gradient[span])],
+                [parts["exp_avg"]],
+                [parts["exp_avg_sq"]],
+                [],
+                [state.step],
+                **rates,
+                beta1=beta1,
+                beta2=beta2,
+                amsgrad=False,
+                maximize=False,
+            )
+            for name, part in state.parts.items():
+                part.write(span, parts[name], (name, *seed))
+            if "master" not in parts and p.dtype == torch.bfloat16:
+                weight = on_bfloat16_grid(weight, draw(deck(16), span.start, len(weight), "weight", *seed))
+            lane.deliver(weight, target)
+
+    def _state(self, p: Tensor) -> HostState:
+        """The state of a parameter, made at its first step."""
+        if p not in self.state:
+            first, second = _MOMENTS[self.precisions["states"]]
+            parts = {"exp_avg": first(p.numel()), "exp_avg_sq": second(p.numel())}
+            is_its_own = p.dtype == torch.float32 and p.device.type == "cpu"
+            if self.precisions["states"] != "int8" and not is_its_own:
+                parts["master"] = Float32(p.detach().to("cpu").float().view(-1))
+            self.state[p] = HostState(parts)
+        return self.state[p]
+
+    def _parameters(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer, in plain tensors; those of the host itself, not copies."""
+        packed = super().state_dict()
+        packed["state"] = {index: state.tensors() for index, state in packed["state"].items()}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint; its tensors are taken over as they are, without a second copy.
+
+        Raises:
+            ValueError: It was made with other ``states``, another dtype of the weights, or another model.
+        """
+        super().load_state_dict({**state_dict, "state": {}})  # which would cast the state to the weights' dtype
+        for index, p in enumerate(self._parameters()):
+            if index in state_dict["state"]:
+                self._state(p).restore(state_dict["state"][index], self.precisions["states"])
+
+
+def _check(p: Tensor) -> None:
+    if p.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"HostAdamW updates weights in float32 or bfloat16; one of shape {tuple(p.shape)} is {p.dtype}"
+        )
+    if not p.is_contiguous():
+        raise ValueError(f"HostAdamW needs contiguous weights; one of shape {tuple(p.shape)} has strides {p.stride()}")
+
+
+def _described(kind: tuple[torch.dtype, torch.Size] | None) -> str:
+    return "absent" if kind is None else f"{kind[0]} of shape {tuple(kind[1])}".replace("torch.", "")

@@ -1,0 +1,1 @@
+"""Rewards in worker processes that can be killed: pool, fork server, workers and their protocol."""
