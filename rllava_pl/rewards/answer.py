@@ -56,8 +56,8 @@ class AnswerTagReward(BaseReward):
 
     def score(self, rollout: Rollout) -> Score:
         """0 to ``format_weight + accuracy_weight``; unscored, as ``no_answer``, if the prompt has no answer."""
-        label = last_block(rollout.prompt.answer, "answer")
-        truth = (rollout.prompt.answer if label is None else label).strip()
+        label = last_block(rollout.prompt.answer_text, "answer")
+        truth = (rollout.prompt.answer_text if label is None else label).strip()
         if not truth:
             return Score(None, reason="no_answer")
         well_formed, right = _read(rollout.text, truth, self.tags)

@@ -20,9 +20,10 @@ class RewardError(RuntimeError):
 class BaseReward(ABC):
     """Scores rollouts one by one; subclass it and write ``score``.
 
-    The score is a pure function of the rollout: no printing, no network, no randomness. What a reward cannot judge it
-    returns as ``Score(None, reason="...")``. In a run it works in a process of its own, so that a text that makes it
-    hang, crash or eat memory costs a sample and not the run; what goes wrong is counted by cause.
+    The score is a pure function of the rollout: no printing, no network, no randomness. For a row that the reward is
+    not meant for, return ``Score.not_applicable()``; for one that it cannot score, ``Score(None, reason="...")``. In a
+    run it works in a process of its own, so that a text that makes it hang, crash or exhaust memory costs a sample and
+    not the run; faults are counted by cause.
 
     Example::
 
@@ -43,17 +44,17 @@ class BaseReward(ABC):
     components: tuple[str, ...] = ()
     """Components that every score carries. A reward that declares none is logged by its value, under its name."""
     isolation: Isolation = "process"
-    """``none``: runs in the trainer, for rewards that need its GPU, or that are fast and total. Not inherited: what is
-    proved of a class says nothing of its subclasses."""
+    """``none``: runs in the trainer, for rewards that need its GPU, or that are fast and never fail. Not inherited: a
+    subclass may be neither."""
     timeout_seconds: float | None = None
-    """Longest time for one sample in a process of its own; None: what the run says."""
+    """Longest time for one sample in a worker process; None: ``scoring.timeout_seconds``."""
     needs_images: bool = False
-    """Whether the prompt's images travel to that process; without it ``prompt.images`` refuses to be read there."""
+    """Whether images are sent to the worker process; without it, reading them there raises."""
     text_at_fault: bool = False
-    """True for a grader that only a hostile text can make hang, crash or eat memory: such a sample counts as wrong
+    """True for a grader that only a hostile text can make hang, crash or exhaust memory: such a sample counts as wrong
     (value and components 0, flag ``grader_timeout``, ...). Otherwise a policy could erase bad groups by such texts."""
     made_with: tuple[tuple[object, ...], dict[str, object]]
-    """Constructor arguments, from which the reward is built again in its process."""
+    """Constructor arguments, from which the reward is built in its process."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Remember the arguments."""
@@ -62,10 +63,10 @@ class BaseReward(ABC):
         return reward
 
     def __init_subclass__(cls, **kwargs: object) -> None:
-        """Derive ``name`` and check ``components`` when the class is written, not when it first scores."""
+        """Derive ``name`` and check ``components`` when the class is defined, not when it first scores."""
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
-            cls.name = snake(cls.__name__)
+            cls.name = snake_case(cls.__name__)
         if "isolation" not in cls.__dict__:
             cls.isolation = "process"
         if isinstance(cls.components, str):
@@ -77,18 +78,18 @@ class BaseReward(ABC):
         self.weight = weight
 
     def load(self) -> None:  # noqa: B027 - most rewards have nothing to do here
-        """Get ready: called once where the reward will work, before its first sample. For what is slow or large."""
+        """Load what is slow or large; called once in the process where the reward works, before its first sample."""
 
     @abstractmethod
     def score(self, rollout: Rollout) -> Score:
-        """Judge one rollout."""
+        """Score one rollout."""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        """One score a rollout, in order. Override it where samples are scored together; then a fault costs them all."""
+        """One score per rollout, in order. Override it to score samples together; then a fault costs all of them."""
         return [self.score(rollout) for rollout in rollouts]
 
 
-def snake(class_name: str) -> str:
+def snake_case(class_name: str) -> str:
     """``AnswerTagReward`` -> ``answer_tag``."""
     stem = class_name.removesuffix("Reward") or class_name
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", stem).lower()

@@ -63,7 +63,7 @@ class MathReward(BaseReward):
 
     def score(self, rollout: Rollout) -> Score:
         """0 to ``format_weight + accuracy_weight``; unscored, as ``no_answer``, if the prompt has no answer."""
-        truth = rollout.prompt.answer.strip()
+        truth = rollout.prompt.answer_text.strip()
         if not truth:
             return Score(None, reason="no_answer")
         text = rollout.text[-MAX_CHARS:]

@@ -1,4 +1,4 @@
-"""The sum of several rewards.
+"""The weighted sum of several rewards.
 
 A sample that could not be scored never becomes a silent 0: its reward is ``None`` and its cause is counted, so that
 the caller can drop its group.
@@ -10,14 +10,14 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from numbers import Real
 
 from rllava_pl.redaction import escaped
-from rllava_pl.rewards.base import RewardError, snake
-from rllava_pl.rewards.scoring import number, scored
+from rllava_pl.rewards.base import RewardError, snake_case
+from rllava_pl.rewards.scoring import finite_float, score_rollouts
 from rllava_pl.types import Reward, Rollout, Score
 
 log = logging.getLogger(__name__)
@@ -30,119 +30,147 @@ rewards:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What all rewards together say of N rollouts.
+class RewardOutput:
+    """The sum of all rewards for N rollouts, with its parts and the causes where there is none.
 
-    Example: ``judge([AnswerTagReward()], rollouts)`` of a right answer, a well-formed wrong one, and one to a prompt
-    without a label gives ``rewards = [1.0, 0.1, None]``, ``causes = {"no_answer": 1}`` and
+    Example: ``compute_rewards([AnswerTagReward()], rollouts)`` of a right answer, a well-formed wrong one, and one to a
+    prompt without a label gives ``rewards = [1.0, 0.1, None]``, ``causes = {"no_answer": 1}`` and
     ``components = {"accuracy": [1.0, 0.0, nan], "format": [1.0, 1.0, nan]}``.
     """
 
     rewards: list[float | None]
-    """N: sum of weight x value over the rewards; None: at least one of them could not score the sample."""
+    """N: sum of weight x value over the rewards that apply to the row; None: unscored, because one of these failed or
+    none applies."""
     components: dict[str, list[float]]
-    """N each: named parts, before the weights; nan where their reward did not score the sample or did not name them."""
+    """N each: named parts, before the weights; nan where their reward does not apply, failed, or did not name them."""
     causes: Mapping[str, int]
     """Number of unscored samples by cause; a sample counts once, for the first reward that could not score it."""
     flags: Mapping[str, int] = field(default_factory=dict)
     """Number of scores by flag."""
+    applies: Mapping[str, Sequence[bool]] = field(default_factory=dict)
+    """N each: whether the reward of a component applies to the row; components left out apply to all rows."""
 
     @property
     def unscored(self) -> int:
         """Number of samples without a reward."""
         return sum(self.causes.values())
 
-    def zeroed(self) -> Judgement:
-        """The same with 0 in place of what could not be scored; the causes stay."""
-        rewards: list[float | None] = [reward or 0.0 for reward in self.rewards]
+    def zeroed(self) -> RewardOutput:
+        """A copy with 0 for unscored samples and for what failed in them; the causes stay."""
+        everywhere = [True] * len(self.rewards)
         components = {
-            name: [0.0 if r is None and math.isnan(x) else x for r, x in zip(self.rewards, column, strict=True)]
+            name: [
+                0.0 if reward is None and applies and math.isnan(x) else x
+                for reward, applies, x in zip(self.rewards, self.applies.get(name, everywhere), column, strict=True)
+            ]
             for name, column in self.components.items()
         }
-        return dataclasses.replace(self, rewards=rewards, components=components)
+        return dataclasses.replace(self, rewards=[reward or 0.0 for reward in self.rewards], components=components)
 
 
-def judge(rewards: Sequence[Reward], rollouts: Sequence[Rollout]) -> Judgement:
-    """Score all rollouts with all rewards: ``r_i = sum_k weight_k * value_ik``.
+def compute_rewards(rewards: Sequence[Reward], rollouts: Sequence[Rollout]) -> RewardOutput:
+    """Score all rollouts with all rewards in this process: ``r_i = sum_k weight_k * value_ik``.
 
-    A component that two rewards declare is prefixed by the name of its reward (``answer_tag/accuracy``), and so is one
-    that its reward does not declare, unless there is only one reward. Whether a name has a prefix thus depends on the
-    rewards and never on the data; declared components are there in every batch and on every rank.
+    The sum runs over the rewards that apply to row ``i``. A component that two rewards declare is prefixed by the name
+    of its reward (``answer_tag_accuracy``), and so is one that its reward does not declare, unless there is only one
+    reward. Names of declared components depend on the rewards and never on the data: they are the same in every batch
+    and on every rank.
 
     Args:
         rewards: At least one; each is called once, with all rollouts.
         rollouts: N samples.
 
     Returns:
-        Rewards, components and causes, in the order of ``rollouts``; ``rllava_pl.rewards.scoring`` has the causes.
+        Rewards, components and causes, in the order of ``rollouts``; see ``rllava_pl.rewards.scoring`` for the causes.
         The first fault of each cause is logged with reward and prompt.
 
     Raises:
         ValueError: If there is no reward.
-        TypeError: If one of them is no reward.
+        TypeError: If one of them is not a reward.
         RewardError: If a weight is not finite.
     """
+    check_rewards(rewards)
+    return combine_scores(rewards, rollouts, [score_rollouts(reward, rollouts) for reward in rewards])
+
+
+def check_rewards(rewards: Sequence[object]) -> None:
+    """Raise what ``compute_rewards`` documents."""
     if not rewards:
         raise ValueError(_NO_REWARD)
     for position, reward in enumerate(rewards):
-        _check_reward(reward, position)
-    scores = [scored(reward, rollouts) for reward in rewards]
+        if not isinstance(reward, Reward):
+            raise TypeError(
+                f"rewards[{position}] is {reward!r}, which is no reward: it needs a `weight` and "
+                "`__call__(rollouts) -> list[Score]`; subclass rllava_pl.rewards.BaseReward"
+            )
+        if not isinstance(reward.weight, Real) or finite_float(reward.weight) is None:
+            raise RewardError(
+                f"rewards[{position}], {type(reward).__name__}: weight {reward.weight!r} is not a finite number"
+            )
+
+
+def combine_scores(
+    rewards: Sequence[Reward], rollouts: Sequence[Rollout], scores: Sequence[Sequence[Score]]
+) -> RewardOutput:
+    """Add up the checked scores of every reward; the rest is as in ``compute_rewards``."""
     for reward, column in zip(rewards, scores, strict=True):
         _log_faults(reward, rollouts, column)
     totals = [_weighted_sum(rewards, row) for row in zip(*scores, strict=True)]
     causes = Counter(total.reason for total in totals if total.value is None)
     flags = Counter(flag for score in chain.from_iterable(scores) for flag in score.flags)
-    return Judgement([total.value for total in totals], _columns(rewards, scores), causes, flags)
-
-
-def _check_reward(reward: object, position: int) -> None:
-    if not isinstance(reward, Reward):
-        raise TypeError(
-            f"rewards[{position}] is {reward!r}, which is no reward: it needs a `weight` and "
-            "`__call__(rollouts) -> list[Score]`; subclass rllava_pl.rewards.BaseReward"
-        )
-    if not isinstance(reward.weight, Real) or number(reward.weight) is None:
-        raise RewardError(f"rewards[{position}], {type(reward).__name__}: weight {reward.weight!r} is no finite number")
+    components, applies = _columns(rewards, scores)
+    return RewardOutput([total.value for total in totals], components, causes, flags, applies)
 
 
 def _log_faults(reward: Reward, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> None:
-    """One line a cause, about its first sample; causes that rewards give on purpose have no detail and no line."""
+    """One line for each cause, with its first sample; causes that a reward returns on purpose have no detail."""
     seen: set[str] = set()
     for rollout, score in zip(rollouts, scores, strict=True):
         if score.value is None and score.detail and score.reason not in seen:
             seen.add(score.reason)
             prompt = f"{rollout.prompt.uid!r}" + (f" ({rollout.prompt.source})" if rollout.prompt.source else "")
-            texts = (_name(reward), score.reason, prompt, score.detail)
+            texts = (reward_name(reward), score.reason, prompt, score.detail)
             log.warning("reward %s, %s at prompt %s: %s", *map(escaped, texts))
 
 
 def _weighted_sum(rewards: Sequence[Reward], row: Sequence[Score]) -> Score:
     """One sample's reward, or the first cause why there is none."""
+    applicable = [(reward.weight, score) for reward, score in zip(rewards, row, strict=True) if score.applicable]
+    if not applicable:
+        return Score(None, reason="not_applicable")
     total = 0.0
-    for reward, score in zip(rewards, row, strict=True):
+    for weight, score in applicable:
         if score.value is None:
             return score
-        total += reward.weight * score.value
-    return Score(None, reason="not_finite") if number(total) is None else Score(total)
+        total += weight * score.value
+    return Score(None, reason="not_finite") if finite_float(total) is None else Score(total)
 
 
-def _columns(rewards: Sequence[Reward], scores: Sequence[Sequence[Score]]) -> dict[str, list[float]]:
-    """One list of N numbers a component."""
-    declarations = [_declared(reward) for reward in rewards]
-    names = _unique([_name(reward) for reward in rewards])
-    shown = [declared or (name,) for declared, name in zip(declarations, names, strict=True)]
-    owners = Counter(chain.from_iterable(shown))
-    columns: dict[str, list[float]] = {}
-    for name, own, declared, column in zip(names, shown, declarations, scores, strict=True):
-        parts = [_parts(score, None if declared else name) for score in column]
-        for component in dict.fromkeys(chain(own, *parts)):
-            plain = len(rewards) == 1 or (component in own and owners[component] == 1)
-            columns[component if plain else f"{name}/{component}"] = [part.get(component, math.nan) for part in parts]
-    return columns
+def _columns(
+    rewards: Sequence[Reward], scores: Sequence[Sequence[Score]]
+) -> tuple[dict[str, list[float]], dict[str, list[bool]]]:
+    """N numbers for each component, and whether its reward applies; without declared components, the value is one."""
+    names = _numbered([reward_name(reward) for reward in rewards])
+    declared = [_declared(reward) or (name,) for reward, name in zip(rewards, names, strict=True)]
+    parts = [
+        [_parts(score, None if _declared(reward) else name) for score in column]
+        for reward, name, column in zip(rewards, names, scores, strict=True)
+    ]
+    found = [(k, component) for k, own in enumerate(declared) for component in own]
+    found += [(k, component) for k, rows in enumerate(parts) for row in rows for component in row]
+    owners = Counter(chain.from_iterable(declared))
+    columns = list(dict.fromkeys(found))
+    plain = [len(rewards) == 1 or (c in declared[k] and owners[c] == 1) for k, c in columns]
+    shown = [c if alone else f"{names[k]}_{c}" for (k, c), alone in zip(columns, plain, strict=True)]
+    components, applies = {}, {}
+    for name, (k, component) in zip(_numbered([x.replace("/", "_") for x in shown]), columns, strict=True):
+        components[name] = [row.get(component, math.nan) for row in parts[k]]
+        applies[name] = [score.applicable for score in scores[k]]
+    return components, applies
 
 
 def _parts(score: Score, value_name: str | None) -> dict[str, float]:
-    """Named numbers of one score; its value is among them, as ``value_name``, if its reward declares no components."""
+    """Named numbers of one score, with its value as ``value_name`` unless that is None."""
     if score.value is None:
         return {}
     return ({} if value_name is None else {value_name: score.value}) | dict(score.components)
@@ -152,14 +180,15 @@ def _declared(reward: Reward) -> tuple[str, ...]:
     return tuple(getattr(reward, "components", ()))
 
 
-def _name(reward: Reward) -> str:
-    return str(getattr(reward, "name", "") or snake(type(reward).__name__))
+def reward_name(reward: Reward) -> str:
+    """For the log and metrics: ``answer_tag`` for an ``AnswerTagReward``."""
+    return str(getattr(reward, "name", "") or snake_case(type(reward).__name__))
 
 
-def _unique(names: Sequence[str]) -> list[str]:
+def _numbered(names: Sequence[str]) -> list[str]:
     """Number the repeated names: two rewards called ``iou`` become ``iou`` and ``iou_2``."""
     taken: dict[str, None] = {}
     for name in names:
-        candidates: Iterator[str] = (name if k == 1 else f"{name}_{k}" for k in range(1, len(names) + 1))
-        taken[next(candidate for candidate in candidates if candidate not in taken)] = None
+        numbered = (name if k == 1 else f"{name}_{k}" for k in count(1))
+        taken[next(candidate for candidate in numbered if candidate not in taken)] = None
     return list(taken)

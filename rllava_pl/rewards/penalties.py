@@ -41,7 +41,7 @@ class RepetitionPenalty(BaseReward):
         """-1 to 0."""
         if len(rollout.response_ids) < self.ngram_tokens:
             return Score(0.0)
-        sampled = rollout.response_mask.unfold(0, self.ngram_tokens, 1).all(1)
+        sampled = rollout.sampled_mask.unfold(0, self.ngram_tokens, 1).all(1)
         ngrams = _windows(rollout.response_ids, self.ngram_tokens)[sampled]
         return Score(len(ngrams.unique()) / len(ngrams) - 1.0 if len(ngrams) else 0.0)
 

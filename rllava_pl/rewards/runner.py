@@ -1,186 +1,126 @@
-"""The rewards of a run, each where it belongs: in the trainer, or in processes of their own."""
+"""The rewards of a run, each where it belongs: in the trainer, or in worker processes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
 
-from rllava_pl.rewards.base import BaseReward, RewardError
+from rllava_pl.rewards.base import BaseReward
 from rllava_pl.rewards.isolation.pool import RewardPool
-from rllava_pl.rewards.isolation.spec import NotIsolable, Recipe, recipe
-from rllava_pl.rewards.output import Judgement, judge
-from rllava_pl.rewards.scoring import scores_one_by_one
+from rllava_pl.rewards.isolation.spec import NotIsolableError, RewardSpec
+from rllava_pl.rewards.output import RewardOutput, check_rewards, combine_scores, reward_name
+from rllava_pl.rewards.scoring import Scoring, is_samplewise, score_rollouts
 from rllava_pl.types import Reward, Rollout, Score
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Judging:
-    """How rewards are run, and what becomes of samples that they could not score.
+class RewardRunner:
+    """Scores rollouts with all rewards of a run.
 
-    Args:
-        isolation: Where rewards run. auto: in processes of their own, but for those whose class says
-            ``isolation = "none"``, being fast and total, and those that cannot be built again elsewhere, with a
-            warning; process: the same, but the latter are refused; none: all in the trainer, where an exception costs
-            a sample and a hang the run.
-        timeout_seconds: Longest time for one sample, unless its reward says otherwise.
-        memory_gib: What a reward's process may take on top of what it starts with.
-        workers: Processes that score at a time, on each rank.
-        recycle_after: Samples after which a process makes room for a fresh one.
-        on_error: What a sample without a score does: drop_group leaves out its group, zero counts it as 0, stop ends
-            the run. It is counted in any case.
-        max_unscored: The run ends when more than this part of the samples had no score in ``patience`` rollouts in a
-            row; 1: never.
-        patience: Rollouts in a row.
-    """
-
-    isolation: Literal["auto", "process", "none"] = "auto"
-    timeout_seconds: float = 10.0
-    memory_gib: float = 2.0
-    workers: int = 4
-    recycle_after: int = 10_000
-    on_error: Literal["drop_group", "zero", "stop"] = "drop_group"
-    max_unscored: float = 0.02
-    patience: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("timeout_seconds", "memory_gib", "workers", "recycle_after", "patience"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"judging.{name} is {getattr(self, name)}; it must be above 0")
-        if not 0 <= self.max_unscored <= 1:
-            raise ValueError(f"judging.max_unscored is {self.max_unscored}; it is a part of the samples, from 0 to 1")
-
-
-class Panel:
-    """All rewards of a run; call it to judge rollouts, close it at the end.
-
-    Processes are started when it is made, so that they import what they need while the trainer loads its model.
+    Until ``start`` and after ``close`` all rewards work in this process, and the runner holds no process and can be
+    copied. In between, rewards that need isolation work in processes that can be killed.
 
     Args:
         rewards: Of the run.
-        judging: How to run them.
-
-    Raises:
-        NotIsolable: ``isolation`` is process, and a reward cannot be built elsewhere.
+        scoring: How to run them.
     """
 
-    def __init__(self, rewards: Sequence[Reward], judging: Judging) -> None:
+    def __init__(self, rewards: Sequence[Reward], scoring: Scoring) -> None:
         self.rewards = rewards
-        recipes: list[Recipe] = []
-        self.members: list[Reward] = []
-        for reward in rewards:
-            found = _recipe_if_wanted(reward, judging)
-            member = reward if found is None else cast(Reward, _Pooled(reward, len(recipes), self, judging))
-            self.members.append(member)
-            if found is not None:
-                recipes.append(found)
-            elif isinstance(reward, BaseReward):
-                reward.load()
-        self.pool = _pool(recipes, judging) if recipes else None
-        if self.pool is not None:
-            self.pool.start()
+        self.scoring = scoring
+        self._pool: RewardPool | None = None
+        self._isolated: dict[int, int] = {}
+        """Position among the pool's rewards by position in ``rewards``."""
+        self._loaded: set[int] = set()
+        self._seconds: dict[str, list[float]] = {}
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> Judgement:
-        """What the rewards say together."""
-        return judge(self.members, rollouts)
+    def start(self) -> None:
+        """Start the processes of isolated rewards, without waiting for them; load the other rewards here.
 
-    def take_respawns(self) -> int:
-        """Processes replaced after a fault since the last call."""
-        if self.pool is None:
+        Raises:
+            NotIsolableError: ``scoring.isolation`` is process, and a reward cannot be built in another process.
+        """
+        self.close()
+        specs = [self._spec(reward) for reward in self.rewards]
+        isolated = [position for position, spec in enumerate(specs) if spec is not None]
+        self._isolated = {position: place for place, position in enumerate(isolated)}
+        if isolated:
+            self._pool = RewardPool([spec for spec in specs if spec is not None], self.scoring)
+            self._pool.start()
+        self._load()
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> RewardOutput:
+        """Weighted sum of the rewards; see ``compute_rewards``."""
+        check_rewards(self.rewards)
+        return combine_scores(self.rewards, rollouts, self.scores(rollouts))
+
+    def scores(self, rollouts: Sequence[Rollout]) -> list[list[Score]]:
+        """One checked score per rollout for each reward, before weights."""
+        self._load()
+        return [self._score(position, reward, rollouts) for position, reward in enumerate(self.rewards)]
+
+    def restarts(self) -> int:
+        """Number of processes replaced after a fault since the last call."""
+        if self._pool is None:
             return 0
-        since, self.pool.respawns = self.pool.respawns, 0
-        return since
+        count, self._pool.restarts = self._pool.restarts, 0
+        return count
 
     def latencies(self) -> dict[str, float]:
-        """Median and 99th percentile of the seconds a sample took since the last call, by reward."""
-        found = {}
-        for member in self.members:
-            if isinstance(member, _Pooled) and member.seconds:
-                ordered, member.seconds = sorted(member.seconds), []
-                for percent in (50, 99):
-                    found[f"{member.name}/p{percent}_seconds"] = ordered[(len(ordered) - 1) * percent // 100]
-        return found
+        """Median and 99th percentile of the seconds per sample since the last call: ``{"math_p50_seconds": 0.01}``."""
+        recent, self._seconds = self._seconds, {}
+        return {
+            f"{name}_p{percent}_seconds": sorted(seconds)[(len(seconds) - 1) * percent // 100]
+            for name, seconds in recent.items()
+            for percent in (50, 99)
+        }
 
     def close(self) -> None:
         """End all processes; idempotent."""
-        if self.pool is not None:
-            self.pool.close()
+        if self._pool is not None:
+            self._pool.close()
+        self._pool = None
+        self._isolated = {}
 
+    def _spec(self, reward: Reward) -> RewardSpec | None:
+        """How to build a reward in another process, or None if it is to run here."""
+        wants_process = getattr(type(reward), "isolation", "process") == "process"
+        if self.scoring.isolation == "none" or not wants_process:
+            return None
+        try:
+            return RewardSpec.of(reward)
+        except NotIsolableError as error:
+            if self.scoring.isolation == "process":
+                raise
+            log.warning("%s; it runs in the trainer, where a hang or a crash ends the run", error)
+            return None
 
-class _Pooled:
-    """A reward whose work is done elsewhere; in all else it is the reward."""
+    def _load(self) -> None:
+        """Call ``load`` once on every reward that works here."""
+        for position, reward in enumerate(self.rewards):
+            if isinstance(reward, BaseReward) and position not in self._loaded | self._isolated.keys():
+                reward.load()
+                self._loaded.add(position)
 
-    def __init__(self, reward: Reward, number: int, panel: Panel, judging: Judging) -> None:
-        assert isinstance(reward, BaseReward)
-        self.reward, self.number, self.panel = reward, number, panel
-        self.name, self.components = reward.name, reward.components
-        self.timeout_seconds = reward.timeout_seconds or judging.timeout_seconds
-        self.seconds: list[float] = []
-
-    @property
-    def weight(self) -> float:
-        """Of the reward; it may change in a run."""
-        return self.reward.weight
-
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        """One score a rollout, whatever happens."""
-        scores, seconds = self.panel.pool.score(
-            self.number,
+    def _score(self, position: int, reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
+        if self._pool is None or position not in self._isolated or not isinstance(reward, BaseReward):
+            return score_rollouts(reward, rollouts)
+        scores, seconds = self._pool.score(
+            self._isolated[position],
             rollouts,
-            timeout_seconds=self.timeout_seconds,
-            images=self.reward.needs_images,
-            together=not scores_one_by_one(self.reward),
+            timeout_seconds=reward.timeout_seconds or self.scoring.timeout_seconds,
+            images=reward.needs_images,
+            together=not is_samplewise(reward),
         )
-        self.seconds += seconds
-        return [self._blamed(score) for score in scores] if self.reward.text_at_fault else scores
-
-    def _blamed(self, score: Score) -> Score:
-        """What a text did to its grader makes it wrong, with a flag."""
-        if score.value is not None or score.reason not in ("timeout", "crash", "memory"):
-            return score
-        return Score(0.0, dict.fromkeys(self.components, 0.0), flags=(f"grader_{score.reason}",))
-
-
-def _recipe_if_wanted(reward: Reward, judging: Judging) -> Recipe | None:
-    """How to build a reward elsewhere, or None if it is to run here."""
-    wanted = getattr(type(reward), "isolation", "process") == "process"
-    if judging.isolation == "none" or not wanted:
-        return None
-    try:
-        return recipe(reward)
-    except NotIsolable as error:
-        if judging.isolation == "process":
-            raise
-        log.warning("%s; it runs in the trainer, which it can hang or end", error)
-        return None
-
-
-def _pool(recipes: Sequence[Recipe], judging: Judging) -> RewardPool:
-    return RewardPool(
-        recipes,
-        workers=judging.workers,
-        memory_bytes=int(judging.memory_gib * 2**30),
-        recycle_after=judging.recycle_after,
-    )
-
-
-def check_unscored(shares: Sequence[float], judging: Judging) -> None:
-    """End a run whose rewards fail for too long.
-
-    Args:
-        shares: Parts of the samples without a score, of the last rollouts.
-        judging: Gives limit and patience.
-
-    Raises:
-        RewardError: Above the limit in ``patience`` rollouts in a row.
-    """
-    last = shares[-judging.patience :]
-    if len(last) == judging.patience and min(last) > judging.max_unscored:
-        told = ", ".join(f"{share:.1%}" for share in last)
-        raise RewardError(
-            f"{told} of the samples had no score in the last {len(last)} rollouts, more than judging.max_unscored "
-            f"({judging.max_unscored:.1%}): a reward does not work on this data; the log names causes and prompts"
-        )
+        if seconds:
+            self._seconds.setdefault(reward_name(reward), []).extend(seconds)
+        if not reward.text_at_fault:
+            return scores
+        wrong = dict.fromkeys(reward.components, 0.0)
+        return [
+            Score(0.0, wrong, flags=(f"grader_{score.reason}",))
+            if score.value is None and score.reason in ("timeout", "crash", "memory")
+            else score
+            for score in scores
+        ]

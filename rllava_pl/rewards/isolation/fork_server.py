@@ -24,8 +24,8 @@ import torch
 
 from rllava_pl.rewards.base import BaseReward
 from rllava_pl.rewards.isolation import protocol as wire
-from rllava_pl.rewards.isolation.spec import Recipe
-from rllava_pl.rewards.scoring import failed, scored, scores_one_by_one
+from rllava_pl.rewards.isolation.spec import RewardSpec
+from rllava_pl.rewards.scoring import error_score as failed, is_samplewise as scores_one_by_one, score_rollouts as scored
 from rllava_pl.types import Rollout, Score
 
 ORDER = struct.Struct("!cq")
@@ -55,7 +55,7 @@ def main(line: int) -> None:
     plan, _ = next(wire.frames(trainer))
     try:
         body = cast("dict[str, wire.Json]", plan)
-        rewards = [Recipe(**fields).build() for fields in cast("list[dict]", body["recipes"])]  # type: ignore[type-arg]
+        rewards = [RewardSpec(**fields).build() for fields in cast("list[dict]", body["recipes"])]  # type: ignore[type-arg]
         for reward in rewards:
             reward.load()
     except BaseException as error:

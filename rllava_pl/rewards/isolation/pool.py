@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Sequence
 
 from rllava_pl.rewards.isolation import protocol as wire
-from rllava_pl.rewards.isolation.spec import Recipe
+from rllava_pl.rewards.isolation.spec import RewardSpec
 from rllava_pl.rewards.isolation.workers import Call, Nursery, NurseryGone, Worker
+from rllava_pl.rewards.scoring import Scoring
 from rllava_pl.types import Rollout, Score
 
 AT_ONCE = 16
@@ -30,12 +31,12 @@ class RewardPool:
         recycle_after: Samples after which a worker makes room for a fresh one.
     """
 
-    def __init__(self, recipes: Sequence[Recipe], *, workers: int, memory_bytes: int, recycle_after: int) -> None:
+    def __init__(self, recipes: Sequence[RewardSpec], scoring: Scoring) -> None:
         self.recipes = recipes
-        self.most_workers = workers
-        self.memory_bytes = memory_bytes
-        self.recycle_after = recycle_after
-        self.respawns = 0
+        self.most_workers = scoring.workers
+        self.memory_bytes = int(scoring.memory_gib * 2**30)
+        self.recycle_after = scoring.recycle_after
+        self.restarts = 0
         """Processes replaced after a fault; whoever reads it may set it back."""
         self.workers: list[Worker] = []
         self._nursery: Nursery | None = None
@@ -88,7 +89,7 @@ class RewardPool:
                 for worker in self.workers:
                     worker.kill_group()
                 self.close()
-                self.respawns += 1
+                self.restarts += 1
             except BaseException:  # Ctrl-C: what workers still answer would be taken for answers to the next questions
                 self.close()
                 raise
@@ -201,7 +202,7 @@ class _Shift:
                 fault = Score(None, reason=cause, detail=_DETAILS[cause])
                 self._settle(worker, [fault] * len(call.positions))
         self.take_back([worker])
-        self.pool.respawns += 1
+        self.pool.restarts += 1
         self.pool.end(worker)
 
 

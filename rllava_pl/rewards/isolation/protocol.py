@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from rllava_pl.rewards.scoring import MAX_DETAIL, number
-from rllava_pl.types import IMAGE, ImageSlot, Message, Prompt, PromptInputs, Rollout, Score, Turn
+from rllava_pl.rewards.scoring import MAX_DETAIL, finite_float as number
+from rllava_pl.types import IMAGE, ImageSlot, Message, Prompt, PromptInputs, Rollout, Score, Segment
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -16,18 +16,23 @@ from rllava_pl.rewards.isolation.protocol import Json
 _TUPLE = "(tuple)"
 
 
-class NotIsolable(ValueError):
+class NotIsolableError(ValueError):
     """A reward cannot be built again elsewhere; says why and what would help."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RewardSpec:
     """Everything another process needs to build a reward."""
 
     module: str
     name: str
     args: Json
     kwargs: Json
+
+    @classmethod
+    def of(cls, reward: object) -> RewardSpec:
+        """How to build this reward."""
+        return _spec(reward)
 
     def build(self) -> BaseReward:
         """The reward, in this process."""
@@ -36,28 +41,28 @@ class Recipe:
         return cls(*args, **kwargs)  # type: ignore[operator, no-any-return]
 
 
-def recipe(reward: object) -> Recipe:
+def _spec(reward: object) -> RewardSpec:
     """How to build this reward.
 
     Raises:
-        NotIsolable: It is no ``BaseReward``, its class cannot be imported, or an argument is not plain data.
+        NotIsolableError: It is no ``BaseReward``, its class cannot be imported, or an argument is not plain data.
     """
     cls = type(reward)
     name, module = cls.__qualname__, cls.__module__
     if not hasattr(os, "fork"):
-        raise NotIsolable(f"{name}: processes are copied with fork, which {sys.platform} does not have")
+        raise NotIsolableError(f"{name}: processes are copied with fork, which {sys.platform} does not have")
     if not isinstance(reward, BaseReward):
-        raise NotIsolable(f"{name} is no subclass of rllava_pl.rewards.BaseReward, so its arguments are not known")
+        raise NotIsolableError(f"{name} is no subclass of rllava_pl.rewards.BaseReward, so its arguments are not known")
     if module == "__main__" or "<locals>" in name:
-        raise NotIsolable(f"{name} is written in a script or a function; move it to a file that can be imported")
+        raise NotIsolableError(f"{name} is written in a script or a function; move it to a file that can be imported")
     try:
         found = _find(module, name)
     except (ImportError, AttributeError) as error:
-        raise NotIsolable(f"{name} cannot be imported from {module!r}: {error}") from error
+        raise NotIsolableError(f"{name} cannot be imported from {module!r}: {error}") from error
     if found is not cls:
-        raise NotIsolable(f"{module}.{name} is another class than that of the reward")
+        raise NotIsolableError(f"{module}.{name} is another class than that of the reward")
     args, kwargs = reward.made_with
-    return Recipe(module, name, _frozen(list(args), name), _frozen(kwargs, name))
+    return RewardSpec(module, name, _frozen(list(args), name), _frozen(kwargs, name))
 
 
 def _find(module: str, name: str) -> object:
@@ -74,7 +79,7 @@ def _frozen(x: object, name: str) -> Json:
         return [_frozen(part, name) for part in x]
     if isinstance(x, Mapping) and all(isinstance(key, str) for key in x):
         return {key: _frozen(part, name) for key, part in x.items()}
-    raise NotIsolable(
+    raise NotIsolableError(
         f"{name} was made with {x!r:.80}; only numbers, texts, lists, tuples and mappings of them reach its process"
     )
 

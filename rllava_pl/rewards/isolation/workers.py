@@ -19,7 +19,7 @@ from rllava_pl.rewards.base import RewardError
 from rllava_pl.rewards.isolation import protocol as wire
 from rllava_pl.rewards.isolation.fork_server import END, FORK, ORDER, REPLY
 from rllava_pl.rewards.isolation.protocol import Json
-from rllava_pl.rewards.isolation.spec import Recipe
+from rllava_pl.rewards.isolation.spec import RewardSpec
 from rllava_pl.types import Rollout
 
 START_SECONDS = 120.0
@@ -29,7 +29,7 @@ REPLY_SECONDS = 10.0
 
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from rllava_pl.rewards import nursery; nursery.main(int(sys.argv[1]))"
+    "from rllava_pl.rewards.isolation import fork_server; fork_server.main(int(sys.argv[1]))"
 )
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # a copied process has no threads, and workers share the cores
@@ -85,7 +85,7 @@ class Worker:
 class Nursery:
     """Another process that builds rewards once and makes workers of itself; see ``rllava_pl.rewards.isolation.fork_server``."""
 
-    def __init__(self, recipes: Sequence[Recipe], memory_bytes: int) -> None:
+    def __init__(self, recipes: Sequence[RewardSpec], memory_bytes: int) -> None:
         self._line, theirs = socket.socketpair()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
         self._ready = False
