@@ -128,7 +128,7 @@ def run(options: argparse.Namespace, device: str, folder: Path) -> dict[str, obj
 class RandomVLM(VLM):
     """Random weights from a config, made on the device that will train them."""
 
-    def _load_model(self, may_wait: bool) -> PreTrainedModel:
+    def _load_model(self, *, lazy: bool) -> PreTrainedModel:
         from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
         config = AutoConfig.from_pretrained(self.path)
@@ -287,9 +287,9 @@ def resident_bytes() -> int:
 
 def planned(options: argparse.Namespace, module: RLModule, rollout: RolloutCallback, device: str) -> Plan:
     """What the plan says of this run."""
-    processor = module.source.load_processor()
+    processor = load_processor(module.policy.path)
     (inputs,) = encode(processor, [DrawnPrompts("color", "train", 1)[0]], FAMILIES["qwen3_vl"])
-    image_id = config_of(module.source.path).image_token_id
+    image_id = config_of(module.policy.path).image_token_id
     tokens, of_image = len(inputs.input_ids_S), int((inputs.input_ids_S == image_id).sum())
     settings = settings_of(
         module,

@@ -123,7 +123,7 @@ def read(field: str) -> float:
 def work(name: str, checkpoint: str, output: Path) -> None:
     """One rank."""
     torch.set_num_threads(1)
-    VLM(checkpoint).load(empty=True)  # imports what a load needs
+    VLM(checkpoint).load(mode="empty")  # imports what a load needs
     for library in LIBRARIES[name if name in LIBRARIES else "rl_deepspeed"]:
         import_module(library)
     memory = Memory()

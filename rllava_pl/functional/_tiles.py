@@ -65,23 +65,28 @@ class OnlineSoftmax:
     Args:
         hidden_MH: Gives rows, precision and device.
         columns: Tokens of the widest tile.
+        entropy: Also sum up what the entropy needs.
         with_mean: Also sum up the head's rows, weighted by probability.
     """
 
-    def __init__(self, hidden_MH: Tensor, columns: int, *, with_mean: bool) -> None:
+    def __init__(self, hidden_MH: Tensor, columns: int, *, entropy: bool, with_mean: bool) -> None:
         self.top_M = _like(hidden_MH, len(hidden_MH)).fill_(BANNED_LOGIT)
         self.mass_M = torch.zeros_like(self.top_M)  # sum of exp(z - top)
         self.surprise_M = torch.zeros_like(self.top_M)  # sum of exp(z - top) (z - top)
         self.mean_MH = _like(hidden_MH, *hidden_MH.shape).zero_() if with_mean else None  # sum of exp(z - top) W
-        self._scratch = _like(hidden_MH, len(hidden_MH), columns)
+        self._scratch = _like(hidden_MH, len(hidden_MH), columns) if entropy else None
 
     def add(self, z_MK: Tensor, weight_KH: Tensor) -> None:
         """Take in a tile; its logits are used up."""
         top_M = torch.maximum(self.top_M, z_MK.amax(1))
         drop_M = self.top_M - top_M
         shrink_M = drop_M.exp()
-        p_MK = torch.exp(z_MK.sub_(top_M[:, None]), out=self._scratch[:, : z_MK.shape[1]])
-        self.surprise_M = shrink_M * (self.surprise_M + drop_M * self.mass_M) + z_MK.mul_(p_MK).sum(1)
+        z_MK.sub_(top_M[:, None])
+        if self._scratch is None:
+            p_MK = z_MK.exp_()
+        else:
+            p_MK = torch.exp(z_MK, out=self._scratch[:, : z_MK.shape[1]])
+            self.surprise_M = shrink_M * (self.surprise_M + drop_M * self.mass_M) + z_MK.mul_(p_MK).sum(1)
         self.mass_M = shrink_M * self.mass_M + p_MK.sum(1)
         self.top_M = top_M
         if self.mean_MH is not None:
@@ -93,23 +98,31 @@ class TiledLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden_MH: Tensor, weight_VH: Tensor, ids_M: Tensor, tiling: Tiling, frozen: bool
+        ctx: FunctionCtx,
+        hidden_MH: Tensor,
+        weight_VH: Tensor,
+        ids_M: Tensor,
+        tiling: Tiling,
+        frozen: bool,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        """One pass over the vocabulary; ``frozen``: the gradient of the hidden states is made ready in it."""
-        sums = OnlineSoftmax(hidden_MH, min(tiling.columns, len(weight_VH)), with_mean=frozen)
+        """One pass over the vocabulary; ``frozen``: it also prepares the gradient of the hidden states."""
+        sums = OnlineSoftmax(hidden_MH, min(tiling.columns, len(weight_VH)), entropy=entropy, with_mean=frozen)
         target_M = torch.zeros_like(sums.mass_M)
         for start, weight_KH, z_MK in tiling.logits(hidden_MH, weight_VH):
             index_M, inside_M = _targets(ids_M, start, z_MK.shape[1])
             target_M = torch.where(inside_M, z_MK.gather(1, index_M[:, None])[:, 0], target_M)
             sums.add(z_MK, weight_KH)
         log_mass_M = sums.mass_M.log()
-        entropy_M = log_mass_M - sums.surprise_M / sums.mass_M
+        entropy_M = log_mass_M - sums.surprise_M / sums.mass_M if entropy else torch.zeros_like(log_mass_M)
         slope_MH = None
         if sums.mean_MH is not None:
             slope_MH = sums.mean_MH.div_(-sums.mass_M[:, None]).add_(weight_VH[ids_M]).div_(tiling.temperature)
         kept = (hidden_MH, weight_VH, ids_M, sums.top_M + log_mass_M, entropy_M, slope_MH)
         ctx.save_for_backward(*kept)  # type: ignore[arg-type]
         ctx.tiling = tiling  # type: ignore[attr-defined]
+        if not entropy:
+            ctx.mark_non_differentiable(entropy_M)
         ctx.set_materialize_grads(False)  # an entropy that only is a metric costs nothing in the backward
         return target_M - sums.top_M - log_mass_M, entropy_M
 
@@ -117,13 +130,13 @@ class TiledLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: FunctionCtx, logp_grad_M: Tensor | None, entropy_grad_M: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         """A second pass; none where the gradient was made ready and the entropy is only looked at."""
         hidden_MH, weight_VH, ids_M, norm_M, entropy_M, slope_MH = ctx.saved_tensors  # type: ignore[attr-defined]
         if logp_grad_M is None:
             logp_grad_M = torch.zeros_like(norm_M)
         if slope_MH is not None and entropy_grad_M is None:
-            return (slope_MH * logp_grad_M[:, None]).to(hidden_MH.dtype), None, None, None, None
+            return (slope_MH * logp_grad_M[:, None]).to(hidden_MH.dtype), None, None, None, None, None
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         hidden_grad_MH = _like(hidden_MH, *hidden_MH.shape).zero_() if wants_hidden else None
         weight_grad_VH = torch.empty_like(weight_VH) if wants_weight else None
@@ -141,7 +154,7 @@ class TiledLogProbs(torch.autograd.Function):
                     _write_product(weight_grad_VH[start : start + len(weight_KH)], grad_MK, hidden_MH)
         if hidden_grad_MH is not None:
             hidden_grad_MH = hidden_grad_MH.to(hidden_MH.dtype)
-        return hidden_grad_MH, weight_grad_VH, None, None, None
+        return hidden_grad_MH, weight_grad_VH, None, None, None, None
 
 
 def _like(hidden_MH: Tensor, *shape: int) -> Tensor:

@@ -27,6 +27,7 @@ def token_log_probs(
     *,
     temperature: float = 1.0,
     banned_ids: Sequence[int] | Tensor | None = None,
+    entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each given token and entropy of the distribution it was drawn from, both differentiable.
 
@@ -38,6 +39,7 @@ def token_log_probs(
         ids_NT: int64; at padding any id of the vocabulary.
         temperature: Divides the logits; positive.
         banned_ids: Ids that are never sampled.
+        entropy: False skips the entropies; they are then 0.
 
     Returns:
         ``(logp_NT, entropy_NT)`` in at least fp32, entropy in nats. A banned target has logp -100 and no gradient.
@@ -61,9 +63,9 @@ def token_log_probs(
     if banned is not None:
         scaled_NTV = scaled_NTV.index_fill(-1, banned, BANNED_LOGIT)
     logp_NTV = scaled_NTV.log_softmax(-1)
-    # Not lse - sum(p * z): for logits of standard deviation 150 that loses two digits more to cancellation.
-    entropy_NT = -(logp_NTV.exp() * logp_NTV).sum(-1)
     logp_NT = logp_NTV.gather(-1, ids_NT.unsqueeze(-1)).squeeze(-1)
+    # Not lse - sum(p * z): for logits of standard deviation 150 that loses two digits more to cancellation.
+    entropy_NT = -(logp_NTV.exp() * logp_NTV).sum(-1) if entropy else torch.zeros_like(logp_NT)
     if banned is not None:
         logp_NT = logp_NT.masked_fill(torch.isin(ids_NT, banned), BANNED_LOGP)
     return logp_NT, entropy_NT
@@ -77,6 +79,7 @@ def chunked_token_log_probs(
     temperature: float = 1.0,
     banned_ids: Sequence[int] | Tensor | None = None,
     chunk_tokens: int = 256,
+    entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`token_log_probs` of ``hidden @ head.T`` without ever holding N * T * V logits.
 
@@ -93,6 +96,7 @@ def chunked_token_log_probs(
         temperature: Divides the logits; positive.
         banned_ids: Ids that are never sampled.
         chunk_tokens: A tile has at most as many logits as this many tokens have in all, ``chunk_tokens * V``.
+        entropy: False skips the entropies; they are then 0.
 
     Returns:
         ``(logp_NT, entropy_NT)`` as :func:`token_log_probs`; gradients reach hidden states and weight. An entropy that
@@ -122,7 +126,7 @@ def chunked_token_log_probs(
     frozen = torch.is_grad_enabled() and hidden_NTH.requires_grad and not head_weight_VH.requires_grad
     with torch.autocast(device, enabled=False):
         rows = (hidden_NTH.flatten(0, -2), head_weight_VH, ids_NT.flatten())
-        logp_M, entropy_M = TiledLogProbs.apply(*rows, tiling, frozen)  # type: ignore[no-untyped-call]
+        logp_M, entropy_M = TiledLogProbs.apply(*rows, tiling, frozen, entropy)  # type: ignore[no-untyped-call]
     logp_NT, entropy_NT = logp_M.view(ids_NT.shape), entropy_M.view(ids_NT.shape)
     if banned is not None:
         logp_NT = logp_NT.masked_fill(torch.isin(ids_NT, banned), BANNED_LOGP)

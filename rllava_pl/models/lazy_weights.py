@@ -1,8 +1,8 @@
-"""Weights that wait in their file until they are cut: a rank that fills the others needs no copy of a whole model.
+"""Weights that stay in their file until they are sharded, so that the rank which reads them needs no copy of the model.
 
-safetensors maps files into memory, so weights that are wanted as they are stored cost no memory of the process. Most
-checkpoints are in bfloat16, and float32 is what is trained: converted at once, they would be a copy of four bytes a
-parameter on the rank that reads. So they stay in bfloat16, and each is converted when its turn comes.
+safetensors maps files into memory, so weights in the dtype of their file need no memory of the process. Most
+checkpoints are in bfloat16 and training is in float32: converted at once, they would take four bytes a parameter on the
+rank that reads. So they stay in bfloat16, and each is converted when it is sharded.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WAITING = "waiting_value"
+LAZY_VALUE = "lazy_value"
 """Attribute of an empty parameter: its value, in another dtype."""
 NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
-"""Dtypes in the words of safetensors."""
+"""16-bit dtypes by their names in safetensors."""
 
 
 def narrow_dtype(path: str, revision: str) -> torch.dtype | None:
-    """The 16-bit dtype of all weights of a checkpoint; None if they have several, others, or are no safetensors."""
+    """The 16-bit dtype of all weights of a checkpoint; None for mixed or other dtypes and other formats."""
     from transformers.utils import cached_file
 
     try:
@@ -44,16 +44,16 @@ def _header(file: Path) -> dict[str, dict[str, str]]:
     return header
 
 
-def let_wait(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Make parameters of other dtypes empty ones of ``dtype`` that carry their values; shared ones stay shared.
+def with_lazy_weights(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Replace parameters of other dtypes by empty ones of ``dtype`` that carry their values; tied ones stay tied.
 
     Persistent buffers are converted.
     """
-    places: dict[nn.Parameter, nn.Parameter] = {}
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.dtype != dtype:
-                module._parameters[name] = places.setdefault(parameter, _empty(parameter, dtype))
+                module._parameters[name] = replaced.setdefault(parameter, _empty(parameter, dtype))
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
                 module._buffers[name] = buffer.to(dtype)
@@ -64,5 +64,5 @@ def let_wait(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreT
 
 def _empty(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     empty = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="meta"), parameter.requires_grad)
-    setattr(empty, WAITING, parameter.detach())
+    setattr(empty, LAZY_VALUE, parameter.detach())
     return empty

@@ -2,10 +2,10 @@
 
 ``forward`` takes P prompts with their N = P·G responses and returns log-probs and entropies of the response tokens
 under exactly the distribution the engines sample from: softmax of logits / temperature over the tokens that are not
-banned. Where the family allows it a prompt, its images included, is computed once for its whole group, and no padding
-at all (``shared_prompt``), else once a response (the plain form); both give the same numbers.
+banned. Where the family allows it, a prompt with its images is computed once for its whole group and without padding
+(``shared_prompt``); otherwise once a response (the plain form). Both give the same numbers.
 
-``forward`` is two halves where the family is known: ``hidden`` gives the states that predict the M tokens of the mask,
+``forward`` has two halves where the family is known: ``hidden`` gives the states that predict the M tokens of the mask,
 ``read`` their log-probs. A critic reads the same states and lays its values out with ``spread``.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from rllava_pl.functional.logprobs import chunked_token_log_probs, token_log_probs
 from rllava_pl.models import shared_prompt
-from rllava_pl.models.dummy_image import blank_prompt, hide, with_blank
+from rllava_pl.models.dummy_image import dummy_prompt, mask_dummy, prepend_dummy
 from rllava_pl.models.encoding import PaddingSide, collate, encode, encode_response, tokenizer_of
 from rllava_pl.models.families import banned_token_ids, family_of
 from rllava_pl.types import PolicyBatch, PolicyOutput, Prompt, PromptInputs
@@ -33,15 +32,17 @@ if TYPE_CHECKING:
 
 
 class Policy(nn.Module):
-    """A loaded model with its processor and its action space.
+    """A model with its processor and its action space.
 
     Args:
         model: Any transformers model with a language-modelling head.
         processor: The model's processor, or the tokenizer of a text-only model.
         temperature: Divides the logits, in sampling and in log-probs alike.
         share_prompt: Compute a prompt once a group where that is exact for the family.
-        activation_offload: What the forward keeps for the backward waits in host memory.
+        activation_offload: Keep what the forward saves for the backward in host memory.
     """
+
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -53,40 +54,48 @@ class Policy(nn.Module):
         activation_offload: bool = False,
     ) -> None:
         super().__init__()
+        self.share_prompt = share_prompt
+        self.activation_offload = activation_offload
+        self._attach(model, processor, temperature)
+
+    def _attach(self, model: PreTrainedModel, processor: Processor, temperature: float) -> None:
+        """Take a model and its processor, and derive from them what sampling and log-probs need."""
         if not temperature > 0:
             raise ValueError(f"the policy's temperature is {temperature}; log-probs need a positive one")
         self.model = model
         self.processor = processor
         self.temperature = temperature
-        self.activation_offload = activation_offload
-        self.family = family_of(model)
+        self.model_family = family_of(model)
         self.tokenizer = tokenizer_of(processor)
         self.banned_ids = banned_token_ids(model, self.tokenizer)
         self.stop_ids = _stop_ids(model, self.tokenizer)
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_ids[0]
-        self.shares_prompt = share_prompt and shared_prompt.enable(model)
-        self.always_sees = False
-        """Whether a batch without images is shown a blank one; needed on several ranks, see ``blank.py``."""
+        self.shares_prompt = self.share_prompt and shared_prompt.enable(model)
+        self.needs_dummy_image = False
+        """Whether a batch without images gets a dummy one; needed on several ranks, see ``dummy_image.py``."""
+        self._dummy_prompt: PromptInputs | None = None
         _turn_off_dropout(model)
 
-    @cached_property
-    def blank(self) -> PromptInputs:
-        """A prompt about nothing, with an image where the model has eyes."""
-        return blank_prompt(self.processor, self.family)
+    @property
+    def loaded(self) -> bool:
+        """Whether the policy holds a model."""
+        return "model" in self._modules
+
+    @property
+    def dummy_prompt(self) -> PromptInputs:
+        """A prompt of one image, or of text alone for a text-only model; made once."""
+        if self._dummy_prompt is None:
+            self._dummy_prompt = dummy_prompt(self.processor, self.model_family)
+        return self._dummy_prompt
 
     @property
     def device(self) -> torch.device:
         """Where the token embeddings are, and so where inputs go."""
         return self.model.get_input_embeddings().weight.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.model.parameters()).dtype
-
     def encode(self, prompts: Sequence[Prompt]) -> list[PromptInputs]:
         """Prompts as this model reads them; see ``encoding.encode``."""
-        return encode(self.processor, prompts, self.family)
+        return encode(self.processor, prompts, self.model_family)
 
     def encode_response(self, text: str) -> Tensor:
         """Ids (T,) of a demonstration as a response of this policy; see ``encoding.encode_response``."""
@@ -98,21 +107,21 @@ class Policy(nn.Module):
         return str(self.tokenizer.decode([i for i in response_ids.tolist() if i not in hidden]))
 
     def collate(self, inputs: Sequence[PromptInputs]) -> dict[str, Tensor]:
-        """Model inputs of several prompts, padded on the left, on the policy's device and in its dtype."""
-        if not self._blind(inputs):
+        """Model inputs of several prompts, padded on the left, on the model's device and in its dtype."""
+        if not self._lacks_image(inputs):
             return self._collate(inputs)
-        batch = self._collate(with_blank(inputs, self.blank))
-        hide(batch["attention_mask"], len(self.blank))
+        batch = self._collate(prepend_dummy(inputs, self.dummy_prompt))
+        mask_dummy(batch["attention_mask"], len(self.dummy_prompt))
         return batch | {"position_ids": self._positions(batch)}
 
     def _collate(self, inputs: Sequence[PromptInputs], side: PaddingSide = "left") -> dict[str, Tensor]:
-        batch = collate(inputs, pad_id=self.pad_id, axis=self.family.image_axis, device=self.device, side=side)
+        batch = collate(inputs, pad_id=self.pad_id, axis=self.model_family.image_axis, device=self.device, side=side)
         batch["position_ids"] = self._positions(batch)
-        return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in batch.items()}
+        return {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in batch.items()}
 
-    def _blind(self, inputs: Sequence[PromptInputs]) -> bool:
-        """Whether a blank image has to be shown."""
-        return self.always_sees and not any(x.images for x in inputs)
+    def _lacks_image(self, inputs: Sequence[PromptInputs]) -> bool:
+        """Whether a dummy image must be added."""
+        return self.needs_dummy_image and not any(x.images for x in inputs)
 
     def _positions(self, batch: dict[str, Tensor]) -> Tensor:
         """Position ids (P, S), or (3, P, S) for rotary embeddings over time, height and width; pads do not count."""
@@ -127,43 +136,48 @@ class Policy(nn.Module):
         )[0]
         return positions
 
-    def forward(self, batch: PolicyBatch) -> PolicyOutput:
-        """Log-probs and entropies of the response tokens, (N, T) each, 0 where the mask is False."""
-        if self.family.causal:
-            return self.read(self.hidden(batch), batch)
+    def forward(self, batch: PolicyBatch, entropy: bool = True) -> PolicyOutput:
+        """Log-probs and entropies of the response tokens, (N, T) each, 0 where the mask is False.
+
+        Args:
+            batch: P prompts and their N = P·G responses.
+            entropy: False skips the entropies, which are then 0 everywhere; log-probs are the same to the bit.
+        """
+        if self.model_family.causal:
+            return self.read(self.hidden(batch), batch, entropy)
         mask_NT, ids_M = self._targets(batch)
-        with self._keeping():
+        with self._saved_tensors():
             inputs = self._repeat_prompts(batch)
             logits_NTV = self.model(**inputs, use_cache=False, logits_to_keep=mask_NT.shape[1]).logits
-        return self._output(self._from_logits(logits_NTV[mask_NT], ids_M), mask_NT)
+        return self._output(self._from_logits(logits_NTV[mask_NT], ids_M, entropy), mask_NT)
 
     def hidden(self, batch: PolicyBatch) -> Tensor:
         """Final hidden states (M, H) that predict the M tokens whose mask is True, row by row.
 
-        Each knows its prompt with the images and the response before its token, not the token: the state a critic
-        values.
+        Each depends on its prompt, the images and the response before its token, not on the token: it is the state
+        that a critic values.
 
         Raises:
             ValueError: The family is not known to be causal; what its head reads need not be these states.
         """
-        if not self.family.causal:
+        if not self.model_family.causal:
             raise ValueError(
                 f"no hidden states for the family {self.model.config.model_type!r}: only its logits are known to be "
                 "right; use an algorithm without a critic, or enter the family in models/families.py if it is causal"
             )
-        with self._keeping():
+        with self._saved_tensors():
             return self._hidden_shared(batch) if self.shares_prompt else self._hidden_plain(batch)
 
-    def _keeping(self) -> AbstractContextManager[object]:
-        """Where autograd keeps what it saves."""
+    def _saved_tensors(self) -> AbstractContextManager[object]:
+        """Keeps what autograd saves in host memory if activations are offloaded."""
         if not self.activation_offload:
             return nullcontext()
         return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
 
-    def read(self, hidden_MH: Tensor, batch: PolicyBatch) -> PolicyOutput:
-        """Log-probs and entropies from ``hidden(batch)``; padding never meets the vocabulary."""
+    def read(self, hidden_MH: Tensor, batch: PolicyBatch, entropy: bool = True) -> PolicyOutput:
+        """Log-probs and entropies from ``hidden(batch)``; no logits are computed at padding."""
         mask_NT, ids_M = self._targets(batch)
-        return self._output(self._from_hidden(hidden_MH, ids_M), mask_NT)
+        return self._output(self._from_hidden(hidden_MH, ids_M, entropy), mask_NT)
 
     def _targets(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
         """The mask (N, T) and the ids (M,) under it, on the policy's device."""
@@ -175,20 +189,25 @@ class Policy(nn.Module):
         logp_M, entropy_M = of_tokens
         return PolicyOutput(spread(logp_M, mask_NT), spread(entropy_M, mask_NT))
 
-    def _from_hidden(self, hidden_MH: Tensor, ids_M: Tensor) -> tuple[Tensor, Tensor]:
+    def _from_hidden(self, hidden_MH: Tensor, ids_M: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
         head = self.model.get_output_embeddings()
         if getattr(head, "bias", None) is not None or hasattr(head, "lora_A"):  # its weight is not all of it
-            return self._from_logits(head(hidden_MH), ids_M)
-        logp, entropy = chunked_token_log_probs(
-            hidden_MH[None], head.weight, ids_M[None], temperature=self.temperature, banned_ids=self.banned_ids
+            return self._from_logits(head(hidden_MH), ids_M, entropy)
+        logp, entropies = chunked_token_log_probs(
+            hidden_MH[None],
+            head.weight,
+            ids_M[None],
+            temperature=self.temperature,
+            banned_ids=self.banned_ids,
+            entropy=entropy,
         )
-        return logp[0], entropy[0]
+        return logp[0], entropies[0]
 
-    def _from_logits(self, logits_MV: Tensor, ids_M: Tensor) -> tuple[Tensor, Tensor]:
-        logp, entropy = token_log_probs(
-            logits_MV[None], ids_M[None], temperature=self.temperature, banned_ids=self.banned_ids
+    def _from_logits(self, logits_MV: Tensor, ids_M: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+        logp, entropies = token_log_probs(
+            logits_MV[None], ids_M[None], temperature=self.temperature, banned_ids=self.banned_ids, entropy=entropy
         )
-        return logp[0], entropy[0]
+        return logp[0], entropies[0]
 
     def _hidden_plain(self, batch: PolicyBatch) -> Tensor:
         """(M, H): the states that predict the tokens under the mask, the prompt computed once a response."""
@@ -212,8 +231,8 @@ class Policy(nn.Module):
     def _hidden_shared(self, batch: PolicyBatch) -> Tensor:
         """The same states from one row that holds every prompt once and no padding; see ``shared_prompt``."""
         mask_NT = batch.mask_NT.to(self.device)
-        prompts = (*batch.inputs, self.blank) if self._blind(batch.inputs) else batch.inputs
-        unanswered = [0] * (len(prompts) * batch.group_size - len(mask_NT))  # no response stands behind the blank
+        prompts = (*batch.inputs, self.dummy_prompt) if self._lacks_image(batch.inputs) else batch.inputs
+        unanswered = [0] * (len(prompts) * batch.group_size - len(mask_NT))  # the dummy prompt has no responses
         layout = shared_prompt.Layout.of([len(x) for x in prompts], context_lengths(mask_NT) + unanswered, self.device)
         packed = self._pack(prompts, batch.response_ids_NT.to(self.device), layout)
         hidden: Tensor = self.model.base_model(**packed, shared_prompt=layout, use_cache=False).last_hidden_state
@@ -225,33 +244,29 @@ class Policy(nn.Module):
         ids_NR = nn.functional.pad(ids_NT[:, :steps], (0, 0, 0, rows - len(ids_NT)))
         packed = self._collate(prompts, side="right")
         ends_N = next_positions(packed["position_ids"]).repeat_interleave(rows // len(prompts))
-        positions_NR = ends_N[:, None] + torch.arange(steps, device=self.device)  # a response goes on behind its prompt
+        positions_NR = ends_N[:, None] + torch.arange(steps, device=self.device)  # a response follows its prompt
         responses = {"input_ids": ids_NR, "position_ids": positions_NR}
         for name in ("input_ids", "position_ids", *prompts[0].tokens):
             along = responses.get(name, torch.zeros_like(ids_NR))  # further inputs are 0 at text
             along = along.expand(*packed[name].shape[:-2], -1, -1)
             packed[name] = layout.row(packed[name], along).unsqueeze(-2)
-        if self.family.image_axis == "prompt":
+        if self.model_family.image_axis == "prompt":
             images = {name for x in prompts for name in x.images}
             packed |= {name: packed[name].flatten(0, 1)[None] for name in images}  # one prompt of all images
         packed["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # 4-D: never read
         return packed
 
-    @cached_property
-    def _adapted_layers(self) -> list[nn.Module]:
-        """Layers with LoRA adapters; the list is taken at the first use, when the model is complete."""
-        return [m for m in self.model.modules() if hasattr(m, "enable_adapters") and hasattr(m, "lora_A")]
-
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
         """Without its LoRA adapters the policy is bit-equal to the loaded weights: the reference of a LoRA run."""
-        states = [[p.requires_grad for p in layer.parameters()] for layer in self._adapted_layers]
-        for layer in self._adapted_layers:
+        layers = [m for m in self.model.modules() if hasattr(m, "enable_adapters") and hasattr(m, "lora_A")]
+        states = [[p.requires_grad for p in layer.parameters()] for layer in layers]
+        for layer in layers:
             layer.enable_adapters(False)  # type: ignore[operator]
         try:
             yield
         finally:
-            for layer, flags in zip(self._adapted_layers, states, strict=True):
+            for layer, flags in zip(layers, states, strict=True):
                 layer.enable_adapters(True)  # type: ignore[operator]
                 for parameter, flag in zip(layer.parameters(), flags, strict=True):
                     parameter.requires_grad_(flag)
@@ -289,7 +304,7 @@ def _stop_ids(model: PreTrainedModel, tokenizer: object) -> list[int]:
     named = getattr(model.generation_config, "eos_token_id", None)
     named = getattr(tokenizer, "eos_token_id", None) if named is None else named
     if named is None:
-        raise ValueError("no eos_token_id in generation_config.json or the tokenizer: no response could ever end")
+        raise ValueError("no eos_token_id in generation_config.json or the tokenizer: no response would ever end")
     return list(named) if isinstance(named, list) else [named]
 
 

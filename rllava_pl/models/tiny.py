@@ -1,8 +1,8 @@
 """Small random vision-language models that learn by RL on one CPU core: for the quickstart, tests and benchmarks.
 
 ``build`` writes an ordinary Hugging Face directory, so that everything downstream treats it like a downloaded model.
-The weights are random; a short supervised warm-up on noise pictures with *random* answers teaches the answer format
-and nothing else, hence all a policy ever knows about a picture comes from its rewards.
+The weights are random; a short supervised warm-up on noise images with *random* answers teaches the answer format
+and nothing else, so that all a policy learns about images comes from its rewards.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rllava_pl.models.blueprints import BLUEPRINTS, IMAGE_SIZE, Blueprint
 from rllava_pl.models.families import FAMILIES
 from rllava_pl.models.quiet import no_progress_bar
+from rllava_pl.models.tiny_families import IMAGE_SIZE, TINY_FAMILIES, TinyFamily
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-RECIPE_VERSION = 2
+VERSION = 2
 """Raise it whenever the same arguments would give another model."""
 
 WARMUP_ROWS = 64
 WARMUP_LEARNING_RATE = 5e-3
-RECIPE_FILE = "tiny_vlm.json"
+CONFIG_FILE = "tiny_vlm.json"
 
 _PAD, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _FORMAT_TOKENS = ("<answer>", "</answer>", "<think>", "</think>")
@@ -51,8 +51,8 @@ _CHATML = (
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything a tiny model is a function of, besides the versions of this module and of transformers."""
+class TinyModelConfig:
+    """The arguments that a tiny model is a function of, besides the versions of this module and of transformers."""
 
     family: str
     questions: tuple[str, ...]
@@ -62,11 +62,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what no tiny model can be built from."""
-        if self.family not in BLUEPRINTS:
-            raise ValueError(f"family {self.family!r} is unknown; tiny models exist for {', '.join(BLUEPRINTS)}")
+        if self.family not in TINY_FAMILIES:
+            raise ValueError(f"family {self.family!r} is unknown; tiny models exist for {', '.join(TINY_FAMILIES)}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; use 0 for an untrained model or a positive number")
-        reserved = (_PAD, _START, _END, *BLUEPRINTS[self.family].visual_tokens, *_FORMAT_TOKENS)
+        reserved = (_PAD, _START, _END, *TINY_FAMILIES[self.family].visual_tokens, *_FORMAT_TOKENS)
         for name, texts in (("questions", self.questions), ("answers", self.answers)):
             if not texts or not all(texts):
                 raise ValueError(f"{name} is {list(texts)}; give at least one text, and no empty ones")
@@ -76,18 +76,9 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """Short stable hash over the arguments, ``RECIPE_VERSION`` and the version of transformers."""
-        parts = [RECIPE_VERSION, importlib.metadata.version("transformers"), asdict(self)]
+        """Short stable hash: equal exactly when ``build`` would write the same model."""
+        parts = [VERSION, importlib.metadata.version("transformers"), asdict(self)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def recipe_key(family: str, questions: Sequence[str], answers: Sequence[str], seed: int, warmup_steps: int) -> str:
-    """Name of a cached model: equal exactly when ``build`` would write the same one.
-
-    Raises:
-        ValueError: As ``build``.
-    """
-    return Recipe(family, tuple(questions), tuple(answers), seed, warmup_steps).key
 
 
 def build(
@@ -105,11 +96,11 @@ def build(
     appears under its name only when it is complete; if another process was faster, its directory is kept.
 
     Args:
-        directory: Where to; a directory that this recipe has already filled is returned as it is.
+        directory: Where to; a directory that already holds this model is returned as it is.
         family: ``idefics3``, ``llava``, ``qwen2_vl``, ``qwen2_5_vl`` or ``qwen3_vl``.
         questions: What the task asks; the tokenizer is trained on them, the warm-up takes them in turn.
         answers: What the task's answers look like; the warm-up draws from them uniformly.
-        seed: Of weights, warm-up pictures and warm-up answers.
+        seed: Of weights, warm-up images and warm-up answers.
         warmup_steps: Supervised steps of 64 rows that teach the answer format; 0 leaves the weights random.
 
     Returns:
@@ -119,66 +110,61 @@ def build(
         ValueError: The family is unknown, a text is empty or contains a token of the chat format.
         FileExistsError: The directory holds something else.
     """
-    recipe = Recipe(family, tuple(questions), tuple(answers), seed, warmup_steps)
+    config = TinyModelConfig(family, tuple(questions), tuple(answers), seed, warmup_steps)
     directory = Path(directory)
-    if _is_filled(directory, recipe):
+    if _holds(directory, config):
         return directory
-    draft = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
     try:
-        _write(draft, recipe)
-        _publish(draft, directory, recipe)
+        _write(temporary, config)
+        try:
+            os.rename(temporary, directory)
+        except OSError:  # another process may have been faster
+            if not _holds(directory, config):
+                raise
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return directory
 
 
-def _is_filled(directory: Path, recipe: Recipe) -> bool:
-    """Whether the directory holds this recipe; an absent or empty one does not, any other content is refused."""
+def _holds(directory: Path, config: TinyModelConfig) -> bool:
+    """Whether the directory holds this model; False if absent or empty, any other content is refused."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
-    note = directory / RECIPE_FILE
-    found = json.loads(note.read_text())["key"] if note.is_file() else None
-    if found != recipe.key:
-        content = f"recipe {found}" if found else "something else"
+    file = directory / CONFIG_FILE
+    found = json.loads(file.read_text())["key"] if file.is_file() else None
+    if found != config.key:
+        content = f"the tiny model {found}" if found else "something else"
         raise FileExistsError(
-            f"{directory} exists and holds {content}, not recipe {recipe.key}; choose another directory"
+            f"{directory} exists and holds {content}, not the tiny model {config.key}; choose another directory"
         )
     return True
 
 
-def _write(draft: Path, recipe: Recipe) -> None:
-    """All files of the model, in a directory that nobody knows yet."""
+def _write(directory: Path, config: TinyModelConfig) -> None:
+    """All files of the model."""
     from transformers import AutoModelForImageTextToText
 
-    blueprint = BLUEPRINTS[recipe.family]
-    with _own_world(recipe.seed):
-        tokenizer = _tokenizer(recipe, blueprint)
-        processor = blueprint.processor(tokenizer)
-        model = AutoModelForImageTextToText.from_config(blueprint.config(tokenizer))
+    family = TINY_FAMILIES[config.family]
+    with _isolated_torch_state(config.seed):
+        tokenizer = _tokenizer(config, family)
+        processor = family.processor(tokenizer)
+        model = AutoModelForImageTextToText.from_config(family.config(tokenizer))
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-        _warm_up(model, processor, recipe)
-    draft.mkdir(parents=True)
+        _warm_up(model, processor, config)
+    directory.mkdir(parents=True)
     with no_progress_bar():
-        model.save_pretrained(draft)
-    processor.save_pretrained(draft)
-    if blueprint.video:
-        (draft / "video_preprocessor_config.json").write_text(json.dumps(blueprint.video, indent=2) + "\n")
-    (draft / RECIPE_FILE).write_text(json.dumps({"key": recipe.key, **asdict(recipe)}, indent=2) + "\n")
-
-
-def _publish(draft: Path, directory: Path, recipe: Recipe) -> None:
-    """Give the finished draft its name in one step; a directory that appeared meanwhile stays."""
-    try:
-        os.rename(draft, directory)
-    except OSError:
-        if not _is_filled(directory, recipe):
-            raise
+        model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    if family.video:
+        (directory / "video_preprocessor_config.json").write_text(json.dumps(family.video, indent=2) + "\n")
+    (directory / CONFIG_FILE).write_text(json.dumps({"key": config.key, **asdict(config)}, indent=2) + "\n")
 
 
 @contextmanager
-def _own_world(seed: int) -> Iterator[None]:
-    """Random state, device, dtype, gradient mode and thread count of the build, whatever the caller's are.
+def _isolated_torch_state(seed: int) -> Iterator[None]:
+    """Fixed random state, device, dtype, gradient mode and thread count; the caller's are restored.
 
     One thread, because the order of floating-point sums, and with it the last bits of the weights, depends on it.
     """
@@ -197,8 +183,8 @@ def _own_world(seed: int) -> Iterator[None]:
 # Tokenizer -----------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(recipe: Recipe, blueprint: Blueprint) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the task's own words; with all 256 bytes in its alphabet, any text encodes."""
+def _tokenizer(config: TinyModelConfig, family: TinyFamily) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the task's words; with all 256 bytes in its alphabet, any text encodes."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -208,44 +194,44 @@ def _tokenizer(recipe: Recipe, blueprint: Blueprint) -> PreTrainedTokenizerFast:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[_PAD, _START, _END, *blueprint.visual_tokens],
+        special_tokens=[_PAD, _START, _END, *family.visual_tokens],
         show_progress=False,
     )
-    core.train_from_iterator([*recipe.questions, *recipe.answers, "system\n", "user\n", "assistant\n"], trainer)
+    core.train_from_iterator([*config.questions, *config.answers, "system\n", "user\n", "assistant\n"], trainer)
     # Not special: the tags must survive decoding without special tokens, for rewards read them.
     core.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in _FORMAT_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=_END,
         pad_token=_PAD,
-        extra_special_tokens=dict(blueprint.named_tokens),
+        extra_special_tokens=dict(family.named_tokens),
         padding_side="left",
         model_max_length=512,
         model_input_names=["input_ids", "attention_mask"],
-        chat_template=_CHATML.replace("IMAGE", blueprint.image_text),
+        chat_template=_CHATML.replace("IMAGE", family.image_text),
     )
 
 
 # Warm-up -------------------------------------------------------------------------------------------------------------
 
 
-def _warm_up(model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe) -> None:
+def _warm_up(model: PreTrainedModel, processor: ProcessorMixin, config: TinyModelConfig) -> None:
     """Supervised steps on ``<answer>random answer</answer>``; vision tower and connector stay frozen.
 
-    The same 64 pictures serve every step, as do the prompts' token ids; only the answers are drawn anew.
+    All steps share the same 64 images and prompts; only the answers differ from step to step.
     """
-    family = FAMILIES[recipe.family]
+    family = FAMILIES[config.family]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (fnmatch(name, family.vision_tower) or fnmatch(name, family.connector)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=WARMUP_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    pictures = [_noise_picture() for _ in range(WARMUP_ROWS)]
-    ids_AT, mask_AT = _completions(processor.tokenizer, recipe.answers)
+    images = [_noise_image() for _ in range(WARMUP_ROWS)]
+    ids_AT, mask_AT = _completions(processor.tokenizer, config.answers)
     prompts: dict[str, dict[str, Tensor]] = {}
-    for step, drawn_N in enumerate(_drawn_answers(len(recipe.answers), recipe.warmup_steps)):
-        question = recipe.questions[step % len(recipe.questions)]
+    for step, drawn_N in enumerate(_drawn_answers(len(config.answers), config.warmup_steps)):
+        question = config.questions[step % len(config.questions)]
         if question not in prompts:
-            prompts[question] = _prompts(processor, question, pictures)
+            prompts[question] = _prompts(processor, question, images)
         loss = _completion_loss(model, prompts[question], ids_AT[drawn_N], mask_AT[drawn_N])
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -254,20 +240,21 @@ def _warm_up(model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe) 
 
 
 def _drawn_answers(answers: int, steps: int) -> Tensor:
-    """Answers (steps, 64) at random, each equally often: shuffled decks of all answers, one behind the other.
+    """Indices (steps, 64) of random answers: concatenated permutations, so that all answers are equally frequent.
 
-    Independent draws would leave every batch, and so the model, with favourites.
+    Independent draws would not balance a batch, and the model would learn to prefer some answers.
     """
     total = steps * WARMUP_ROWS
-    decks = [torch.randperm(answers) for _ in range(math.ceil(total / answers))]
-    return torch.cat([*decks, torch.empty(0, dtype=torch.int64)])[:total].view(steps, WARMUP_ROWS)
+    permutations = [torch.randperm(answers) for _ in range(math.ceil(total / answers))]
+    return torch.cat([*permutations, torch.empty(0, dtype=torch.int64)])[:total].view(steps, WARMUP_ROWS)
 
 
-def _noise_picture() -> Image:
-    """Grey noise around a brightness that is the picture's own.
+def _noise_image() -> Image:
+    """Grey noise around a random brightness.
 
-    Both ends of richness measured worse: after dark noise alone the format can break on bright pictures; after coloured
-    blobs it holds, but learning from rewards starts late (accuracy about .55 instead of .85 after 40 steps of GRPO).
+    Simpler and richer images measured worse: after dark noise alone the format can break on bright images; after
+    coloured blobs it holds, but learning from rewards starts late (accuracy about .55 instead of .85 after 40 steps of
+    GRPO).
     """
     from PIL import Image
 
@@ -283,11 +270,11 @@ def _completions(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> 
     return ids_AT, mask_AT
 
 
-def _prompts(processor: ProcessorMixin, question: str, pictures: Sequence[Image]) -> dict[str, Tensor]:
-    """The question about every picture, as the model reads it; all rows are equally long."""
+def _prompts(processor: ProcessorMixin, question: str, images: Sequence[Image]) -> dict[str, Tensor]:
+    """The question about every image, as the model reads it; all rows are equally long."""
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True)
-    inputs = processor(text=[text] * len(pictures), images=[[picture] for picture in pictures], return_tensors="pt")
+    inputs = processor(text=[text] * len(images), images=[[image] for image in images], return_tensors="pt")
     return dict(inputs)
 
 

@@ -1,28 +1,33 @@
-"""Where a policy comes from: a checkpoint and what is trained of it."""
+"""The policy as a user names it: a checkpoint, and what of it is trained."""
 
 from __future__ import annotations
 
 import logging
 import os
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
+from torch import nn
+
+from rllava_pl.models.policy import Policy
 from rllava_pl.models.quiet import no_progress_bar
 from rllava_pl.models.trainable import LoRA, add_lora, freeze
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-    from rllava_pl.models.encoding import Processor
-    from rllava_pl.models.policy import Policy
-
 DType = Literal["float32", "bfloat16"]
+LoadMode = Literal["full", "lazy", "empty"]
 log = logging.getLogger(__name__)
 
 
-class VLM:
-    """A pretrained vision-language model, as a directory or a hub id.
+class VLM(Policy):
+    """A pretrained vision-language model, as a directory or a hub id; empty until ``load``.
 
     Args:
         path: Directory in Hugging Face format, or a hub id. Any model that ``AutoModelForImageTextToText`` loads;
@@ -35,8 +40,8 @@ class VLM:
             ``embeddings``.
         lora: Train low-rank adapters only; the base model then serves as the reference policy at no cost.
         share_prompt: Compute each prompt once a group instead of once a completion, where that is exact for the family.
-        activation_offload: Between forward and backward the input of each layer waits in host memory; needs
-            ``gradient_checkpointing``, without which far more would have to travel, the weights included.
+        activation_offload: Keep the input of each layer in host memory between forward and backward; needs
+            ``gradient_checkpointing``, without which all activations and weights would be copied.
 
     Raises:
         ValueError: ``activation_offload`` without ``gradient_checkpointing``.
@@ -59,6 +64,7 @@ class VLM:
             raise ValueError(
                 "activation_offload moves inputs of checkpointed layers to the host: set gradient_checkpointing, too"
             )
+        nn.Module.__init__(self)  # not Policy's: the model comes with load()
         self.path = path
         self.revision = revision
         self.dtype = dtype
@@ -69,53 +75,53 @@ class VLM:
         self.share_prompt = share_prompt
         self.activation_offload = activation_offload
 
+    def extra_repr(self) -> str:
+        """The checkpoint, for ``print``."""
+        return self.path
+
     def prepare(self, seed: int) -> None:
         """Make the checkpoint available; called once a machine, before anything is loaded."""
 
-    def load(
-        self, *, temperature: float = 1.0, trainable: bool = True, empty: bool = False, may_wait: bool = False
-    ) -> Policy:
-        """Load weights and processor.
+    def load(self, *, temperature: float = 1.0, trainable: bool = True, mode: LoadMode = "full") -> Self:
+        """Load weights and processor into this policy, and return it.
 
         Args:
             temperature: Of sampling, and so of the log-probs.
-            trainable: False gives a frozen copy without adapters: a reference policy.
-            empty: Parameters have shapes but no values and no memory (``meta``); buffers are right.
-            may_wait: Values may be left in their file, in its dtype, until the policy is cut (``models/stored.py``).
+            trainable: False freezes all weights and adds no adapters: a reference policy.
+            mode: ``full``: every value is read. ``lazy``: values may stay in their file, in its dtype, until the
+                policy is sharded (``lazy_weights.py``). ``empty``: parameters have shapes but no values and no memory
+                (``meta`` device); buffers are right.
         """
-        from rllava_pl.models.policy import Policy
-
-        policy = Policy(
-            self._empty_model() if empty else self._load_model(may_wait),
-            self.load_processor(),
-            temperature=temperature,
-            share_prompt=self.share_prompt,
-            activation_offload=self.activation_offload,
-        )
-        if self.share_prompt and not policy.shares_prompt:
-            log.warning("%s: each prompt is computed once a completion; sharing is not known to be exact", self.path)
-        if not trainable:
-            return policy.requires_grad_(False).eval()
-        self._make_trainable(policy.model)
-        return policy.train(self.gradient_checkpointing)  # it only works in training mode; dropout is off in either
-
-    def load_processor(self) -> Processor:
-        """The processor, or the tokenizer of a text-only model."""
         from rllava_pl.models.processors import load_processor
 
-        return load_processor(self.path, revision=self.revision)
+        model = self._empty_model() if mode == "empty" else self._load_model(lazy=mode == "lazy")
+        self._attach(model, load_processor(self.path, revision=self.revision), temperature)
+        if self.share_prompt and not self.shares_prompt:
+            log.warning(
+                "%s: every prompt is computed once per completion; computing it once per group is not known to be "
+                "exact for this model",
+                self.path,
+            )
+        if not trainable:
+            return self.requires_grad_(False).eval()
+        freeze(model, self.freeze)
+        if self.lora is not None:
+            add_lora(model, self.lora)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return self.train(self.gradient_checkpointing)  # it only works in training mode; dropout is off in either
 
-    def _load_model(self, may_wait: bool) -> PreTrainedModel:
-        from rllava_pl.models.lazy_weights import let_wait, narrow_dtype
+    def _load_model(self, *, lazy: bool) -> PreTrainedModel:
+        from rllava_pl.models.lazy_weights import narrow_dtype, with_lazy_weights
 
         _, auto, options = self._architecture()
-        can_wait = may_wait and self.dtype == "float32" and self.lora is None  # adapters take the dtype they find
-        stored = narrow_dtype(self.path, self.revision) if can_wait else None
+        lazy = lazy and self.dtype == "float32" and self.lora is None  # adapters take the dtype they find
+        narrow = narrow_dtype(self.path, self.revision) if lazy else None
         with no_progress_bar():
             model = auto.from_pretrained(
-                self.path, revision=self.revision, **options | ({"dtype": stored} if stored else {})
+                self.path, revision=self.revision, **options | ({"dtype": narrow} if narrow else {})
             )
-        return let_wait(model) if stored else model
+        return with_lazy_weights(model) if narrow else model
 
     def _empty_model(self) -> PreTrainedModel:
         from accelerate import init_empty_weights
@@ -130,28 +136,20 @@ class VLM:
         return model
 
     def _architecture(self) -> tuple[PretrainedConfig, type[AutoModelForCausalLM], dict[str, object]]:
-        """Config, the class that builds models of it, and how."""
-        import torch
+        """Config, the class that builds its models, and the keywords for that."""
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
         config = AutoConfig.from_pretrained(self.path, revision=self.revision)
         auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
         return config, auto, {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attn_implementation}
 
-    def _make_trainable(self, model: PreTrainedModel) -> None:
-        freeze(model, self.freeze)
-        if self.lora is not None:
-            add_lora(model, self.lora)
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
 
 class TinyVLM(VLM):
     """A random-init model of 0.2-0.4 M parameters that has learnt an answer format and nothing else.
 
     It is built on first use and kept in a cache directory. A short warm-up teaches it to write ``<answer>...</answer>``
-    with answers drawn at random, so whatever it later knows about pictures comes from the reward. It proves that every
-    part of the loop is wired rightly and says nothing about large models.
+    with answers drawn at random, so all that it later learns about images comes from the reward. It shows that every
+    part of the loop works together and says nothing about large models.
 
     Args:
         family: ``idefics3``, ``llava``, ``qwen2_vl``, ``qwen2_5_vl`` or ``qwen3_vl``.
@@ -159,7 +157,7 @@ class TinyVLM(VLM):
         answers: The possible answers.
         warmup_steps: Steps of the format warm-up.
         cache_dir: Where built models are kept; by default ``~/.cache/rllava_pl``.
-        threads: CPU threads of the process; more hardly speed up steps this small, and hurt on a busy machine.
+        threads: CPU threads of the process; more hardly speed up steps this small, and slow down on a busy machine.
         gradient_checkpointing: As in ``VLM``.
         freeze: As in ``VLM``.
         lora: As in ``VLM``.
@@ -192,35 +190,23 @@ class TinyVLM(VLM):
         self.answers = answers
         self.warmup_steps = warmup_steps
         self.threads = threads
-        self.cache_dir = Path(cache_dir) if cache_dir else _cache_home() / "rllava_pl"
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.cache_dir = Path(cache_dir) if cache_dir else caches / "rllava_pl"
 
-    def load(
-        self, *, temperature: float = 1.0, trainable: bool = True, empty: bool = False, may_wait: bool = False
-    ) -> Policy:
+    def load(self, *, temperature: float = 1.0, trainable: bool = True, mode: LoadMode = "full") -> Self:
         """As ``VLM.load``; also sets the number of threads."""
-        import torch
-
         torch.set_num_threads(self.threads)
-        return super().load(temperature=temperature, trainable=trainable, empty=empty, may_wait=may_wait)
+        return super().load(temperature=temperature, trainable=trainable, mode=mode)
 
     def prepare(self, seed: int) -> None:
-        """Build the model of this recipe and seed unless it is in the cache, and point ``path`` at it."""
+        """Build the model for this seed unless it is in the cache, and point ``path`` at it."""
         from rllava_pl.models import tiny
 
-        key = tiny.recipe_key(self.family, self.questions, self.answers, seed, self.warmup_steps)
-        directory = self.cache_dir / f"{self.family}-{key}"
+        config = tiny.TinyModelConfig(
+            self.family, tuple(self.questions), tuple(self.answers), seed, warmup_steps=self.warmup_steps
+        )
+        directory = self.cache_dir / f"{self.family}-{config.key}"
         if not directory.is_dir():
             log.info("building a tiny %s in %s", self.family, directory)
-            tiny.build(
-                directory,
-                family=self.family,
-                questions=self.questions,
-                answers=self.answers,
-                seed=seed,
-                warmup_steps=self.warmup_steps,
-            )
+            tiny.build(directory, **asdict(config))
         self.path = str(directory)
-
-
-def _cache_home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,8 +1,8 @@
 """The embedded engine: samples with the trainer's own weights, on any device, with nothing to synchronise.
 
 Each prompt is read once and its cache expanded to the group; then one token at a time is drawn for all rows. The
-log-probs are those of exactly the distribution that is trained (temperature, banned tokens), so in fp32 they serve as
-the old log-probs and no second pass is needed.
+log-probs are those of exactly the distribution that is trained (temperature, banned tokens), so in fp32 they are the
+old log-probs and no second pass is needed.
 
 Randomness is a function of counters: row n draws its t-th token with the uniform number u(seed_n, t) by inverting the
 cumulative distribution, so a sample depends on its seed alone and not on what else is in the batch. Tokens given with
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -22,18 +23,19 @@ from rllava_pl.distributed.signals import abort_if_asked
 from rllava_pl.functional.seeds import uniforms
 from rllava_pl.models.encoding import extend
 from rllava_pl.models.policy import Policy, next_positions
-from rllava_pl.types import PromptInputs, Request, Rollout, Sampling, Turn
+from rllava_pl.rollout.common import check_prefix, handles_of
+from rllava_pl.types import Generation, PromptInputs, Request, Sampling
 
 
 class TransformersEngine:
-    """Rollouts from the policy itself.
+    """Samples with the policy itself; one ``advance`` completes everything that was started.
 
     Args:
-        policy: The one that is trained; its weights are read at every call.
+        policy: The trained one; its weights are read at every call.
         batch_prompts: Prompts sampled at a time; bounds the memory of the cache.
-        parts: Context in which the policy's model may be called by itself, where it is sharded.
-        in_step: Whether every call of a layer is a call on all ranks. They then make equally many: ranks with fewer
-            prompts, or whose answers have ended, go on with rows that count for nothing.
+        unsharded: Context in which the policy's model may be called, for strategies that shard it.
+        lockstep: Whether every call of a layer is a call on all ranks, as for sharded models. All ranks then make the
+            same number of calls: those with fewer prompts or shorter responses compute rows that are not used.
     """
 
     def __init__(
@@ -41,34 +43,49 @@ class TransformersEngine:
         policy: Policy,
         *,
         batch_prompts: int = 64,
-        parts: Callable[[], AbstractContextManager[None]] = nullcontext,
-        in_step: bool = False,
+        unsharded: Callable[[], AbstractContextManager[None]] = nullcontext,
+        lockstep: bool = False,
     ) -> None:
         if batch_prompts < 1:
             raise ValueError(f"batch_prompts is {batch_prompts}; at least one prompt must be sampled at a time")
         self.policy = policy
         self.batch_prompts = batch_prompts
-        self.parts = parts
-        self.in_step = in_step
+        self.unsharded = unsharded
+        self.lockstep = lockstep
         self.version = -1
+        self._started: tuple[Sequence[Request], Sampling] | None = None
 
     @property
     def exact(self) -> bool:
         """True in fp32 without autocast: sampling and training then agree to rounding."""
-        return self.policy.dtype == torch.float32 and not torch.is_autocast_enabled(self.policy.device.type)
+        return self.policy.model.dtype == torch.float32 and not torch.is_autocast_enabled(self.policy.device.type)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-        """Complete every request once a seed; see ``RolloutEngine``."""
-        rollouts: list[Rollout] = []
-        with _evaluating(self.policy), self.parts(), torch.no_grad():
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> list[int]:
+        """See ``RolloutEngine``.
+
+        Raises:
+            ValueError: Given tokens that no response can continue; names the prompt.
+        """
+        for request in requests:
+            check_prefix(request, self.policy)
+        self._started = requests, sampling
+        return handles_of(requests)
+
+    def advance(self) -> list[Generation]:
+        """All samples that were started; ranks in lockstep call it together, also those that started none."""
+        if self._started is None:
+            return []
+        (requests, sampling), self._started = self._started, None
+        generations: list[Generation] = []
+        with _evaluating(self.policy), self.unsharded(), torch.no_grad():
             for batch in self._batches(requests):
-                rollouts += self._complete(batch, sampling)
-        return rollouts
+                generations += self._complete(batch, sampling, count(len(generations)))
+        return generations
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
-        """``batch_prompts`` requests at a time; in step, as many batches on every rank, the last ones empty."""
+        """``batch_prompts`` requests at a time; in lockstep, as many batches on every rank, the last ones empty."""
         batches = -(-len(requests) // self.batch_prompts)
-        if self.in_step:
+        if self.lockstep:
             batches = int(max_over_ranks(torch.tensor(batches, device=self.policy.device)))
         for start in range(0, batches * self.batch_prompts, self.batch_prompts):
             yield requests[start : start + self.batch_prompts]
@@ -86,50 +103,29 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing to free."""
 
-    def _complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+    def _complete(self, requests: Sequence[Request], sampling: Sampling, handles: Iterator[int]) -> list[Generation]:
         row_of_N = [p for p, request in enumerate(requests) for _ in request.seeds] or [0]
         seeds = [seed for request in requests for seed in request.seeds] or [0]
-        sampler = _Sampler(self.policy, sampling, torch.tensor(seeds, device=self.policy.device), self.in_step)
-        contexts = [self._context(request) for request in requests] or [self.policy.blank]
-        if _expandable(self.policy):
+        sampler = _Sampler(self.policy, sampling, torch.tensor(seeds, device=self.policy.device), self.lockstep)
+        contexts = [extend(r.inputs, r.prefix_ids) if r.prefix_ids else r.inputs for r in requests]
+        contexts = contexts or [self.policy.dummy_prompt]
+        if self.policy.model_family.causal:  # the cache holds plain keys and values: a prompt is read once a group
             self._decode(contexts, torch.tensor(row_of_N, device=self.policy.device), sampler)
         else:
             self._generate([contexts[p] for p in row_of_N], sampler)
+        if not requests:
+            return []
         return [
-            self._rollout(requests[p], ids, logp, stopped)
-            for p, ids, logp, stopped in zip(row_of_N, *sampler.result(), strict=True)
-            if requests
-        ]
-
-    def _context(self, request: Request) -> PromptInputs:
-        """What sampling starts from: the prompt and the tokens given with it."""
-        if not request.prefix_ids:
-            return request.inputs
-        if misplaced := {*self.policy.banned_ids, *self.policy.stop_ids}.intersection(request.prefix_ids):
-            tokens = self.policy.tokenizer.convert_ids_to_tokens(sorted(misplaced))
-            raise ValueError(
-                f"prefix_ids of prompt {request.prompt.uid!r} hold {tokens}; a response goes on behind text only, not "
-                "behind an end token or a token that stands for image content"
+            Generation(
+                handle=next(handles),
+                prompt_ids=requests[p].inputs.input_ids_S,
+                ids_T=ids,
+                logprobs_T=logp,
+                finish_reason="stop" if stopped else "length",
+                weight_version=self.version,
             )
-        return extend(request.inputs, request.prefix_ids)
-
-    def _rollout(self, request: Request, sampled_ids: Tensor, sampled_logp: Tensor, stopped: bool) -> Rollout:
-        given = len(request.prefix_ids)
-        ids_T = torch.cat([sampled_ids.new_tensor(request.prefix_ids), sampled_ids])
-        return Rollout(
-            prompt=request.prompt,
-            group=request.group,
-            prompt_ids=request.inputs.input_ids_S,
-            inputs=request.inputs,
-            response_ids=ids_T,
-            engine_logprobs=torch.nn.functional.pad(sampled_logp, (given, 0)),
-            response_mask=torch.ones_like(ids_T, dtype=torch.bool),
-            finish_reason="stop" if stopped else "length",
-            weight_version=self.version,
-            text=self.policy.decode(ids_T),
-            turns=(Turn(given, len(ids_T)),),
-            demo_mask=torch.arange(len(ids_T)) < given if given else None,
-        )
+            for p, ids, logp, stopped in zip(row_of_N, *sampler.result(), strict=True)
+        ]
 
     def _decode(self, contexts: Sequence[PromptInputs], row_of_N: Tensor, sampler: _Sampler) -> None:
         """Prefill every prompt once, expand the cache to its samples, then draw token after token."""
@@ -159,7 +155,7 @@ class TransformersEngine:
             position = position + 1
 
     def _generate(self, contexts_N: Sequence[PromptInputs], sampler: _Sampler) -> None:
-        """Fallback through the model's own ``generate``, where caches cannot be expanded: the prompt once a sample."""
+        """The model's own ``generate``, for families whose cache cannot be expanded: reads the prompt once a sample."""
         from transformers import LogitsProcessorList
 
         inputs = self.policy.collate(contexts_N)
@@ -171,16 +167,16 @@ class TransformersEngine:
             logits_processor=LogitsProcessorList([sampler.force]),
             eos_token_id=self.policy.stop_ids,
             pad_token_id=self.policy.pad_id,
-            synced_gpus=self.in_step,
+            synced_gpus=self.lockstep,
         )
 
 
 class _Sampler:
-    """Draws tokens row by row and remembers ids, log-probs and which rows have ended."""
+    """Draws one token a row at a time; keeps ids, log-probs and which rows have ended."""
 
-    def __init__(self, policy: Policy, sampling: Sampling, seeds_N: Tensor, in_step: bool = False) -> None:
+    def __init__(self, policy: Policy, sampling: Sampling, seeds_N: Tensor, lockstep: bool = False) -> None:
         self.sampling = sampling
-        self.in_step = in_step
+        self.lockstep = lockstep
         self.temperature = sampling.temperature or policy.temperature
         """Of the log-probs: those of a greedy response are the policy's, as the trainer scores it."""
         self.seeds_N = seeds_N
@@ -193,20 +189,20 @@ class _Sampler:
         self.length_N = torch.zeros(rows, dtype=torch.int64, device=policy.device)
         self.stopped_N = torch.zeros(rows, dtype=torch.bool, device=policy.device)
         self.alive = torch.arange(rows, device=policy.device)
-        """Rows that are still in the batch, some of which may have ended."""
+        """Rows that are still in the batch; some of them may have ended."""
         self.step = 0
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to draw, here or, in step, on any rank; then collective."""
+        """Whether nothing is left to draw on this rank, in lockstep on any rank; then collective."""
         if self.step == self.sampling.max_tokens:
             return True
-        going = (~self.stopped_N).any()
-        return not bool(max_over_ranks(going.long()) if self.in_step else going)
+        unfinished = (~self.stopped_N).any()
+        return not bool(max_over_ranks(unfinished.long()) if self.lockstep else unfinished)
 
     def draw(self, logits_NV: Tensor) -> Tensor:
         """One token for every row of the batch; rows that have ended get the pad id."""
-        if not self.in_step:  # else the other ranks would wait in the next layer
+        if not self.lockstep:  # else the other ranks would wait in the next layer
             abort_if_asked()
         scores = (logits_NV.float() / self.temperature).index_fill(1, self.banned, float("-inf"))
         logp_NV = scores.log_softmax(-1)
@@ -230,12 +226,12 @@ class _Sampler:
         self.step += 1
 
     def drop_finished(self) -> Tensor | None:
-        """Positions of the rows to go on with once most have ended; None while shrinking the batch does not pay."""
-        going = (~self.stopped_N[self.alive]).nonzero()[:, 0]
-        if len(going) * 2 > len(self.alive) or not len(going):  # another rank's answers may go on
+        """Positions of the rows to keep once half of them have ended; None while shrinking the batch does not pay."""
+        kept = (~self.stopped_N[self.alive]).nonzero()[:, 0]
+        if len(kept) * 2 > len(self.alive) or not len(kept):  # another rank's responses may be unfinished
             return None
-        self.alive = self.alive[going]
-        return going
+        self.alive = self.alive[kept]
+        return kept
 
     def force(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """As a logits processor: makes a greedy ``generate`` emit the token drawn here."""
@@ -243,23 +239,18 @@ class _Sampler:
         return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
 
     def result(self) -> tuple[Sequence[Tensor], Sequence[Tensor], list[bool]]:
-        """Of every row, on the host and without padding: ids and log-probs drawn, and whether it met an end."""
+        """Of every row, on the host and without padding: ids and log-probs drawn, and whether an end token came."""
         lengths = self.length_N.tolist()
         drawn_NT = torch.arange(self.sampling.max_tokens, device=self.length_N.device) < self.length_N[:, None]
         ids, logp = self.ids_NT[drawn_NT].cpu(), self.logp_NT[drawn_NT].cpu()
         return ids.split(lengths), logp.split(lengths), self.stopped_N.tolist()
 
 
-def _expandable(policy: Policy) -> bool:
-    """True where the cache holds plain keys and values and positions are known: the prompt can be read once a group."""
-    return policy.family.causal
-
-
 @contextmanager
 def _evaluating(policy: Policy) -> Iterator[None]:
     """Evaluation mode for the time of a rollout: gradient checkpointing would switch the cache off."""
     was_training = policy.training
-    if was_training:  # not for nothing: it visits every module
+    if was_training:  # else the walk over all modules is for nothing
         policy.eval()
     try:
         yield

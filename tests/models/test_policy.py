@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -132,7 +134,7 @@ def test_log_probs_from_hidden_states_are_those_of_the_logits(load: Callable[...
     policy = load("idefics3")
     batch = random_batch(policy, [1, 2])
     tiled = log_probs_and_gradients(policy, batch)
-    policy._from_hidden = lambda hidden_MH, ids_M: policy._from_logits(policy.model.lm_head(hidden_MH), ids_M)
+    policy._from_hidden = lambda hidden_MH, *rest: policy._from_logits(policy.model.lm_head(hidden_MH), *rest)
     whole = log_probs_and_gradients(policy, batch)
     torch.testing.assert_close(tiled[:2], whole[:2], atol=1e-5, rtol=0)
     for name, gradient in whole[2].items():
@@ -225,6 +227,38 @@ def test_no_visual_token_can_be_sampled(load: Callable[..., Policy], family: str
     assert not set(policy.stop_ids) & set(policy.banned_ids)
 
 
+@pytest.mark.parametrize("form", ["tiled", "from logits", "no hidden states"])
+def test_forward_without_entropy_gives_the_same_log_probs_and_gradients(
+    load: Callable[..., Policy], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load("idefics3")
+    if form == "from logits":
+        policy._from_hidden = lambda hidden_MH, *rest: policy._from_logits(policy.model.lm_head(hidden_MH), *rest)
+    if form == "no hidden states":
+        policy.model_family = dataclasses.replace(policy.model_family, causal=False)
+    batch = random_batch(policy, IMAGES["mixed"])
+    results = []
+    for entropy in (True, False):
+        policy.zero_grad()
+        output = policy(batch, entropy=entropy)
+        assert bool(output.entropy_NT.any()) == entropy
+        output.logp_NT.sum().backward()
+        results.append((output.logp_NT, {name: p.grad for name, p in policy.named_parameters()}))
+    torch.testing.assert_close(results[1], results[0], atol=0, rtol=0)
+
+
+def test_vlm_is_an_empty_module_until_loaded_in_place(tiny_path: Callable[[str], str]) -> None:
+    policy = VLM(tiny_path("idefics3"), lora=LoRA(r=4))
+    copied = copy.deepcopy(policy)
+    assert isinstance(policy, Policy) and not policy.loaded and not policy.state_dict()
+    assert policy.load(temperature=0.5) is policy and policy.loaded and policy.temperature == 0.5
+    assert not copied.loaded and not copied.load(trainable=False, mode="full").training
+    assert all(name.startswith("model.") for name in policy.state_dict())
+    assert not any("lora_" in name or p.requires_grad for name, p in copied.named_parameters())
+    assert policy.dtype == "float32" and policy.model.dtype == torch.float32
+    assert not {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in copied.parameters()}
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_a_policy_needs_a_positive_temperature(load: Callable[..., Policy], temperature: float) -> None:
     policy = load("idefics3")
@@ -248,10 +282,10 @@ def test_an_unknown_family_trains_in_the_plain_form(
     reference = load("idefics3")
     batch = random_batch(reference, [1, 1])
     expected = log_probs_and_gradients(reference, batch)
-    row = reference.family
+    row = reference.model_family
     monkeypatch.setattr("rllava_pl.models.families.FAMILIES", {"idefics3": type(row)(image_axis="prompt")})
     policy = load("idefics3")
-    assert not policy.shares_prompt and not policy.family.causal
+    assert not policy.shares_prompt and not policy.model_family.causal
     got = log_probs_and_gradients(policy, batch)
     torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(got[1], expected[1], atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""Where the tokens of a packed row stand, and that nothing else is computed: no padding, no prompt twice."""
+"""The order of tokens in a packed row, and that it holds no padding and no prompt twice."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def test_row_holds_every_prompt_before_its_responses(layout: Layout) -> None:
     assert axes.shape == (3, 9) and axes[2].tolist() == layout.row(prompts_PS, responses_NR).tolist()
 
 
-def test_first_tokens_are_predicted_by_the_prompt_and_others_by_the_token_before(layout: Layout) -> None:
+def test_first_token_is_predicted_by_the_prompt_and_others_by_the_previous_token(layout: Layout) -> None:
     mask_NT = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 0, 1], [0, 1, 0]]).bool()
     assert layout.predictors(mask_NT).tolist() == [2, 3, 2, 5, 7, 8]
 
 
-def test_a_response_sees_its_prompt_and_what_it_said(layout: Layout) -> None:
+def test_response_attends_to_its_prompt_and_its_earlier_tokens(layout: Layout) -> None:
     """Keys: three of the prompt (two of the second, then padding), two of the response."""
     first, second = layout.seen[0, 0].int().tolist(), layout.seen[2, 0].int().tolist()
     assert first == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
@@ -41,7 +41,7 @@ def test_a_response_sees_its_prompt_and_what_it_said(layout: Layout) -> None:
     assert Layout.of([3, 3], RESPONSES, torch.device("cpu")).seen.shape == (1, 1, 2, 5)  # one for all
 
 
-def test_parts_and_row_are_inverse_also_for_gradients(layout: Layout) -> None:
+def test_states_and_join_are_inverse_for_values_and_gradients(layout: Layout) -> None:
     row = torch.randn(1, 4, 9, 5, requires_grad=True)
     prompts, responses = layout.states(row)
     assert prompts.shape == (2, 4, 3, 5) and responses.shape == (4, 4, 2, 5)
@@ -54,7 +54,7 @@ def test_parts_and_row_are_inverse_also_for_gradients(layout: Layout) -> None:
     assert torch.equal(behind[3, :, :3], prompts[1]) and torch.equal(behind[3, :, 3:], responses[3])
 
 
-def test_no_linear_layer_of_the_decoder_meets_padding(load: Callable[..., Policy]) -> None:
+def test_linear_layers_of_the_decoder_get_no_padding(load: Callable[..., Policy]) -> None:
     policy = load("qwen3_vl")
     batch = random_batch(policy, [0, 1, 3, 2])
     seen = set()
@@ -67,12 +67,12 @@ def test_no_linear_layer_of_the_decoder_meets_padding(load: Callable[..., Policy
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_image_goes_through_the_tower_once_a_group(load: Callable[..., Policy], family: str) -> None:
+def test_image_passes_the_tower_once_per_group(load: Callable[..., Policy], family: str) -> None:
     """Pixels that enter the tower: those of the prompts' images, against three times as many in the plain form."""
     pixels = {}
     for share_prompt in (True, False):
         policy = load(family, share_prompt=share_prompt)
-        tower = policy.model.get_submodule(policy.family.vision_tower.removesuffix(".*"))
+        tower = policy.model.get_submodule(policy.model_family.vision_tower.removesuffix(".*"))
         tower.register_forward_pre_hook(
             lambda module, args, kwargs, share=share_prompt: pixels.update({share: _numel(args, kwargs)}),
             with_kwargs=True,
@@ -87,21 +87,6 @@ def test_an_image_goes_through_the_tower_once_a_group(load: Callable[..., Policy
 
 def _numel(args: tuple[object, ...], kwargs: dict[str, object]) -> int:
     return max(x.numel() for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_blank_image_changes_nothing_and_reaches_the_tower(load: Callable[..., Policy], family: str) -> None:
-    """On several ranks text alone must run the tower: same log-probs, and a gradient of 0 instead of none."""
-    policy = load(family)
-    batch = random_batch(policy, [0, 0])
-    expected = policy(batch).logp_NT.detach()
-    policy.always_sees = True
-    logp_NT = policy(batch).logp_NT
-    torch.testing.assert_close(logp_NT, expected, atol=1e-5, rtol=0)
-    logp_NT.sum().backward()
-    tower = policy.model.get_submodule(policy.family.vision_tower.removesuffix(".*"))
-    gradients = [p.grad for p in tower.parameters()]
-    assert any(g is not None for g in gradients) and all(g is None or not g.any() for g in gradients)
 
 
 def test_context_ends_before_the_last_token_under_the_mask() -> None:

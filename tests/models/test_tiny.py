@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import random
@@ -199,7 +200,7 @@ def test_unknown_family_lists_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(tmp_path / "x", family="gpt")
     with pytest.raises(ValueError, match=re.escape(message)):
-        tiny.recipe_key("gpt", QUESTIONS, ANSWERS, 0, 40)
+        tiny.TinyModelConfig("gpt", (*QUESTIONS,), (*ANSWERS,), 0, 40)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_failed_build_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny, "_publish", interrupt)
+    monkeypatch.setattr(os, "rename", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
@@ -231,36 +232,36 @@ def test_killed_build_leaves_nothing_under_the_final_name(tmp_path):
     target = tmp_path / "model"
     code = (
         "import os, pathlib, signal, sys; from rllava_pl.models import tiny\n"
-        "tiny._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "tiny.build(pathlib.Path(sys.argv[1]), questions=['q'], answers=['a'], warmup_steps=0)"
     )
     result = subprocess.run([sys.executable, "-c", code, target], timeout=120, capture_output=True)
     assert result.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) == 1  # the draft
+    assert len(list(tmp_path.iterdir())) == 1  # the temporary directory
     assert not target.exists()
     assert (build(target) / "model.safetensors").is_file()
 
 
-def test_directory_that_appeared_meanwhile_is_kept(tmp_path, monkeypatch):
+def test_directory_of_a_faster_process_is_kept(tmp_path, monkeypatch):
     target, rename = tmp_path / "model", os.rename
 
-    def faster_rival(draft: Path, final: Path) -> None:
+    def after_another_process(temporary: Path, final: Path) -> None:
         if not target.exists():
             monkeypatch.setattr(os, "rename", rename)
             (build(target) / "mark").touch()
-        rename(draft, final)
+        rename(temporary, final)
 
-    monkeypatch.setattr(os, "rename", faster_rival)
+    monkeypatch.setattr(os, "rename", after_another_process)
     assert build(target) == target
     assert (target / "mark").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_filled_directory_is_returned_only_for_its_own_recipe(tmp_path):
+def test_existing_directory_is_returned_for_the_same_model_only(tmp_path):
     target = build(tmp_path / "model")
     written = (target / "model.safetensors").stat().st_mtime_ns
     assert (build(target) / "model.safetensors").stat().st_mtime_ns == written
-    with pytest.raises(FileExistsError, match=r"model exists and holds recipe \w{16}, not recipe \w{16}"):
+    with pytest.raises(FileExistsError, match=r"exists and holds the tiny model \w{16}, not the tiny model \w{16}"):
         build(target, seed=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").touch()
@@ -268,15 +269,19 @@ def test_filled_directory_is_returned_only_for_its_own_recipe(tmp_path):
         build(tmp_path / "mine")
 
 
-def test_recipe_key_depends_on_every_argument(monkeypatch):
-    base = ("idefics3", QUESTIONS, ANSWERS, 0, 40)
-    others = ("llava", QUESTIONS[:1], ANSWERS[:2], 1, 41)
-    variants = [base, *((*base[:i], other, *base[i + 1 :]) for i, other in enumerate(others))]
-    keys = {tiny.recipe_key(*variant) for variant in variants}
-    assert len(keys) == len(variants)
-    assert tiny.recipe_key(*base) == tiny.recipe_key("idefics3", tuple(QUESTIONS), tuple(ANSWERS), 0, 40)
-    monkeypatch.setattr(tiny, "RECIPE_VERSION", tiny.RECIPE_VERSION + 1)
-    assert tiny.recipe_key(*base) not in keys
+def test_key_depends_on_every_argument_and_the_version(monkeypatch):
+    base = tiny.TinyModelConfig("idefics3", (*QUESTIONS,), (*ANSWERS,), 0, 40)
+    changes = {
+        "family": "llava",
+        "questions": (*QUESTIONS[:1],),
+        "answers": (*ANSWERS[:2],),
+        "seed": 1,
+        "warmup_steps": 41,
+    }
+    keys = {base.key, *(dataclasses.replace(base, **{name: value}).key for name, value in changes.items())}
+    assert len(keys) == 1 + len(changes)
+    monkeypatch.setattr(tiny, "VERSION", tiny.VERSION + 1)
+    assert base.key not in keys
 
 
 # Warm-up -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from types import SimpleNamespace
 
@@ -43,7 +44,7 @@ def test_every_layer_and_what_is_called_whole_is_a_unit(module) -> None:
 def test_an_empty_policy_has_shapes_buffers_and_ties_but_no_values() -> None:
     source = runs.tiny()
     source.prepare(1)
-    full, empty = source.load(), source.load(empty=True)
+    full, empty = copy.deepcopy(source).load(), source.load(mode="empty")
     assert all(p.is_meta for p in empty.parameters())
     make_room(empty)
     assert {n: (p.shape, p.dtype) for n, p in empty.named_parameters()} == {
@@ -92,7 +93,7 @@ def test_weights_of_a_narrow_file_wait_in_it(stored: torch.dtype, tmp_path) -> N
     read = tiny.load()
     read.model.to(stored).save_pretrained(tmp_path)
     read.processor.save_pretrained(tmp_path)
-    whole, waiting = VLM(str(tmp_path)).load(), VLM(str(tmp_path)).load(may_wait=True)
+    whole, waiting = VLM(str(tmp_path)).load(), VLM(str(tmp_path)).load(mode="lazy")
     assert {p.is_meta for p in waiting.parameters()} == {stored == torch.bfloat16}
     assert waiting.model.dtype == waiting.model.config.dtype == torch.float32
     values = values_of(waiting)

@@ -21,7 +21,7 @@ HEADS = 2  # head_dim 32: the smallest that vLLM's CPU attention supports
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class TinyFamily:
     """How the tiny model of one family is put together."""
 
     image_text: str
@@ -32,7 +32,7 @@ class Blueprint:
     config: MakeConfig
     processor: MakeProcessor
     video: Mapping[str, object] = field(default_factory=dict)
-    """Settings of a video processor, for engines that ask for one even where no video is ever shown."""
+    """Settings of a video processor, for engines that require one even without videos."""
 
 
 def _text(tokenizer: PreTrainedTokenizerFast, **special: object) -> dict[str, object]:
@@ -153,7 +153,7 @@ def _qwen_processor(class_name: str) -> MakeProcessor:
     return processor
 
 
-def _qwen(class_name: str, config: MakeConfig, video_class: str = "Qwen2VLVideoProcessor") -> Blueprint:
+def _qwen(class_name: str, config: MakeConfig, video_class: str = "Qwen2VLVideoProcessor") -> TinyFamily:
     names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
     tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     slot = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -165,16 +165,16 @@ def _qwen(class_name: str, config: MakeConfig, video_class: str = "Qwen2VLVideoP
         "temporal_patch_size": 2,
         "size": {"shortest_edge": area, "longest_edge": area},
     }
-    return Blueprint(slot, tokens, tuple(zip(names, tokens, strict=True)), config, _qwen_processor(class_name), video)
+    return TinyFamily(slot, tokens, tuple(zip(names, tokens, strict=True)), config, _qwen_processor(class_name), video)
 
 
 _MLP = {"out_hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN}
 _IMAGE_TOKEN = (("image_token", "<image>"),)
 _IDEFICS3_TOKENS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 
-BLUEPRINTS = {
-    "idefics3": Blueprint("<image>", _IDEFICS3_TOKENS, _IMAGE_TOKEN, _idefics3_config, _idefics3_processor),
-    "llava": Blueprint("<image>", ("<image>",), _IMAGE_TOKEN, _llava_config, _llava_processor),
+TINY_FAMILIES = {
+    "idefics3": TinyFamily("<image>", _IDEFICS3_TOKENS, _IMAGE_TOKEN, _idefics3_config, _idefics3_processor),
+    "llava": TinyFamily("<image>", ("<image>",), _IMAGE_TOKEN, _llava_config, _llava_processor),
     "qwen2_vl": _qwen("Qwen2VLProcessor", _qwen_config("qwen2_vl", {}, {"embed_dim": HIDDEN, "mlp_ratio": 2})),
     "qwen2_5_vl": _qwen(
         "Qwen2_5_VLProcessor",
