@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rllava_pl.callbacks.files import run_directory, shown
 from rllava_pl.checkpoint import manifest
-from rllava_pl.checkpoint.atomic import draft_beside, remove, remove_leftovers
+from rllava_pl.checkpoint.atomic import remove, remove_leftovers, temporary_beside
 from rllava_pl.distributed.collectives import world_size
 from rllava_pl.modules.base import RLModule
 from rllava_pl.strategies import RLStrategyMixin
@@ -135,7 +135,9 @@ class RolloutCheckpoint(Callback):
             except manifest.DamagedCheckpoint:
                 continue
         for path in sorted(ages, key=ages.__getitem__)[: -self.keep]:
-            doomed = draft_beside(path)  # a directory takes time to delete, and half of it must not look like damage
+            doomed = temporary_beside(
+                path
+            )  # a directory takes time to delete, and half of it must not look like damage
             remove(doomed)
             path.rename(doomed)
             remove(doomed)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import rllava_pl
 from rllava_pl.callbacks.files import run_directory
-from rllava_pl.checkpoint.atomic import draft_beside, replace_directory
+from rllava_pl.checkpoint.atomic import replace_directory, temporary_beside
 from rllava_pl.models.quiet import no_progress_bar
-from rllava_pl.strategies.adapter import full_weights
+from rllava_pl.strategies.adapter import adapter_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +78,7 @@ class ExportHF(Callback):
     def _export(self, trainer: Trainer, module: RLModule) -> None:
         if self.directory is None or self._exported == module.rollout_index:
             return
-        weights = full_weights(trainer.strategy, module.policy.model)
+        weights = adapter_for(trainer.strategy).full_weights(module.policy.model)
         if trainer.is_global_zero:
             note = {"rollouts": module.rollout_index, "updates": module.weight_version, "policy": module.source.path}
             export(module.policy, weights, self.directory, note)
@@ -104,7 +104,7 @@ def export(
     """
     check_replaceable(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = draft_beside(directory)
+    draft = temporary_beside(directory)
     try:
         with no_progress_bar():
             _save_model(policy.model, dict(weights), draft)

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all: written beside their target, flushed to disk, then renamed."""
+"""Files and directories that appear complete or not at all: written under a temporary name, flushed, then renamed."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def write_text(path: Path, text: str) -> None:
     Half a surrogate pair, which no file can hold, is written as ``\udxxx``: in a JSON string that is its own escape.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = draft_beside(path)
+    temporary = temporary_beside(path)
     try:
-        draft.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-        flush(draft)
-        draft.replace(path)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        flush(temporary)
+        temporary.replace(path)
     finally:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def committed_directory(target: Path, facts: Mapping[str, object] | None = None) -> Iterator[Path]:
-    """A hidden directory beside ``target`` into which all ranks write; it gets the name when all have ended well.
+    """A hidden directory beside ``target`` into which all ranks write; renamed to ``target`` if all of them succeed.
 
-    Collective. Between the end of the block and the new name every file is hashed and flushed to disk, and
-    ``manifest.json`` is written. A kill before the rename leaves what was there before, and a draft that the next start
-    removes.
+    Collective. Between the end of the block and the rename every file is hashed and flushed to disk, and
+    ``manifest.json`` is written. A kill before the rename leaves the previous ``target``, and a temporary directory
+    that the next start removes.
 
     Args:
         target: The directory to make or replace, on a file system that all ranks see.
@@ -48,25 +48,27 @@ def committed_directory(target: Path, facts: Mapping[str, object] | None = None)
     Raises:
         OSError: On every rank, if writing failed on any of them; ``target`` is as it was before.
     """
-    draft = target.with_name(gather_objects(draft_beside(target).name)[0])
+    temporary = target.with_name(gather_objects(temporary_beside(target).name)[0])
     try:
-        with together():
+        with raise_on_all_ranks():
             if rank() == 0:
-                remove(draft)  # of a killed process that had the same number
-                draft.mkdir(parents=True)
-        with locked(draft) if rank() == 0 else nullcontext():
-            with together():
-                yield draft
-            with together():
-                own = {name: _content(draft / name) for name in manifest.names_in(draft)[rank() :: world_size()]}
+                remove(temporary)  # of a killed process with the same process id
+                temporary.mkdir(parents=True)
+        with locked(temporary) if rank() == 0 else nullcontext():
+            with raise_on_all_ranks():
+                yield temporary
+            with raise_on_all_ranks():
+                names = manifest.names_in(temporary)[rank() :: world_size()]
+                own = {name: _content(temporary / name) for name in names}
             files = {name: content for part in gather_objects(own) for name, content in part.items()}
-            with together():
+            with raise_on_all_ranks():
                 if rank() == 0:
-                    (draft / manifest.NAME).write_text(manifest.Manifest(files, **(facts or {})).dumps())  # type: ignore[arg-type]
-                    replace_directory(draft, target)
+                    text = manifest.Manifest(files, **(facts or {})).dumps()  # type: ignore[arg-type]
+                    (temporary / manifest.NAME).write_text(text)
+                    replace_directory(temporary, target)
     finally:
         if rank() == 0:
-            remove(draft)
+            remove(temporary)
 
 
 def _content(path: Path) -> manifest.Content:
@@ -75,38 +77,38 @@ def _content(path: Path) -> manifest.Content:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """An error on one rank becomes an error on all of them, after all have come to the end of the block; collective.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Make an error on one rank an error on all of them, when all have reached the end of the block; collective.
 
     Raises:
-        OSError: The error itself on the rank that had it; its message, with the rank, on the others.
+        OSError: On ranks without an error, naming the rank that has one. That rank raises its error itself.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    said = gather_objects("" if failure is None else f"{type(failure).__name__}: {failure}")
+    messages = gather_objects("" if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
-    for k, message in enumerate(said):
+    for k, message in enumerate(messages):
         if message:
             raise OSError(f"rank {k}: {message}")
 
 
-def replace_directory(draft: Path, target: Path) -> None:
-    """Give a finished directory its name; what was there before is deleted only once the new one is in place.
+def replace_directory(temporary: Path, target: Path) -> None:
+    """Rename a finished directory to ``target``; a previous ``target`` is deleted after that.
 
-    A directory cannot be renamed over another, so for an instant neither has the name; a kill in that instant leaves
-    both in full, under hidden names beside the target.
+    A directory cannot be renamed over another, so for a moment neither has the name; a kill in that moment leaves both
+    complete, under hidden names beside ``target``.
     """
-    for path in (*draft.rglob("*"), draft):
+    for path in (*temporary.rglob("*"), temporary):
         flush(path)
-    old = draft_beside(target, suffix="old")
+    old = temporary_beside(target, suffix="old")
     if target.exists():
         target.rename(old)
     try:
-        draft.rename(target)
+        temporary.rename(target)
     except OSError:
         if old.exists():
             old.rename(target)
@@ -116,9 +118,9 @@ def replace_directory(draft: Path, target: Path) -> None:
 
 
 @contextmanager
-def locked(draft: Path) -> Iterator[None]:
-    """Marks a draft as being written, as long as block and process live; a no-op where locks are unknown."""
-    descriptor = os.open(draft, os.O_RDONLY)
+def locked(temporary: Path) -> Iterator[None]:
+    """Mark a temporary file as being written until the block or the process ends; a no-op without file locks."""
+    descriptor = os.open(temporary, os.O_RDONLY)
     try:
         _lock(descriptor)
         yield
@@ -127,11 +129,11 @@ def locked(draft: Path) -> Iterator[None]:
 
 
 def remove_leftovers(directory: Path, names: str) -> None:
-    """Delete the drafts that killed processes left in a directory; a draft whose writer lives stays.
+    """Delete the temporary files that killed processes left in a directory; those of running processes stay.
 
     Args:
         directory: Need not exist.
-        names: Regular expression: of the files and directories whose drafts are meant.
+        names: Regular expression of the names of their targets.
     """
     pattern = re.compile(rf"\.(?P<name>{names})\.(?P<kind>tmp|old)\d+")
     for path in directory.iterdir() if directory.is_dir() else ():
@@ -151,10 +153,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _in_use(draft: Path) -> bool:
+def _in_use(temporary: Path) -> bool:
     try:
-        descriptor = os.open(draft, os.O_RDONLY)
-    except OSError:  # gone since, or somebody else's
+        descriptor = os.open(temporary, os.O_RDONLY)
+    except OSError:  # deleted meanwhile, or of another user
         return True
     try:
         return not _lock(descriptor)
@@ -163,7 +165,7 @@ def _in_use(draft: Path) -> bool:
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether nobody else holds the lock; the kernel gives it back when its holder dies, however that happens."""
+    """Take the lock unless another process has it; the kernel releases it when that process ends, in whatever way."""
     if fcntl is None:
         return True
     try:
@@ -175,13 +177,13 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def draft_beside(path: Path, suffix: str = "tmp") -> Path:
-    """A hidden name of this process in the same directory, because a rename cannot cross file systems."""
+def temporary_beside(path: Path, suffix: str = "tmp") -> Path:
+    """A hidden name in the same directory, with this process's id; a rename cannot cross file systems."""
     return path.with_name(f".{path.name}.{suffix}{os.getpid()}")
 
 
 def flush(path: Path) -> None:
-    """Have a file or directory on disk before another name points at it; a no-op where directories cannot be opened."""
+    """Write a file or directory to disk, before it is renamed; a no-op where directories cannot be opened."""
     if os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)

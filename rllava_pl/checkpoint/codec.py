@@ -1,80 +1,157 @@
-"""Experience as plain tensors, numbers and text, and back: what a checkpoint may hold and ``weights_only`` loads."""
+"""Prompts, rollouts and batches as plain data, and back: for checkpoints, dumps, and messages between processes.
+
+``encode`` separates a value into three entries: ``tensors``, a list of tensors; ``objects``, a list of JSON values, one
+for each dataclass and image; and ``value``, a JSON value that refers to both by position. Tensors, dataclasses and
+images that several places share are stored once and are shared again after ``decode``. Only the classes listed here are
+ever created, so reading a file or a message runs no code of its own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from rllava_pl.types import Experience, ImageSlot, Message, Prompt, PromptInputs, Rollout, Turn
+from rllava_pl.types import (
+    ImageSlot,
+    Json,
+    Markup,
+    Message,
+    Prompt,
+    PromptInputs,
+    RewardedBatch,
+    Rollout,
+    ScoredBatch,
+    Segment,
+    TrainingBatch,
+)
 
-Plain: TypeAlias = "bool | int | float | str | Tensor | list[Plain] | dict[str, Plain] | None"
+Plain: TypeAlias = "bool | int | float | str | Tensor | list[Plain] | tuple[Plain, ...] | dict[str, Plain] | None"
+"""What ``torch.load(..., weights_only=True)`` reads."""
 
-KIND = "__kind__"
-"""Key of the dictionary entry that says what the dictionary stands for."""
+KIND = "kind"
+"""Key that says what a dictionary stands for; every JSON object of an encoded value has it."""
 CLASSES: Mapping[str, type] = MappingProxyType(
-    {cls.__name__: cls for cls in (Experience, Rollout, Prompt, PromptInputs, Message, ImageSlot, Turn)}
+    {
+        cls.__name__: cls
+        for cls in (
+            *(ScoredBatch, RewardedBatch, TrainingBatch),
+            *(Rollout, Segment, Prompt, PromptInputs, Message, ImageSlot),
+        )
+    }
 )
 
 
-class Archive:
-    """Packs values or unpacks them; what is shared between them (a group's prompt) stays shared, and is stored once."""
+class Encoded(TypedDict):
+    """A value as plain data."""
 
+    tensors: list[Tensor]
+    """In the order in which they were met."""
+    objects: list[Json]
+    """Dataclasses and images; each refers to earlier ones only."""
+    value: Json
+    """The value itself."""
+
+
+def encode(value: object) -> Encoded:
+    """``value`` as plain data.
+
+    Raises:
+        TypeError: Something inside is neither plain data, nor a tensor or image, nor an instance of ``CLASSES``.
+    """
+    encoder = _Encoder()
+    return {"value": encoder.node(value), "tensors": encoder.tensors, "objects": encoder.objects}
+
+
+def decode(plain: Encoded | Mapping[str, Any]) -> object:
+    """The value that was encoded; mappings come back as dictionaries.
+
+    Raises:
+        ValueError: It is nothing that this version of ``encode`` returns.
+    """
+    try:
+        tensors, objects = plain["tensors"], plain["objects"]
+        decoder = _Decoder(tensors)
+        for entry in objects:
+            decoder.objects.append(decoder.value(entry))
+        return decoder.value(plain["value"])
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"no encoded value of this version: {type(error).__name__}: {error}") from error
+
+
+class _Encoder:
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[object, object]] = {}
+        self.tensors: list[Tensor] = []
+        self.objects: list[Json] = []
+        self._seen: dict[int, tuple[object, dict[str, Json]]] = {}
+        """By id: the value, kept so that its id stays its own, and the reference to it."""
 
-    def pack(self, value: object) -> Plain:
-        """``value`` as nested plain data.
+    def node(self, value: object) -> Json:
+        if value is None or isinstance(value, bool) or type(value) in (int, float, str):
+            return value  # type: ignore[return-value]
+        if isinstance(value, int | float):  # numpy's numbers are subclasses that ``weights_only`` refuses
+            return int(value) if isinstance(value, int) else float(value)
+        if isinstance(value, str):
+            return {KIND: "Markup" if isinstance(value, Markup) else "str", "text": str(value)}
+        if isinstance(value, list):
+            return [self.node(item) for item in value]
+        if isinstance(value, tuple):
+            return {KIND: "tuple", "items": [self.node(item) for item in value]}
+        if isinstance(value, Mapping):  # its keys come from data and may be any text, also ``kind``
+            return {KIND: "mapping", "entries": {str(key): self.node(item) for key, item in value.items()}}
+        if id(value) not in self._seen:
+            self._seen[id(value)] = (value, self._reference(value))
+        return self._seen[id(value)][1]
 
-        Raises:
-            TypeError: Something inside is neither plain data nor one of ``CLASSES`` nor a picture.
-        """
-        if value is None or isinstance(value, (bool, int, float, str, Tensor)):
-            return value
-        if id(value) not in self._seen:  # the value is kept, so that its id stays its own
-            self._seen[id(value)] = (value, self._pack(value))
-        return self._seen[id(value)][1]  # type: ignore[return-value]
+    def _reference(self, value: object) -> dict[str, Json]:
+        from PIL import Image
 
-    def _pack(self, value: object) -> Plain:
-        if isinstance(value, (list, tuple)):
-            return {KIND: type(value).__name__, "items": [self.pack(item) for item in value]}
-        if isinstance(value, Mapping):
-            return {KIND: "mapping", "entries": {str(key): self.pack(item) for key, item in value.items()}}
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+            return {KIND: "tensor", "index": len(self.tensors) - 1}
         if isinstance(value, Image.Image):
-            return {KIND: "Image", "pixels": torch.from_numpy(np.array(value.convert("RGB")))}
-        if type(value).__name__ in CLASSES and dataclasses.is_dataclass(value):
-            fields = {f.name: self.pack(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            return {KIND: type(value).__name__, **fields}
-        raise TypeError(f"{type(value).__name__} cannot be stored in a checkpoint")
+            pixels = torch.frombuffer(bytearray(value.convert("RGB").tobytes()), dtype=torch.uint8)
+            entry: Json = {KIND: "Image", "pixels": self.node(pixels.view(value.height, value.width, 3))}
+        elif CLASSES.get(type(value).__name__) is type(value):
+            fields = dataclasses.fields(value)  # type: ignore[arg-type]
+            entry = {KIND: type(value).__name__, "fields": {f.name: self.node(getattr(value, f.name)) for f in fields}}
+        else:
+            raise TypeError(f"{type(value).__name__} cannot be stored in a checkpoint")
+        self.objects.append(entry)
+        return {KIND: "object", "index": len(self.objects) - 1}
 
-    def unpack(self, plain: Plain) -> object:
-        """The inverse of ``pack``.
 
-        Raises:
-            ValueError: A kind that ``pack`` does not write.
-        """
-        if not isinstance(plain, dict):
-            return plain
-        if id(plain) not in self._seen:
-            self._seen[id(plain)] = (plain, self._unpack(plain))
-        return self._seen[id(plain)][1]
+class _Decoder:
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self.objects: list[object] = []
 
-    def _unpack(self, plain: dict[str, Plain]) -> object:
-        kind = str(plain.get(KIND))
-        entries = {key: value for key, value in plain.items() if key != KIND}
-        if kind in ("list", "tuple"):
-            items = [self.unpack(item) for item in entries["items"]]  # type: ignore[union-attr]
-            return items if kind == "list" else tuple(items)
-        if kind == "Image":
-            return Image.fromarray(entries["pixels"].numpy())  # type: ignore[union-attr]
-        if kind == "mapping":  # a level of their own: its keys come from the data and may be any text
-            return {key: self.unpack(value) for key, value in entries["entries"].items()}  # type: ignore[union-attr]
+    def value(self, node: Any) -> object:  # noqa: ANN401  # checked as it is read
+        if isinstance(node, list):
+            return [self.value(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        match kind := node[KIND]:
+            case "tensor":
+                return self.tensors[node["index"]]
+            case "object":
+                return self.objects[node["index"]]
+            case "str":
+                return str(node["text"])
+            case "Markup":
+                return Markup(node["text"])
+            case "tuple":
+                return tuple(self.value(item) for item in node["items"])
+            case "mapping":
+                return {key: self.value(item) for key, item in node["entries"].items()}
+            case "Image":
+                from PIL import Image
+
+                return Image.fromarray(self.value(node["pixels"]).numpy())  # type: ignore[attr-defined]
         if kind not in CLASSES:
-            raise ValueError(f"the checkpoint holds {kind!r}, which this version does not know")
-        return CLASSES[kind](**{key: self.unpack(value) for key, value in entries.items()})
+            raise ValueError(f"the encoded value holds {kind!r}, which this version does not support")
+        return CLASSES[kind](**{name: self.value(item) for name, item in node["fields"].items()})

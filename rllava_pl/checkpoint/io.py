@@ -13,7 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from rllava_pl.checkpoint import manifest
-from rllava_pl.checkpoint.atomic import draft_beside, flush, locked, remove, remove_leftovers, replace_directory
+from rllava_pl.checkpoint.atomic import flush, locked, remove, remove_leftovers, replace_directory, temporary_beside
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -39,7 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         self._sweep(target.parent)
-        draft = draft_beside(target)
+        draft = temporary_beside(target)
         needed = bytes_of(checkpoint)
         try:
             _require_space(needed, target)

@@ -1,14 +1,14 @@
-"""A parameter that is cut over ranks, gathered and filled one tensor at a time.
+"""A parameter that is sharded over ranks: gathered, and filled from rank 0, one tensor at a time.
 
-FSDP, FSDP2 and ZeRO-3 cut differently, and yet alike: of a flattened parameter w[0..n), rank r of R holds the run
-w[b_r..b_{r+1}) with 0 = b_0 <= b_1 <= ... <= b_R = n. So one gather serves all three, and its memory is that of w
-alone: every rank sends its run straight to where the others keep it. The strategies' own gathers take a whole unit, or
-a padded buffer and a copy of it.
+FSDP, FSDP2 and ZeRO-3 shard differently but share one layout: of a flattened parameter w[0..n), rank r of R holds the
+range w[b_r..b_{r+1}) with 0 = b_0 <= b_1 <= ... <= b_R = n. One all-gather therefore serves all three. It needs the
+memory of w alone, because every rank broadcasts its range directly into the result; the gathers of the strategies
+themselves need the parameters of a whole layer, or a padded buffer and a copy of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,70 +20,64 @@ from rllava_pl.distributed.collectives import rank, world_size
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What this rank holds of one parameter.
+class Shard:
+    """The part of one parameter that this rank holds.
 
     Args:
-        own: w[b_r..b_{r+1}), one-dimensional; shares memory with the parameter.
+        local: w[b_r..b_{r+1}), one-dimensional; shares memory with the parameter.
         bounds: b_0, ..., b_R, equal on all ranks.
         shape: Of the whole parameter.
     """
 
-    own: Tensor
+    local: Tensor
     bounds: tuple[int, ...]
     shape: torch.Size
 
-    def gather(self, device: torch.device) -> Tensor:
-        """The whole parameter in memory of its own; collective, and all it takes is the result."""
-        whole = torch.empty(self.bounds[-1], dtype=self.own.dtype, device=device)
-        for source, (start, end) in enumerate(pairwise(self.bounds)):
+    def full_tensor(self, device: torch.device) -> Tensor:
+        """The whole parameter as a new tensor on ``device``; collective, allocates nothing but the result."""
+        full = torch.empty(self.bounds[-1], dtype=self.local.dtype, device=device)
+        for source, (start, stop) in enumerate(pairwise(self.bounds)):
             if source == rank():
-                whole[start:end] = self.own
-            send(whole[start:end], source)
-        return whole.view(self.shape)
+                full[start:stop] = self.local
+            broadcast(full[start:stop], source)
+        return full.view(self.shape)
 
-    def fill(self, whole: Tensor | None, device: torch.device) -> None:
-        """Keep this rank's run of what rank 0 has, in the dtype of the parameter; collective, one tensor at a time."""
-        x = torch.empty(self.bounds[-1], dtype=self.own.dtype, device=device)
-        if whole is not None:
-            x.copy_(whole.detach().flatten())
-        send(x, source=0)
-        self.own.copy_(x[self.bounds[rank()] : self.bounds[rank() + 1]])
+    def copy_from_rank0(self, full: Tensor | None, device: torch.device) -> None:
+        """Fill the local part from rank 0's ``full``, converted to the parameter's dtype; collective.
+
+        Args:
+            full: The whole parameter on rank 0; None on other ranks.
+            device: Where it is sent from and received.
+        """
+        x = torch.empty(self.bounds[-1], dtype=self.local.dtype, device=device)
+        if full is not None:
+            x.copy_(full.detach().flatten())
+        broadcast(x, source=0)
+        self.local.copy_(x[self.bounds[rank()] : self.bounds[rank() + 1]])
+
+    def with_local(self, local: Tensor) -> Shard:
+        """The shard of another tensor with the same layout, such as a moment of the optimizer."""
+        return Shard(local.detach().flatten(), self.bounds, self.shape)
 
 
-def even_bounds(size: int, run: int) -> tuple[int, ...]:
-    """Bounds of ``size`` elements cut every ``run``; the last ranks may have fewer, or none."""
-    return tuple(min(size, r * run) for r in range(world_size() + 1))
+def even_bounds(numel: int, length: int) -> tuple[int, ...]:
+    """Bounds of ``numel`` elements in ranges of ``length``; the last ranks may have fewer, or none."""
+    return tuple(min(numel, r * length) for r in range(world_size() + 1))
 
 
-def shifted(bounds: Iterable[int], start: int, size: int) -> tuple[int, ...]:
-    """Bounds within the parameter that begins at ``start`` of a longer, cut vector and has ``size`` elements."""
-    return tuple(min(size, max(0, b - start)) for b in bounds)
+def bounds_within(bounds: Iterable[int], start: int, numel: int) -> tuple[int, ...]:
+    """Bounds of the ``numel`` elements from ``start`` on of a longer vector that is cut at ``bounds``."""
+    return tuple(min(numel, max(0, b - start)) for b in bounds)
 
 
-def send(x: Tensor, source: int) -> None:
-    """Overwrite contiguous ``x`` with that of ``source``, whatever its dtype; nothing where it has no elements."""
+def broadcast(x: Tensor, source: int) -> None:
+    """Overwrite contiguous ``x`` with that of rank ``source``, whatever its dtype; a no-op if it has no elements."""
     if world_size() > 1 and x.numel():
         dist.broadcast(x.detach().view(-1).view(torch.uint8), src=source)
 
 
-def overwrite(buffer: Tensor, device: torch.device) -> None:
-    """Give a tensor that every rank holds whole the value of rank 0, by way of ``device``; collective."""
+def broadcast_buffer(buffer: Tensor, device: torch.device) -> None:
+    """Overwrite a tensor that every rank holds in full with that of rank 0, sent from ``device``; collective."""
     x = buffer.detach().to(device).contiguous()
-    send(x, source=0)
+    broadcast(x, source=0)
     buffer.detach().copy_(x)
-
-
-def gatherer(pieces: Mapping[int, Piece], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """How ``hf_weights`` gets at a whole tensor: gathered if it is cut, else as it is.
-
-    Args:
-        pieces: By the id of the parameter.
-        device: Where gathered tensors lie.
-    """
-
-    def full(x: Tensor) -> Tensor:
-        piece = pieces.get(id(x))
-        return x.detach() if piece is None else piece.gather(device)
-
-    return full

@@ -1,12 +1,20 @@
-"""How an update runs on one device or many: gradient exchange, clipping, streaming of weights.
+"""Distribution over devices: how gradients are exchanged and clipped, and how weights are stored and streamed.
 
-``updates.py`` holds what modules ask of a strategy, ``collectives.py`` sums and gathers over ranks; importing the room
-registers the strategies by name: ``rl_ddp``, ``rl_fsdp``, ``rl_fsdp2``, ``rl_deepspeed``.
+``adapter.py`` is what the training loop needs of any strategy. Importing the package registers the strategies by name:
+``rl_ddp``, ``rl_fsdp``, ``rl_fsdp2``, ``rl_deepspeed``.
 """
 
+from rllava_pl.strategies.adapter import StrategyAdapter, adapter_for
 from rllava_pl.strategies.ddp import RLDDPStrategy, RLStrategyMixin
 from rllava_pl.strategies.deepspeed import RLDeepSpeedStrategy
-from rllava_pl.strategies.fsdp import RLFSDPStrategy
-from rllava_pl.strategies.fsdp2 import RLFSDP2Strategy
+from rllava_pl.strategies.fsdp import RLFSDP2Strategy, RLFSDPStrategy
 
-__all__ = ["RLDDPStrategy", "RLDeepSpeedStrategy", "RLFSDP2Strategy", "RLFSDPStrategy", "RLStrategyMixin"]
+__all__ = [
+    "RLDDPStrategy",
+    "RLDeepSpeedStrategy",
+    "RLFSDP2Strategy",
+    "RLFSDPStrategy",
+    "RLStrategyMixin",
+    "StrategyAdapter",
+    "adapter_for",
+]

@@ -8,15 +8,14 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from rllava_pl.checkpoint.atomic import together
+from rllava_pl.checkpoint.atomic import raise_on_all_ranks
 
 
 class RLStrategyMixin:
     """Calls the steps on the module itself instead of inside the wrapper's forward.
 
-    Stock strategies run ``training_step`` as the one forward of DDP, FSDP or DeepSpeed. Here a step holds a whole pass
-    of the RL loop with many forwards of its own, each of which must go through the wrapper
-    (``trainer.strategy.model``).
+    Stock strategies run ``training_step`` as one forward of DDP, FSDP or DeepSpeed. Here a step is a whole pass of the
+    RL loop with many forwards, each of which must go through the wrapper (``trainer.strategy.model``).
     """
 
     def training_step(self, *args: object, **kwargs: object) -> STEP_OUTPUT:
@@ -46,8 +45,8 @@ class RLDDPStrategy(RLStrategyMixin, DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object | None = None
     ) -> None:
-        """Written by rank 0; where that fails, all ranks learn of it instead of waiting."""
-        with together():
+        """Written by rank 0; if that fails, every rank raises instead of waiting for it."""
+        with raise_on_all_ranks():
             super().save_checkpoint(checkpoint, filepath, storage_options)
 
 

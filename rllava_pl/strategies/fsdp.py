@@ -1,40 +1,99 @@
-"""Fully sharded data parallelism, first generation: the parameters of a layer are flattened into one, and cut."""
+"""Fully sharded data parallelism, both generations.
+
+``RLFSDPStrategy`` flattens the parameters of a layer into one and shards that (``FullyShardedDataParallel``);
+``RLFSDP2Strategy`` shards every parameter along its first dimension (``fully_shard``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, cast
 
-from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from rllava_pl.distributed.shards import Piece, gatherer, shifted
-from rllava_pl.models.trainable import hf_weights
-from rllava_pl.strategies import adapter as updates
-from rllava_pl.strategies.ddp import RLStrategyMixin
-from rllava_pl.strategies.sharding import LocalShards, make_room, units, values_of
+from rllava_pl.checkpoint import dcp
+from rllava_pl.checkpoint.codec import Plain
+from rllava_pl.distributed.shards import Shard, bounds_within, broadcast_buffer, even_bounds
+from rllava_pl.strategies import optimizer_shards
+from rllava_pl.strategies.adapter import LoadMode, StrategyAdapter, adapter_for
+from rllava_pl.strategies.sharding import (
+    ShardedAdapter,
+    ShardedStrategy,
+    initial_values,
+    materialize,
+    sharding_units,
+)
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from lightning.pytorch import Trainer
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.fsdp._flat_param import FlatParamHandle
-    from transformers import PreTrainedModel
+
+WRAPPER = "_fsdp_wrapped_module."
+"""What the first generation adds to the names of parameters."""
+WEIGHTS, OPTIMIZER = "weights/", "optimizer/"
+"""Beginnings of the names of saved tensors."""
 
 
-class RLFSDPStrategy(RLStrategyMixin, LocalShards, FSDPStrategy):
-    """Weights, gradients and optimizer states in equal parts on all ranks; ``rl_fsdp2`` is its successor.
+class FSDPAdapter(ShardedAdapter):
+    """First generation."""
 
-    Rank 0 alone reads the checkpoint, the others begin empty and receive their parts. Gradients are exchanged in every
-    micro-batch, so that no rank ever holds those of the whole model.
+    strategy: RLFSDPStrategy
+    lockstep = True
+
+    @property
+    def load_mode(self) -> LoadMode:
+        """Rank 0 reads the weights, the other ranks receive their shards."""
+        return "lazy" if self.strategy.is_global_zero else "empty"
+
+    def clip_grad_norm(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        """By the wrapper, which adds up the norms of all ranks."""
+        return cast("FullyShardedDataParallel", self.model).clip_grad_norm_(max_norm)
+
+    def unsharded(self) -> AbstractContextManager[None]:
+        """Gather the parameters that belong to no layer."""
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel.summon_full_params(self.model, recurse=False, writeback=False)
+
+
+class FSDP2Adapter(FSDPAdapter):
+    """Second generation."""
+
+    strategy: RLFSDP2Strategy  # type: ignore[assignment]
+
+    def clip_grad_norm(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        """By torch's function, whose norm of sharded gradients is itself sharded."""
+        norm = StrategyAdapter.clip_grad_norm(self, optimizer, max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    @contextmanager
+    def unsharded(self) -> Iterator[None]:
+        """Gather the parameters that belong to no layer."""
+        self.strategy.root.unshard()
+        try:
+            yield
+        finally:
+            self.strategy.root.reshard()
+
+
+class FullyShardedStrategy(ShardedStrategy):
+    """Base of both generations.
 
     Args:
         allow_cpu: Run on CPU processes; for tests, it saves no memory there.
         process_group_backend: By default ``nccl`` on GPUs, ``gloo`` on CPUs.
-        timeout: After so long without an answer from another rank the run fails.
+        timeout: The run fails when another rank does not answer for so long.
     """
+
+    adapter_class: ClassVar[type[StrategyAdapter]] = FSDPAdapter
 
     def __init__(
         self,
@@ -42,98 +101,188 @@ class RLFSDPStrategy(RLStrategyMixin, LocalShards, FSDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
-        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)  # type: ignore[call-arg]
         self.allow_cpu = allow_cpu
-        self._wrapped: FullyShardedDataParallel | None = None
 
     def setup_environment(self) -> None:
-        """As usual, where there are GPUs or CPUs will do."""
-        updates.check_accelerator(self, self.allow_cpu)
+        """Refuse CPUs unless they are allowed, then as usual."""
+        adapter_for(self).check()
         super().setup_environment()
 
+    def copy_from_rank0(self, root: nn.Module, values: Mapping[str, Tensor | None]) -> None:
+        """Give parameters and persistent buffers rank 0's values, one tensor at a time; collective.
+
+        Args:
+            root: The sharded module.
+            values: Of ``initial_values`` before sharding; only those of rank 0 count.
+        """
+        shards, device = self.shards(), self.root_device
+        for name, p in root.named_parameters():
+            value = values[name.replace(WRAPPER, "")]
+            shards[id(p)].copy_from_rank0(value if self.is_global_zero else None, device)
+        for name, buffer in root.named_buffers():
+            if name.replace(WRAPPER, "") in values:
+                broadcast_buffer(buffer, device)
+
+    def save_shards(self, directory: Path) -> Plain:
+        """Trained parameters, the module's buffers and optimizer states, through ``torch.distributed.checkpoint``."""
+        parameters, shards = self._trained()
+        tensors: dict[str, Shard | Tensor] = self._weights(shards)
+        plain: list[Plain] = []
+        for k, optimizer in enumerate(self.optimizers):
+            states, settings = optimizer_shards.state_tensors(optimizer, parameters, shards)
+            tensors |= {f"{OPTIMIZER}{k}/{name}": x for name, x in states.items()}
+            plain.append(settings)
+        dcp.save(tensors, directory)
+        return plain
+
+    def load_shards(self, directory: Path, plain: Plain, *, optimizers: bool) -> None:
+        """On any number of ranks, whatever the number that saved it."""
+        parameters, shards = self._trained()
+        weights, saved = self._weights(shards), dcp.saved_tensors(directory)
+        if other := sorted(weights.keys() ^ {name for name in saved if not name.startswith(OPTIMIZER)}):
+            raise ValueError(f"{directory} was saved of another model or with other frozen parts: see {other[:3]}")
+        dcp.load(weights, directory)
+        for k, optimizer in enumerate(self.optimizers if optimizers else ()):
+            prefix = f"{OPTIMIZER}{k}/"
+            of_optimizer = {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
+            states = optimizer_shards.empty_state(of_optimizer, shards)
+            dcp.load({prefix + name: x for name, x in states.items()}, directory)
+            optimizer_shards.restore_state(optimizer, parameters, states, plain[k])
+
+    def _trained(self) -> tuple[dict[str, Tensor], dict[str, Shard]]:
+        """Trained parameters and their shards, by the names that both generations share."""
+        self.reshard()
+        shards = self.shards()
+        named = self.lightning_module.named_parameters()
+        parameters = {name.replace(WRAPPER, ""): p for name, p in named if p.requires_grad}
+        return parameters, {name: shards[id(p)] for name, p in parameters.items()}
+
+    def _weights(self, shards: Mapping[str, Shard]) -> dict[str, Shard | Tensor]:
+        """Everything but optimizer states that training changes; shares memory."""
+        buffers = dict(self.lightning_module.named_buffers(recurse=False))
+        return {f"{WEIGHTS}{name}": x for name, x in (shards | buffers).items()}
+
+
+class RLFSDPStrategy(FullyShardedStrategy, FSDPStrategy):
+    """Shards weights, gradients and optimizer states over all ranks; ``rl_fsdp2`` is its successor.
+
+    Rank 0 alone reads the checkpoint of the model, the other ranks receive their shards. Gradients are exchanged in
+    every micro-batch, so that no rank ever holds those of the whole model. Arguments as of ``FullyShardedStrategy``.
+    """
+
+    _wrapped: FullyShardedDataParallel | None = None
+
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        """Wrap layer by layer; stock code takes no CPU for a device."""
+        """Wrap layer by layer; Lightning's own method accepts no CPU as device."""
         from torch.distributed.fsdp import FullyShardedDataParallel
         from torch.distributed.fsdp._runtime_utils import _lazy_init
 
         if self._wrapped is not None and self._wrapped.module is model:  # it stays wrapped between the stages of a run
             return self._wrapped
-        values = values_of(model)
-        make_room(model)
-        apart = {id(unit) for unit in units(model)}
+        values = initial_values(model)
+        materialize(model)
+        units = {id(unit) for unit in sharding_units(model)}
         self._wrapped = FullyShardedDataParallel(
             module=model,
             device_id=self.root_device,
-            auto_wrap_policy=lambda module, recurse, nonwrapped_numel: recurse or id(module) in apart,
+            auto_wrap_policy=lambda module, recurse, nonwrapped_numel: recurse or id(module) in units,
             mixed_precision=self.mixed_precision_config,
             sharding_strategy=self.sharding_strategy,
             **self.kwargs,
         )
-        _lazy_init(self._wrapped, self._wrapped)  # the first forward would do it; weights are asked for before
-        self.fill(self._wrapped, values)
+        _lazy_init(self._wrapped, self._wrapped)  # the first forward would do it, but weights are needed before
+        self.copy_from_rank0(self._wrapped, values)
         return self._wrapped
 
     def reshard(self) -> None:
-        """Cut again what a forward without a backward has left whole: what belongs to no layer."""
+        """A forward without a backward leaves the parameters of the root gathered."""
         from torch.distributed.fsdp._runtime_utils import _reshard
 
-        if self._wrapped._handle is not None:
+        if self._wrapped is not None and self._wrapped._handle is not None:
             _reshard(self._wrapped, self._wrapped._handle, free_unsharded_flat_param=True)
 
-    def pieces(self) -> dict[int, Piece]:
-        """A parameter lies somewhere in its unit's flat one, of which every rank holds an equal run."""
+    def shards(self) -> dict[int, Shard]:
+        """A parameter is a range of the flat parameter of its unit, of which every rank holds an equal range."""
         from torch.distributed.fsdp import FullyShardedDataParallel
 
-        units = FullyShardedDataParallel.fsdp_modules(self._wrapped)
-        return {key: piece for unit in units if unit._handle is not None for key, piece in _within(unit._handle)}
+        handles = [unit._handle for unit in FullyShardedDataParallel.fsdp_modules(self._wrapped)]
+        return {key: shard for handle in handles if handle is not None for key, shard in _shards_of(handle)}
 
 
-StrategyRegistry.register("rl_fsdp", RLFSDPStrategy, description="FSDP for steps with many forwards")
-
-
-@updates.check.register(RLFSDPStrategy)
-def _(strategy: RLFSDPStrategy) -> None:
-    """Right: gradients are summed in shards, in every micro-batch."""
-
-
-@updates.clip_gradients.register(RLFSDPStrategy)
-def _(strategy: RLFSDPStrategy, optimizer: Optimizer, max_norm: float) -> Tensor:
-    return strategy.model.clip_grad_norm_(max_norm)  # type: ignore[no-any-return, operator]
-
-
-@updates.full_weights.register(RLFSDPStrategy)
-def _(strategy: RLFSDPStrategy, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    strategy.reshard()
-    return hf_weights(model, gatherer(strategy.pieces(), strategy.root_device))
-
-
-def _within(handle: FlatParamHandle) -> Iterator[tuple[int, Piece]]:
-    """The pieces of one flat parameter while it is cut, by the ids of the parameters it was made of."""
+def _shards_of(handle: FlatParamHandle) -> Iterator[tuple[int, Shard]]:
+    """The shards of one flat parameter, by the ids of the parameters it consists of."""
     flat = handle.flat_param
-    run = flat._sharded_size.numel()
-    bounds = [run * r for r in range(handle.world_size + 1)]
+    length = flat._sharded_size.numel()
+    bounds = [length * r for r in range(handle.world_size + 1)]
     offsets = zip(handle._get_flat_param_offsets(), flat._is_padding_mask, strict=True)
     starts = [start for (start, _), is_padding in offsets if not is_padding]
     for parameter, start, shape in zip(flat._params, starts, flat._shapes, strict=True):
-        begin = start - bounds[handle.rank]  # seen from this rank's run
-        own = flat.detach()[max(0, begin) : max(0, begin + shape.numel())]
-        yield id(parameter), Piece(own, shifted(bounds, start, shape.numel()), shape)
+        first = start - bounds[handle.rank]  # relative to this rank's range
+        local = flat.detach()[max(0, first) : max(0, first + shape.numel())]
+        yield id(parameter), Shard(local, bounds_within(bounds, start, shape.numel()), shape)
 
 
-@updates.parts.register(RLFSDPStrategy)
-@contextmanager
-def _(strategy: RLFSDPStrategy) -> Iterator[None]:
-    from torch.distributed.fsdp import FullyShardedDataParallel
+class RLFSDP2Strategy(FullyShardedStrategy, ModelParallelStrategy):
+    """Shards weights, gradients and optimizer states over all ranks (``fully_shard``) and gathers layer by layer.
 
-    with FullyShardedDataParallel.summon_full_params(strategy.model, recurse=False, writeback=False):
-        yield
+    Rank 0 alone reads the checkpoint of the model, the other ranks receive their shards. Gradients are exchanged in
+    every micro-batch, so that no rank ever holds those of the whole model. Arguments as of ``FullyShardedStrategy``.
+    """
+
+    adapter_class = FSDP2Adapter
+
+    def setup_environment(self) -> None:
+        """All ranks have other data; none shares the arithmetic of a tensor with another."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Shard first: the optimizers are built for the shards."""
+        from torch.distributed.fsdp import FSDPModule
+
+        if not isinstance(self.model, FSDPModule):  # it stays sharded between the stages of a run
+            self.model = self.precision_plugin.convert_module(self.model)
+            self._shard()
+        super().setup(trainer)
+
+    @property
+    def root(self) -> FSDPModule:
+        """The sharded module."""
+        return cast("FSDPModule", self.model)
+
+    def reshard(self) -> None:
+        """A forward without a backward leaves the parameters of the root gathered."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.lightning_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def shards(self) -> dict[int, Shard]:
+        """Rows are sharded as ``torch.chunk`` divides them: the last ranks may have fewer, or none."""
+        found = {}
+        for p in self.lightning_module.parameters():
+            if isinstance(p, DTensor):
+                rows = -(-p.shape[0] // p.device_mesh.size())
+                bounds = even_bounds(p.numel(), rows * (p.numel() // max(1, p.shape[0])))
+                found[id(p)] = Shard(p.to_local().detach().flatten(), bounds, p.shape)
+        return found
+
+    def _shard(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        root, mesh = self.lightning_module, self.device_mesh["data_parallel"]
+        values = initial_values(root)
+        materialize(root)
+        for unit in sharding_units(root):
+            fully_shard(unit, mesh=mesh)
+        name = type(root).__name__
+        fully_shard(root, mesh=mesh)
+        type(root).__name__ = name  # summaries and logs show the name of the algorithm
+        self.copy_from_rank0(root, values)
+        self.root._get_fsdp_state()._lazy_init()  # else the first module that runs becomes the root
 
 
-@updates.in_step.register(RLFSDPStrategy)
-def _(strategy: RLFSDPStrategy) -> bool:
-    return True
-
-
-@updates.loading.register(RLFSDPStrategy)
-def _(strategy: RLFSDPStrategy) -> updates.Loading:
-    return "waiting" if strategy.is_global_zero else "empty"
+StrategyRegistry.register("rl_fsdp", RLFSDPStrategy, description="FSDP for steps with many forwards")
+StrategyRegistry.register("rl_fsdp2", RLFSDP2Strategy, description="FSDP2 for steps with many forwards")

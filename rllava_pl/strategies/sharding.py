@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rllava_pl.checkpoint.atomic import committed_directory, raise_together
+from rllava_pl.checkpoint.atomic import committed_directory, raise_on_all_ranks
 from rllava_pl.checkpoint.codec import Plain
 from rllava_pl.checkpoint.io import refuse_damaged
 from rllava_pl.checkpoint.manifest import FACTS
@@ -156,7 +156,7 @@ class ShardedStrategy(RLStrategyMixin, ParallelStrategy):
         path = Path(self.broadcast(str(checkpoint_path)))
         if not (path / LOOP_FILE).is_file():
             raise ValueError(f"{path} is no checkpoint of {type(self).__name__}: it has no {LOOP_FILE}")
-        with raise_together():
+        with raise_on_all_ranks():
             if self.is_global_zero:
                 refuse_damaged(path)
         loop: dict[str, Any] = torch.load(path / LOOP_FILE, map_location="cpu", weights_only=True)
