@@ -12,9 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from rllava_pl.distributed.collectives import rank
 from rllava_pl.models.policy import Policy
-from rllava_pl.rollout.callbacks import RolloutCallback, Samples
-from rllava_pl.rollout.engine import ManagedEngine
-from rllava_pl.rollout.sync_check import LIMITS, Canary, Limit
+from rllava_pl.rollout.callbacks import SamplingModule, SyncCheckedRollout
 from rllava_pl.rollout.vllm import VLLMEngine
 from rllava_pl.rollout.vllm_adapter import adapter_options
 from rllava_pl.rollout.vllm_build import MemoryMode, build_llm, context_of, memory_mode, require_vllm
@@ -22,7 +20,7 @@ from rllava_pl.rollout.vllm_build import MemoryMode, build_llm, context_of, memo
 EngineDType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class VLLMRollout(RolloutCallback):
+class VLLMRollout(SyncCheckedRollout):
     """Rollouts from a vLLM engine in the trainer's process, one a rank; weights are pushed after every update.
 
     The engine is built at the first rollout. It starts from the policy's checkpoint and gets the trained weights before
@@ -32,16 +30,17 @@ class VLLMRollout(RolloutCallback):
         context_tokens: Longest prompt and response together; never more than the model's positions.
         images_per_prompt: Most images of a prompt.
         kv_cache_gib: Size of the cache of keys and values, on the GPU that trains or in host memory.
-        memory: What is handed back while the policy is updated. "auto": release_kv on a GPU, resident on a CPU.
-            "resident": nothing. "release_kv": the cache. "sleep": cache and weights, to host memory. "discard": both,
-            for good; every wake is followed by a sync and the canary.
+        memory: What is freed while the policy is updated. "auto": release_kv on a GPU, resident on a CPU. "resident":
+            nothing. "release_kv": the cache. "sleep": cache and weights, which are kept in host memory. "discard":
+            cache and weights; every wake is followed by a sync and a sync check.
         dtype: Of the engine's weights and arithmetic. "auto": what the trainer computes in.
         eager: No CUDA graphs and no compilation: starts sooner, samples slower. On a CPU always.
         lora: How a policy with LoRA adapters is pushed. "merge": as full weights. "adapter": the base weights once,
             then the adapters alone.
-        canary_every: Syncs from one comparison of engine and trainer on fixed probes to the next; 0: never.
-        canary_limit: Largest gap of a log-prob that passes, in nats; 0: 1e-3 in float32, else a mean of 0.05.
-        canary_recover: At a gap, push all weights again and go on in memory mode "sleep" before giving up.
+        sync_check_every: Syncs from one comparison of engine and trainer on fixed probes to the next; 0: never.
+        sync_check_limit: Largest difference of a log-prob that passes, in nats; 0: 1e-3 in float32, else a mean of
+            0.05.
+        sync_check_recover: At a larger one, push all weights again and switch to memory mode "sleep" before giving up.
         options: Further arguments of ``vllm.LLM``, e.g. ``{max_num_seqs: 256}``.
     """
 
@@ -54,17 +53,16 @@ class VLLMRollout(RolloutCallback):
         dtype: EngineDType = "auto",
         eager: bool = False,
         lora: Literal["merge", "adapter"] = "merge",
-        canary_every: int = 50,
-        canary_limit: float = 0.0,
-        canary_recover: bool = False,
+        sync_check_every: int = 50,
+        sync_check_limit: float = 0.0,
+        sync_check_recover: bool = False,
         options: dict[str, Any] | None = None,
     ) -> None:
         if kv_cache_gib <= 0:
-            raise ValueError(f"kv_cache_gib is {kv_cache_gib}; the engine needs some memory for keys and values")
-        if canary_every < 0 or canary_limit < 0:
-            raise ValueError(f"canary_every ({canary_every}) and canary_limit ({canary_limit}) must not be negative")
-        if memory == "discard" and not canary_every:
-            raise ValueError("memory discard leaves garbage wherever a sync misses a tensor; keep canary_every above 0")
+            raise ValueError(f"kv_cache_gib is {kv_cache_gib}; use a positive size, e.g. 1.0")
+        if memory == "discard" and not sync_check_every:
+            raise ValueError("memory discard leaves garbage wherever a sync misses a tensor; set sync_check_every: 1")
+        super().__init__(1 if memory == "discard" else sync_check_every, sync_check_limit, sync_check_recover)
         self.context_tokens = context_tokens
         self.images_per_prompt = images_per_prompt
         self.kv_cache_gib = kv_cache_gib
@@ -72,12 +70,7 @@ class VLLMRollout(RolloutCallback):
         self.dtype = dtype
         self.eager = eager
         self.lora = lora
-        self.canary_every = 1 if memory == "discard" else canary_every
-        self.canary_limit = canary_limit
-        self.canary_recover = canary_recover
         self.options = dict(options or {})
-        self._precision = "32-true"
-        self._canary: Canary | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot run, before anything is loaded.
@@ -88,22 +81,23 @@ class VLLMRollout(RolloutCallback):
         """
         require_vllm()
         memory_mode(self.memory)
-        self._precision = str(trainer.precision)
         super().setup(trainer, pl_module, stage)
 
-    def build(self, module: Samples) -> VLLMEngine:
-        """An engine of this process; all ranks build theirs at the same time."""
-        policy, path, memory = module.policy, module.source.path, memory_mode(self.memory)
-        dtype = self._dtype(policy)
-        adapter = self.lora == "adapter"
+    def engine_dtype(self, policy: Policy) -> torch.dtype:
+        """As the option says."""
+        return super().engine_dtype(policy) if self.dtype == "auto" else getattr(torch, self.dtype)
+
+    def build(self, module: SamplingModule) -> VLLMEngine:
+        """An engine in this process; all ranks build theirs at the same time."""
+        policy, memory, adapter = module.policy, memory_mode(self.memory), self.lora == "adapter"
         options = adapter_options(policy) if adapter else {}
-        if not Path(path).is_dir():
-            options["revision"] = module.source.revision
+        if not Path(policy.path).is_dir():
+            options["revision"] = policy.revision
         foreign_group = dist.is_initialized()
         llm = build_llm(
-            path,
-            dtype=str(dtype).removeprefix("torch."),
-            context_tokens=context_of(path, self.context_tokens),
+            policy.path,
+            dtype=str(self.engine_dtype(policy)).removeprefix("torch."),
+            context_tokens=context_of(policy.path, self.context_tokens),
             images=self.images_per_prompt,
             kv_cache_gib=self.kv_cache_gib,
             memory=memory,
@@ -111,30 +105,6 @@ class VLLMRollout(RolloutCallback):
             seed=(module.seed + rank()) % 2**31,
             options=options | self.options,
         )
-        if not foreign_group:  # vLLM made one, of a single process, and Lightning now speaks of a distributed setting
+        if not foreign_group:  # vLLM made one of a single process, which Lightning takes for a distributed run
             warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
-        engine = VLLMEngine(llm, policy, memory=memory, adapter=adapter, foreign_group=foreign_group)
-        self._canary = self._make_canary(engine, dtype) if self.canary_every else None
-        return engine
-
-    def after_sync(self, managed: ManagedEngine) -> None:
-        """Compare engine and trainer, if it is time."""
-        if self._canary is not None:
-            self._canary(managed)
-
-    def _dtype(self, policy: Policy) -> torch.dtype:
-        if self.dtype != "auto":
-            return getattr(torch, self.dtype)
-        mixed = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-        return mixed.get(self._precision, policy.dtype)
-
-    def _make_canary(self, engine: VLLMEngine, dtype: torch.dtype) -> Canary:
-        limit = Limit(largest=self.canary_limit, mean=self.canary_limit) if self.canary_limit else LIMITS[dtype]
-        return Canary(
-            engine.policy,
-            limit=limit,
-            every=self.canary_every,
-            context_tokens=engine.context_tokens,
-            images=engine.images,
-            recover=self.canary_recover,
-        )
+        return VLLMEngine(llm, policy, memory=memory, adapter=adapter, foreign_group=foreign_group)

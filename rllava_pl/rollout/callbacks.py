@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rllava_pl.rollout.engine import ManagedEngine
-from rllava_pl.strategies.adapter import full_weights, in_step, parts
+from rllava_pl.rollout.sync_check import FULL_PRECISION, HALF_PRECISION, GapLimit, SyncCheck
+from rllava_pl.strategies.adapter import adapter_for
 from rllava_pl.types import RolloutEngine
 
 if TYPE_CHECKING:
@@ -17,48 +19,57 @@ if TYPE_CHECKING:
     from rllava_pl.models.vlm import VLM
 
 
-class Samples(Protocol):
-    """What a callback needs of a module: its policy, how often it was updated, and a place for the engine."""
+class Counters(Protocol):
+    """What a module counts."""
+
+    updates: int
+
+
+class SamplingModule(Protocol):
+    """What a callback needs of a module: its policy, the number of its updates, its clock, a place for the engine."""
 
     trainer: Trainer
-    source: VLM
-    policy: Policy
+    policy: VLM
+    state: Counters
     seed: int
-    weight_version: int
     engine: ManagedEngine | None
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
+    def phases(self, name: str) -> AbstractContextManager[object]:
         """Context around a phase of the run."""
 
 
 class RolloutCallback(Callback, ABC):
-    """Owns an engine: builds it, keeps it in step with the policy, closes it. Subclasses say how to build it."""
+    """Builds an engine for the module, keeps its weights those of the policy, and closes it.
+
+    Derive from it and define ``build`` to sample with an engine that the package does not have.
+    """
 
     retries = 2
-    """Times a call that failed is made again before the run stops."""
+    """Further attempts at a call that failed, before the run stops."""
 
     @abstractmethod
-    def build(self, module: Samples) -> RolloutEngine:
-        """The engine for this module's policy."""
+    def build(self, module: SamplingModule) -> RolloutEngine:
+        """The engine for this module's policy; called at the first rollout."""
 
     def after_sync(self, managed: ManagedEngine) -> None:
         """Called whenever the engine has taken over new weights, before it samples; does nothing by default."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hand the engine to the module; the process group exists, the policy may not be loaded yet."""
-        module = cast(Samples, pl_module)
+        """Set ``module.engine``; the process group exists, the policy may not be loaded yet."""
+        module = cast(SamplingModule, pl_module)
         module.engine = ManagedEngine(
             build=lambda: self.build(module),
-            weights=lambda: full_weights(trainer.strategy, module.policy.model),
-            version=lambda: module.weight_version,
+            policy=module.policy,
+            weights=lambda: adapter_for(trainer.strategy).full_weights(module.policy.model),
+            version=lambda: module.state.updates,
             after_sync=self.after_sync,
-            phase=module.phase,
+            phase=module.phases,
             retries=self.retries,
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the engine."""
-        module = cast(Samples, pl_module)
+        module = cast(SamplingModule, pl_module)
         if module.engine is not None:
             module.engine.close()
 
@@ -70,19 +81,77 @@ class TransformersRollout(RolloutCallback):
         batch_prompts: Prompts sampled at a time; bounds the memory of the cache.
     """
 
-    retries = 0  # it computes in this process, with other ranks if sharded: what fails once fails again
+    retries = 0  # a call that fails in this process would fail again
 
     def __init__(self, batch_prompts: int = 64) -> None:
         self.batch_prompts = batch_prompts
 
-    def build(self, module: Samples) -> RolloutEngine:
+    def build(self, module: SamplingModule) -> RolloutEngine:
         """The embedded engine on the module's policy."""
         from rllava_pl.rollout.transformers import TransformersEngine
 
-        strategy = module.trainer.strategy
+        adapter = adapter_for(module.trainer.strategy)
         return TransformersEngine(
-            module.policy,
-            batch_prompts=self.batch_prompts,
-            parts=lambda: parts(strategy),
-            in_step=in_step(strategy),
+            module.policy, batch_prompts=self.batch_prompts, unsharded=adapter.unsharded, lockstep=adapter.lockstep
         )
+
+
+class CopiedWeights(RolloutEngine, Protocol):
+    """An engine that samples with a copy of the policy's weights."""
+
+    policy: Policy
+    images: int
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest prompt and response together."""
+
+
+class SyncCheckedRollout(RolloutCallback):
+    """A rollout callback that compares engine and trainer after syncs; base of those whose engine has a copy.
+
+    Args:
+        every: Syncs from one comparison to the next; 0: never.
+        limit: Largest difference of a log-prob that passes, in nats; 0: by the dtype.
+        recover: At a larger one, push all weights again and leave a risky memory mode before giving up.
+    """
+
+    def __init__(self, every: int, limit: float, recover: bool = False) -> None:
+        if every < 0 or limit < 0:
+            raise ValueError(f"sync_check_every ({every}) and sync_check_limit ({limit}) must not be negative")
+        self.sync_check_every = every
+        self.sync_check_limit = limit
+        self.sync_check_recover = recover
+        self._precision = "32-true"
+        self._sync_check: SyncCheck | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """As of every rollout callback; the comparisons are counted from here."""
+        self._precision = str(trainer.precision)
+        self._sync_check = None
+        super().setup(trainer, pl_module, stage)
+
+    def engine_dtype(self, policy: Policy) -> torch.dtype:
+        """What the engine computes in: the same as the trainer, unless a subclass can say better."""
+        half = {"bf16": torch.bfloat16, "16": torch.float16}
+        return half.get(self._precision.split("-")[0], policy.model.dtype)
+
+    def after_sync(self, managed: ManagedEngine) -> None:
+        """Compare engine and trainer, if it is due."""
+        if not self.sync_check_every:
+            return
+        if self._sync_check is None:  # only after the first sync is it known how long a prompt a server takes
+            engine = cast(CopiedWeights, managed.engine)
+            full = self.engine_dtype(engine.policy) == torch.float32
+            limit = FULL_PRECISION if full else HALF_PRECISION
+            if self.sync_check_limit:
+                limit = GapLimit(largest=self.sync_check_limit, mean=self.sync_check_limit)
+            self._sync_check = SyncCheck(
+                engine.policy,
+                limit=limit,
+                every=self.sync_check_every,
+                context_tokens=engine.context_tokens,
+                images=engine.images,
+                recover=self.sync_check_recover,
+            )
+        self._sync_check(managed)

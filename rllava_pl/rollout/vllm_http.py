@@ -1,7 +1,7 @@
-"""A vLLM server as its client sees it: addresses that are allowed, requests with limited retries, signs of life.
+"""The HTTP client of vLLM servers: allowed addresses, requests with limited retries, health checks.
 
-A long request says nothing until it is answered, so a server that hangs looks like one that works. Beside the requests
-each server is therefore asked for a sign of life; one that gives none is named together with what it was working on.
+A long request is silent until it is answered, so a server that hangs looks like one that works. The health of every
+server is therefore checked beside its requests; the error names the server and the request it was working on.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ import socket
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from rllava_pl.distributed.signals import abort_if_asked
+from rllava_pl.types import Json
 
 if TYPE_CHECKING:
     import httpx
     from tenacity import AsyncRetrying
 
 POLL_SECONDS = 2.0
-"""Pause between signs of life."""
+"""Pause between health checks."""
 RETRY_SECONDS = 0.5
-"""Pause before the first retry; it doubles up to eight times as much."""
+"""Pause before the first retry; it doubles, up to eight times as much."""
 BUSY = frozenset({429, 502, 503, 504})
 """Answers after which the same request may succeed."""
 
-Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | float | bool | None"
 T = TypeVar("T")
 
 
 class ServerError(RuntimeError):
-    """A vLLM server is dead, hung or set up otherwise than is needed; names the server and what was asked of it."""
+    """A vLLM server is dead, hangs or was not started as needed; names the server and the request."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How long a server is waited for.
+class RequestLimits:
+    """How long to wait for a server.
 
     Args:
-        silence_seconds: A server that gives no sign of life for so long counts as dead.
-        request_seconds: Longest time for one request, also on a server that is alive.
+        silence_seconds: A server that fails its health check for so long counts as dead.
+        request_seconds: Longest time for one request, also on a healthy server.
         max_retries: Further attempts at a request that changes nothing on the server and did not get through.
     """
 
@@ -63,7 +63,7 @@ class Limits:
 
 
 def require_client() -> None:
-    """Refuse to go on where the HTTP client is missing.
+    """Check that the HTTP client is installed.
 
     Raises:
         ModuleNotFoundError: Saying how to install it.
@@ -88,7 +88,7 @@ def base_url(url: str) -> str:
     parts = urlsplit(url)
     plain = not (parts.username or parts.password or parts.query or parts.fragment)
     if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
-        raise ValueError(f"{url!r} is no address of a server; write it as http://host:port (keys go into VLLM_API_KEY)")
+        raise ValueError(f"{url!r} is no address of a server; write http://host:port, and set a key as VLLM_API_KEY")
     return url.rstrip("/")
 
 
@@ -122,11 +122,11 @@ def _private(address: str) -> bool:
     return ip.is_private or ip.is_loopback or ip.is_link_local
 
 
-def new_client(limits: Limits) -> httpx.AsyncClient:
-    """A client that goes straight to the servers: no proxies of the environment, no redirects.
+def new_client(limits: RequestLimits) -> httpx.AsyncClient:
+    """A client without proxies and redirects that opens a connection for every request.
 
-    It opens a connection for every request. A kept one may have been closed by the server meanwhile, which is only
-    noticed when a request is lost on it, and those that change weights must not be repeated.
+    A connection that is kept may have been closed by the server, which only shows when a request is lost on it, and
+    requests that change weights must not be repeated.
     """
     import httpx
 
@@ -147,21 +147,22 @@ class Server:
         url: Of the form ``http://host:port``.
         client: Shared by all servers.
         limits: How long to wait.
-        concurrency: Rollout requests it is given at a time; it queues them itself, so this only bounds connections.
+        concurrency: Open requests for samples; the server queues them itself, so this only bounds connections.
     """
 
-    def __init__(self, url: str, client: httpx.AsyncClient, limits: Limits, *, concurrency: int) -> None:
+    def __init__(self, url: str, client: httpx.AsyncClient, limits: RequestLimits, *, concurrency: int) -> None:
         self.url = url
         self.context_tokens = 0
-        """Longest prompt and response together; known after the first look at the server."""
+        """Longest prompt and response together; 0 before the server was looked at."""
         self.slots = asyncio.Semaphore(concurrency)
         self._client = client
         self._limits = limits
-        self._doing: list[str] = []
+        self._open: list[str] = []
+        """Purposes of the requests that are not answered yet."""
 
     async def get(self, path: str, purpose: str, hints: Mapping[int, str] | None = None) -> Mapping[str, Json]:
-        """Ask for something; see ``post``."""
-        return await self._ask("GET", path, purpose, None, hints or {}, repeatable=True)
+        """Send a GET request; see ``post``."""
+        return await self._send("GET", path, purpose, None, hints or {}, repeatable=True)
 
     async def post(
         self,
@@ -172,14 +173,14 @@ class Server:
         *,
         repeatable: bool = False,
     ) -> Mapping[str, Json]:
-        """Have something done.
+        """Send a POST request.
 
         Args:
             path: Of the route, with its query.
-            purpose: What it is for, in words that follow "at" or "for"; ends up in errors.
+            purpose: What the request is for, for errors; follows "at" or "for".
             body: JSON, or JSON already written as bytes.
             hints: By status, what to do about a refusal.
-            repeatable: Doing it twice does no harm, so it may be sent again when it did not get through.
+            repeatable: Doing it twice is harmless, so it may be sent again when it did not get through.
 
         Returns:
             The answer, empty where there is none.
@@ -188,14 +189,14 @@ class Server:
             ServerError: No answer, or a refusal.
         """
         content = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
-        return await self._ask("POST", path, purpose, content, hints or {}, repeatable=repeatable)
+        return await self._send("POST", path, purpose, content, hints or {}, repeatable=repeatable)
 
-    async def _ask(
+    async def _send(
         self, method: str, path: str, purpose: str, content: bytes | None, hints: Mapping[int, str], *, repeatable: bool
     ) -> Mapping[str, Json]:
         import httpx
 
-        self._doing.append(purpose)
+        self._open.append(purpose)
         try:
             response: httpx.Response = await self._attempts(1 + self._limits.max_retries if repeatable else 1)(
                 self._client.request,
@@ -211,7 +212,7 @@ class Server:
             detail = str(error) or type(error).__name__
             raise ServerError(f"vLLM server {self.url} could not be reached for {purpose}: {detail}") from error
         finally:
-            self._doing.remove(purpose)
+            self._open.remove(purpose)
         if not response.is_success:
             hint = hints.get(response.status_code, _HINTS.get(response.status_code, ""))
             raise ServerError(
@@ -233,31 +234,31 @@ class Server:
         )
 
     async def watch(self) -> None:
-        """Look after the server until cancelled.
+        """Check the server's health until cancelled.
 
         Raises:
-            ServerError: It gave no sign of life for too long, or its engine has died; names what it was working on.
+            ServerError: It did not answer for too long, or its engine has died; names what it was working on.
         """
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
                 async with asyncio.timeout(self._limits.silence_seconds):
-                    await self._sign_of_life()
+                    await self._check_health()
             except TimeoutError:
                 raise ServerError(
-                    f"vLLM server {self.url} gave no sign of life for {self._limits.silence_seconds:g} s; it hangs or "
-                    f"is gone, at {self._work()}"
+                    f"vLLM server {self.url} did not answer health checks for {self._limits.silence_seconds:g} s; it "
+                    f"hangs or is gone, at {self._work()}"
                 ) from None
 
-    async def _sign_of_life(self) -> None:
-        """From the process that answers requests, and through it from the engine, which is another one."""
+    async def _check_health(self) -> None:
+        """Of the process that answers requests, and through it of the engine, which is another process."""
         import tenacity
 
-        anew = tenacity.AsyncRetrying(
+        retrying = tenacity.AsyncRetrying(
             wait=tenacity.wait_fixed(POLL_SECONDS / 2), retry=tenacity.retry_if_exception_type(_lost())
         )
         for path in ("/health", "/weight_info"):
-            response: httpx.Response = await anew(self._client.get, self.url + path)
+            response: httpx.Response = await retrying(self._client.get, self.url + path)
             if not response.is_success:
                 raise ServerError(
                     f"the engine of vLLM server {self.url} has died ({path} answers {response.status_code}), at "
@@ -265,14 +266,14 @@ class Server:
                 )
 
     def _work(self) -> str:
-        if not self._doing:
-            return "rest"
-        others = len(self._doing) - 1
-        return self._doing[0] + (f" and {others} more requests" if others else "")
+        if not self._open:
+            return "no request"
+        others = len(self._open) - 1
+        return self._open[0] + (f" and {others} more requests" if others else "")
 
 
 def _lost() -> tuple[type[Exception], ...]:
-    """Errors of requests that got through to no one, or whose answer was lost."""
+    """Errors of requests that did not get through, or whose answer was lost."""
     import httpx
 
     return httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout
@@ -303,29 +304,29 @@ def _read(response: httpx.Response, where: str) -> Mapping[str, Json]:
     return body
 
 
-async def under_watch(
+async def run_while_healthy(
     servers: Sequence[Server], work: Sequence[Coroutine[object, object, T]], *, sampling: bool = False
 ) -> list[T]:
-    """Results of ``work`` in order; the first failure, or the death of a server, ends all of it.
+    """Results of ``work`` in order; the first failure, or the death of a server, cancels all of it.
 
     Raises:
         Aborted: The work is sampling, and the run is asked to end.
     """
-    tasks = [asyncio.create_task(piece) for piece in work]
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
     watches = [asyncio.create_task(server.watch()) for server in servers]
     if sampling:
         watches.append(asyncio.create_task(_until_asked()))
-    everything = asyncio.create_task(_all(tasks))
+    results = asyncio.gather(*tasks)
     try:
-        ends: list[asyncio.Task[object]] = [everything, *watches]
-        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if everything not in done:
-            next(watch for watch in watches if watch in done).result()  # raises: a watch ends in no other way
-        return await everything
+        await asyncio.wait([results, *watches], return_when=asyncio.FIRST_COMPLETED)
+        for watch in watches:
+            if watch.done() and not results.done():
+                watch.result()  # raises: a watch ends in no other way
+        return await results
     finally:
         for task in [*tasks, *watches]:
             task.cancel()
-        await asyncio.gather(everything, *tasks, *watches, return_exceptions=True)
+        await asyncio.gather(results, *tasks, *watches, return_exceptions=True)
 
 
 async def _until_asked() -> None:
@@ -334,12 +335,8 @@ async def _until_asked() -> None:
         abort_if_asked()
 
 
-async def _all(tasks: Sequence[asyncio.Task[T]]) -> list[T]:
-    return await asyncio.gather(*tasks)
-
-
 class EventLoop:
-    """An asyncio loop in a thread of its own: callers need none, and a notebook may have one running."""
+    """An asyncio loop in a separate thread, because a notebook may already run one in the caller's."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -347,7 +344,7 @@ class EventLoop:
         self._thread.start()
 
     def run(self, coroutine: Coroutine[object, object, T]) -> T:
-        """Its result; an interrupt here cancels it there."""
+        """The coroutine's result; an interrupt of the caller cancels it."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()

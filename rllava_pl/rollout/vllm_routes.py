@@ -1,37 +1,68 @@
-"""What is asked of a vLLM server, route by route: its kind, its weights, samples.
+"""The routes of a vLLM server, one function each: what it serves, its weights, samples.
 
-Weights take the routes of development mode: pause, start, buckets, finish, clear the caches, resume. Those that change
-weights are sent once and never again, because a server that got one and could not answer would get it twice.
+Weights take the routes of development mode: pause, start, buckets, finish, empty the caches, resume. Those that change
+weights are sent once and never retried, because a server that got one and could not answer would get it twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import cast
+from typing import TypedDict, cast
 
-from rllava_pl.rollout.vllm_http import Json, Server, ServerError
+from rllava_pl.rollout.common import BAN
+from rllava_pl.rollout.vllm_http import Server, ServerError
 from rllava_pl.rollout.vllm_transfer import BACKEND
+from rllava_pl.types import Json
 
-BAN = -100.0
-"""Logit bias of tokens that are never sampled; vLLM allows no lower one, and e^-100 never happens."""
 START = (
     "Start it with: VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL --host 127.0.0.1 "
     "--enable-scale-out --logprobs-mode processed_logprobs --generation-config vllm "
     f'--weight-transfer-config \'{{"backend": "{BACKEND}"}}\', in an environment that has rllava-pl'
 )
 NO_DEV_MODE = {404: f"It takes no weights, because it does not run in development mode. {START}"}
-NO_BACKEND = {500: f"It does not know the weight transfer {BACKEND!r}. {START}"}
+NO_BACKEND = {500: f"It has no weight transfer {BACKEND!r}. {START}"}
 NO_TOKENS = {403: f"It takes text only, no token ids. {START}", 404: START}
 
 
-async def generate(server: Server, purpose: str, body: Mapping[str, Json]) -> Mapping[str, Json]:
+class TokenLogprob(TypedDict):
+    """One sampled token."""
+
+    token_id: int
+    logprob: float
+
+
+class Logprobs(TypedDict):
+    """Of all sampled tokens."""
+
+    content: list[TokenLogprob]
+
+
+class Choice(TypedDict):
+    """One sample of a request."""
+
+    index: int
+    token_ids: list[int]
+    logprobs: Logprobs
+    finish_reason: str | None
+    weight_versions: list[dict[str, str]] | None
+
+
+class Answer(TypedDict):
+    """What a request for samples is answered with."""
+
+    prompt_token_ids: list[int]
+    choices: list[Choice]
+
+
+async def generate(server: Server, purpose: str, body: Mapping[str, Json]) -> Answer:
     """Samples: token ids in, token ids out."""
-    return await server.post("/inference/v1/generate", purpose, body, NO_TOKENS, repeatable=True)
+    answer = await server.post("/inference/v1/generate", purpose, body, NO_TOKENS, repeatable=True)
+    return cast(Answer, answer)
 
 
 async def look(server: Server, model: str) -> int:
-    """See whether it is a server of the needed kind.
+    """Check that the server is of the needed kind.
 
     Args:
         server: Any.
@@ -40,8 +71,8 @@ async def look(server: Server, model: str) -> int:
     Returns:
         Its context: longest prompt and response together, in tokens.
     """
-    await server.get("/weight_info", "the question for its weights", NO_DEV_MODE)
-    answer = await server.get("/v1/models", "the question for its models")
+    await server.get("/weight_info", "the query of its weights", NO_DEV_MODE)
+    answer = await server.get("/v1/models", "the query of its models")
     lengths = {str(m["id"]): m["max_model_len"] for m in cast("list[dict[str, Json]]", answer["data"])}
     if model and model not in lengths:
         raise ServerError(f"vLLM server {server.url} has no model {model!r}; it serves {sorted(lengths)}")
@@ -49,37 +80,33 @@ async def look(server: Server, model: str) -> int:
 
 
 async def prepare(server: Server) -> None:
-    """Have it load the weight transfer."""
+    """Load the weight transfer."""
     await server.post("/init_weight_transfer_engine", "its weight transfer", {"init_info": {}}, NO_BACKEND)
 
 
 async def begin(server: Server, purpose: str) -> None:
-    """Let running requests end, keep others waiting, and open an update."""
+    """Open an update: running requests end, further ones wait.
+
+    A server that is paused already may hold half the weights of an update that broke off. Ending that update makes the
+    server usable; sampling, or adding to the half, would crash it. If the server has noticed the break there is no open
+    update to end, so one is started; if not, it refuses that start.
+    """
     interrupted = (await server.get("/is_paused", purpose))["is_paused"]
     await server.post("/pause?mode=wait", purpose)
     if interrupted:
-        await _end_interrupted(server, purpose)
+        with suppress(ServerError):
+            await server.post("/start_weight_update", purpose)
+        await server.post("/finish_weight_update", purpose, {})
     await server.post("/start_weight_update", purpose)
 
 
-async def _end_interrupted(server: Server, purpose: str) -> None:
-    """An update that broke off has left layers with half of their weights; ending one frees them for the next.
-
-    Where the server has noticed the break it has no open update and needs one to end, else it refuses a second.
-    Sampling now, or adding to the halves, would crash it.
-    """
-    with suppress(ServerError):
-        await server.post("/start_weight_update", purpose)
-    await server.post("/finish_weight_update", purpose, {})
-
-
 async def update(server: Server, purpose: str, content: bytes) -> None:
-    """Hand over one bucket: JSON ``{"update_info": {"weights": ...}}``."""
+    """Send one bucket: JSON ``{"update_info": {"weights": ...}}``."""
     await server.post("/update_weights", purpose, content)
 
 
 async def finish(server: Server, purpose: str, label: str) -> None:
-    """Close the update and forget everything computed with the old weights; it serves again afterwards."""
+    """Close the update, empty the caches and serve again."""
     await server.post("/finish_weight_update", purpose, {"weight_version": label})
     await reset_caches(server, purpose)
     await server.post("/resume", purpose)
@@ -88,31 +115,25 @@ async def finish(server: Server, purpose: str, label: str) -> None:
 
 
 async def reset_caches(server: Server, purpose: str) -> None:
-    """Forget cached prefixes and encoded images."""
+    """Drop cached prefixes and encoded images."""
     if not (await server.post("/reset_prefix_cache", purpose))["success"]:
         raise ServerError(f"vLLM server {server.url} did not reset its prefix cache at {purpose}: requests are running")
     await server.post("/reset_encoder_cache", purpose)
 
 
 async def probe(server: Server, prompt_token: int) -> None:
-    """See whether its log-probs are those after temperature and bans.
+    """Check that log-probs are those after temperature and bans.
 
-    Two tokens are forced in turn. After the force each has probability 1; before, both cannot have more than 1/2.
+    Two tokens are forced in turn. After the bias each has probability 1; before it, both cannot have more than 1/2.
 
     Args:
         server: With the policy's weights.
         prompt_token: Any token of the vocabulary.
     """
     for token in (0, 1):
-        sampling: dict[str, Json] = {
-            "max_tokens": 1,
-            "logprobs": 0,
-            "logit_bias": {str(token): -BAN},
-            "detokenize": False,
-        }
+        sampling = {"max_tokens": 1, "logprobs": 0, "logit_bias": {str(token): -BAN}, "detokenize": False}
         body: dict[str, Json] = {"token_ids": [prompt_token], "sampling_params": sampling}
-        answer = await generate(server, "a probe of its log-probs", body)
-        (choice,) = cast("list[dict[str, dict[str, list[dict[str, float]]]]]", answer["choices"])
+        (choice,) = (await generate(server, "a probe of its log-probs", body))["choices"]
         if not -0.5 < choice["logprobs"]["content"][0]["logprob"] <= 1e-3:
             raise ServerError(
                 f"vLLM server {server.url} gives log-probs before temperature and bans, not those of what it samples "

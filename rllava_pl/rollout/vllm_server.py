@@ -1,9 +1,9 @@
-"""Rollouts from vLLM servers that somebody else started: token ids in, token ids out, weights over the same way.
+"""Rollouts from vLLM servers that were started outside of the run: token ids in, token ids out, weights over HTTP.
 
-A request carries the prompt's ids with one placeholder an image and the images themselves as PNG, never an address to
+A request carries the prompt's ids with one placeholder an image, and the images themselves as PNG, never an address to
 fetch them from. The answer carries the prompt's ids as the server expanded them, the sampled ids, their log-probs, and
-the label of the weights that sampled each of them. A label names one sync of one run, so that a server which restarted
-meanwhile, or was given weights by somebody else, is noticed in the very answer.
+the label of the weights that sampled each of them. A label names one sync of one run, so an answer from a server that
+restarted meanwhile, or that got weights from another run, is refused.
 """
 
 from __future__ import annotations
@@ -13,48 +13,48 @@ import base64
 import io
 import json
 import secrets
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import cycle
-from typing import TYPE_CHECKING, Literal, cast
+from itertools import cycle, islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rllava_pl.distributed.collectives import max_over_ranks, rank
-from rllava_pl.models.encoding import unexpanded_ids
 from rllava_pl.models.policy import Policy
 from rllava_pl.rollout import vllm_routes as routes
+from rllava_pl.rollout.common import check_request, finish_reason, handles_of, sampling_parameters, vllm_prompt_ids
 from rllava_pl.rollout.vllm_http import (
     EventLoop,
-    Json,
-    Limits,
+    RequestLimits,
     Server,
     ServerError,
     base_url,
     check_host,
     new_client,
     require_client,
-    under_watch,
+    run_while_healthy,
 )
-from rllava_pl.rollout.vllm_routes import BAN
 from rllava_pl.rollout.vllm_transfer import buckets, to_text
-from rllava_pl.types import Request, Rollout, Sampling, Turn
+from rllava_pl.types import Generation, Json, Request, Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+CONTEXT_OPTION = "--max-model-len of the servers"
+
 
 class VLLMServerEngine:
-    """Rollouts from one or several vLLM servers, which receive the policy's weights.
+    """Samples with one or several vLLM servers, which receive the policy's weights.
 
     Args:
-        urls: Addresses of the servers, ``http://host:port`` each; requests go round.
-        policy: The one that is trained: its tokenizer, its action space.
+        urls: Addresses of the servers, ``http://host:port`` each; requests take turns.
+        policy: The trained one: its tokenizer, its action space.
         model: Name the servers give the model; by default whatever they serve.
         images: Most images of a prompt, as the servers were started for.
-        concurrency: Requests, of a whole group each, that a server is given at a time.
-        limits: How long to wait, how often to try again.
+        concurrency: Requests, of a whole group each, that are open at a server at a time.
+        limits: How long to wait, how often to retry.
         allow_remote: Also servers at public addresses.
     """
 
@@ -66,7 +66,7 @@ class VLLMServerEngine:
         model: str = "",
         images: int = 4,
         concurrency: int = 64,
-        limits: Limits = Limits(),  # noqa: B008  frozen
+        limits: RequestLimits = RequestLimits(),  # noqa: B008  frozen
         allow_remote: bool = False,
     ) -> None:
         require_client()
@@ -80,8 +80,9 @@ class VLLMServerEngine:
         self._probed = False
         self._client = new_client(limits)
         self.servers = [Server(base_url(url), self._client, limits, concurrency=concurrency) for url in urls]
-        first = rank() % len(urls)  # ranks do not all begin with the same one
-        self._turns = cycle(self.servers[first:] + self.servers[:first])
+        first = rank() % len(urls)  # ranks begin with different servers
+        self._next_server = cycle(self.servers[first:] + self.servers[:first])
+        self._started: tuple[Sequence[Request], Sampling] = ((), Sampling())
         self._loop: EventLoop | None = EventLoop()
 
     @property
@@ -96,153 +97,111 @@ class VLLMServerEngine:
 
     # -- sampling ----------------------------------------------------------------------------------------------------
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-        """Complete every request once a seed; see ``RolloutEngine``.
-
-        Sample k of a request draws with its first seed + k, as vLLM numbers the samples of a group.
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> list[int]:
+        """See ``RolloutEngine``.
 
         Raises:
             RuntimeError: There was no sync yet, or the last one failed.
-            ServerError: A server is dead, hung, refuses a request or answers with other weights; names the prompt.
-            ValueError: A request cannot be put to a server; names the prompt.
+            ValueError: A request does not fit the servers; names the prompt.
         """
+        if requests and self.version < 0:
+            raise RuntimeError("the servers' weights are not the policy's: there was no complete sync yet")
+        limits = {"context_tokens": self.context_tokens, "images": self.images}
+        for request in requests:
+            check_request(request, sampling, self.policy, **limits, option=CONTEXT_OPTION)
+        self._started = requests, sampling
+        return handles_of(requests)
+
+    def advance(self) -> list[Generation]:
+        """All samples that were started.
+
+        Raises:
+            ServerError: A server is dead, hangs, refuses a request or answers with other weights; names the prompt.
+        """
+        (requests, sampling), self._started = self._started, ((), Sampling())
         if not requests:
             return []
-        if self.version < 0:
-            raise RuntimeError("the servers' weights are not the policy's: there was no complete sync yet")
-        turns = [(next(self._turns), request) for request in requests]
-        for server, request in turns:
-            self._check(request, sampling, server)
-        work = [self._complete(server, request, sampling) for server, request in turns]
-        answers = self._loop.run(under_watch(self.servers, work, sampling=True))
-        return [rollout for answer in answers for rollout in answer]
+        handles = iter(handles_of(requests))
+        work = [self._exchange(request, sampling, list(islice(handles, len(request.seeds)))) for request in requests]
+        answers = self._loop.run(run_while_healthy(self.servers, work, sampling=True))
+        return [generation for answer in answers for generation in answer]
 
-    def _check(self, request: Request, sampling: Sampling, server: Server) -> None:
-        uid, prompt, given = request.prompt.uid, len(request.inputs), len(request.prefix_ids)
-        needed = prompt + given + sampling.max_tokens
-        if needed > server.context_tokens:
-            raise ValueError(
-                f"prompt {uid!r}: {prompt} prompt tokens + {given} given tokens + sampling.max_tokens "
-                f"{sampling.max_tokens} = {needed}, but the context of {server.url} has {server.context_tokens}; start "
-                "it with a larger --max-model-len, or lower sampling.max_tokens"
-            )
-        if len(request.prompt.images) > self.images:
-            raise ValueError(
-                f"prompt {uid!r} shows {len(request.prompt.images)} images, and images_per_prompt is {self.images}; "
-                "raise it here, and start the servers with --limit-mm-per-prompt accordingly"
-            )
-        if {*self.policy.banned_ids, *self.policy.stop_ids}.intersection(request.prefix_ids):
-            raise ValueError(
-                f"prefix_ids of prompt {uid!r} hold an end token or a token that stands for image content; a response "
-                "goes on behind text only"
-            )
-
-    def _complete(
-        self, server: Server, request: Request, sampling: Sampling
-    ) -> Coroutine[object, object, list[Rollout]]:
-        """The exchange with a server; what needs the tokenizer happens here already, in the caller's thread."""
-        images = list(request.prompt.images)
-        ids = unexpanded_ids(self.policy.processor, request.prompt) if images else request.inputs.input_ids_S.tolist()
+    def _exchange(
+        self, request: Request, sampling: Sampling, handles: Sequence[int]
+    ) -> Coroutine[object, object, list[Generation]]:
+        """A request to the next server; the tokenizer is used here, in the caller's thread."""
+        server, images = next(self._next_server), request.prompt.images
         purpose = f"the {len(request.seeds)} samples of prompt {request.prompt.uid!r}"
         body: dict[str, Json] = {
-            "token_ids": [*ids, *request.prefix_ids],
+            "token_ids": vllm_prompt_ids(request, self.policy),
             "return_token_ids": True,
-            "sampling_params": self._parameters(request, sampling),
+            "sampling_params": {**sampling_parameters(request, sampling, self.policy)},
         }
         if self.model:
             body["model"] = self.model
 
-        async def exchange() -> list[Rollout]:
+        async def exchange() -> list[Generation]:
             async with server.slots:
                 if images:
                     body["content_parts"] = await asyncio.to_thread(image_parts, images)
                 answer = await routes.generate(server, purpose, body)
             try:
-                return self._rollouts(request, answer)
+                return self._generations(request, answer, handles)
             except (KeyError, TypeError, ValueError) as error:
                 raise ServerError(f"vLLM server {server.url} at {purpose}: {error}") from error
 
         return exchange()
 
-    def _parameters(self, request: Request, sampling: Sampling) -> dict[str, Json]:
-        """All of them, so that neither defaults of the server nor of the model's ``generation_config.json`` count."""
-        return {
-            "n": len(request.seeds) if sampling.temperature else 1,  # the most likely answer is the same for every seed
-            "seed": request.seeds[0] % 2**62,
-            "max_tokens": sampling.max_tokens,
-            "min_tokens": 0,
-            "temperature": sampling.temperature,
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "logprobs": 0,  # of the sampled token alone
-            "logit_bias": {str(i): BAN for i in self.policy.banned_ids},
-            "ignore_eos": True,  # the policy's own end tokens are all there are
-            "stop_token_ids": list(self.policy.stop_ids),
-            "detokenize": False,
-        }
-
-    def _rollouts(self, request: Request, answer: Mapping[str, Json]) -> list[Rollout]:
-        """The samples of a group as rollouts.
+    def _generations(self, request: Request, answer: routes.Answer, handles: Sequence[int]) -> list[Generation]:
+        """The samples of a group.
 
         Raises:
             KeyError, TypeError, ValueError: The answer is not one to this request with these weights.
         """
-        choices = sorted(
-            cast("list[dict[str, Json]]", answer["choices"]), key=lambda choice: cast(int, choice["index"])
-        )
-        if len(choices) not in (1, len(request.seeds)):
-            raise ValueError(f"{len(request.seeds)} samples were asked for and {len(choices)} came")
-        prompt_ids = torch.tensor(cast("list[int]", answer["prompt_token_ids"]), dtype=torch.int64)
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if len(choices) not in (1, len(handles)):
+            raise ValueError(f"{len(handles)} samples were requested and {len(choices)} came")
+        prompt_ids = torch.tensor(answer["prompt_token_ids"], dtype=torch.int64)
         prompt_ids = prompt_ids[: len(prompt_ids) - len(request.prefix_ids)]
-        return [self._rollout(request, prompt_ids, choices[k % len(choices)]) for k in range(len(request.seeds))]
-
-    def _rollout(self, request: Request, prompt_ids: Tensor, choice: Mapping[str, Json]) -> Rollout:
-        given, sampled = len(request.prefix_ids), cast("list[int]", choice["token_ids"])
-        content = cast("list[dict[str, float]]", cast("dict[str, Json]", choice["logprobs"])["content"])
-        if [token["token_id"] for token in content] != sampled:
-            raise ValueError("the log-probs are of other tokens than those that were sampled")
-        labels = {span["version"] for span in cast("list[dict[str, str]]", choice["weight_versions"]) or []}
-        if sampled and labels != {self._label}:
-            raise ValueError(
-                f"the answer was sampled with the weights {sorted(labels)}, not with {self._label!r}; the server was "
-                "restarted, or somebody else gives it weights"
+        generations = []
+        for k, handle in enumerate(handles):
+            choice = choices[k % len(choices)]
+            content, sampled = choice["logprobs"]["content"], choice["token_ids"]
+            if [token["token_id"] for token in content] != sampled:
+                raise ValueError("the log-probs are of other tokens than those that were sampled")
+            labels = {span["version"] for span in choice["weight_versions"] or []}
+            if sampled and labels != {self._label}:
+                raise ValueError(
+                    f"the answer was sampled with the weights {sorted(labels)}, not with {self._label!r}; the server "
+                    "was restarted, or another run gives it weights"
+                )
+            logp = torch.tensor([token["logprob"] for token in content], dtype=torch.float32).clamp(max=0.0)
+            generation = Generation(
+                handle=handle,
+                prompt_ids=prompt_ids,
+                ids_T=torch.tensor(sampled, dtype=torch.int64),
+                logprobs_T=logp,
+                finish_reason=finish_reason(choice["finish_reason"]),
+                weight_version=self.version,
             )
-        ids_T = torch.tensor([*request.prefix_ids, *sampled], dtype=torch.int64)
-        logp = [0.0] * given + [token["logprob"] for token in content]
-        return Rollout(
-            prompt=request.prompt,
-            group=request.group,
-            prompt_ids=prompt_ids,
-            inputs=request.inputs,
-            response_ids=ids_T,
-            engine_logprobs=torch.tensor(logp, dtype=torch.float32).clamp(max=0.0),
-            response_mask=torch.ones_like(ids_T, dtype=torch.bool),
-            finish_reason=_reason(choice["finish_reason"]),
-            weight_version=self.version,
-            text=self.policy.decode(ids_T),
-            turns=(Turn(given, len(ids_T)),),
-            demo_mask=torch.arange(len(ids_T)) < given if given else None,
-        )
+            generations.append(generation)
+        return generations
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give all servers the policy's weights; rank 0 sends, the others read the stream along, and all wait.
+        """Give all servers the policy's weights; rank 0 sends, the others iterate the stream with it, and all wait.
 
         A sync that fails leaves a mixture of two policies, and a server that is paused; nothing is sampled until one
         is complete.
 
         Raises:
-            ServerError: A server is dead, hung, or cannot take weights; says how to start it.
+            ServerError: A server is dead, hangs, or cannot take weights; says how to start it.
         """
         self.version = -1
         stream, stamp, failure = iter(named_tensors), secrets.randbits(48) + 1, None
         try:
-            self._everywhere(self._look)
+            self._on_all(self._look)
             if rank() == 0:
                 self._push(stream, version, _label(version, stamp))
         except ServerError as error:
@@ -263,41 +222,41 @@ class VLLMServerEngine:
 
     def _push(self, stream: Iterator[tuple[str, Tensor]], version: int, label: str) -> None:
         purpose = f"the weights of update {version}"
-        self._everywhere(lambda server: routes.begin(server, purpose))
+        self._on_all(lambda server: routes.begin(server, purpose))
         for bucket in buckets(stream):
             content = json.dumps({"update_info": {"weights": to_text(bucket)}}).encode()
-            self._everywhere(partial(routes.update, purpose=purpose, content=content))
-        self._everywhere(lambda server: routes.finish(server, purpose, label))
+            self._on_all(partial(routes.update, purpose=purpose, content=content))
+        self._on_all(lambda server: routes.finish(server, purpose, label))
         if not self._probed:
-            self._everywhere(lambda server: routes.probe(server, self.policy.stop_ids[0]))
+            self._on_all(lambda server: routes.probe(server, self.policy.stop_ids[0]))
             self._probed = True
 
     def reset_caches(self) -> None:
-        """Drop cached prefixes and encoded images, which would silently be those of the old weights."""
-        self._everywhere(lambda server: routes.reset_caches(server, "the reset of its caches"))
+        """Drop cached prefixes and encoded images, which were computed with the old weights."""
+        self._on_all(lambda server: routes.reset_caches(server, "the reset of its caches"))
 
-    # -- life --------------------------------------------------------------------------------------------------------
+    def _on_all(self, action: Callable[[Server], Coroutine[object, object, object]]) -> None:
+        """Run the same action on all servers at once."""
+
+        async def act() -> None:
+            await run_while_healthy(self.servers, [action(server) for server in self.servers])
+
+        self._loop.run(act())
+
+    # -- memory ------------------------------------------------------------------------------------------------------
 
     def sleep(self) -> None:
-        """The servers' memory is their own."""
+        """The servers' memory is not the trainer's."""
 
     def wake(self) -> None:
         """Always ready."""
 
     def close(self) -> None:
-        """Leave the servers as they are; idempotent."""
+        """Close the client; the servers keep running. Idempotent."""
         if self._loop is not None:
             self._loop.run(self._client.aclose())
             self._loop.close()
             self._loop, self.version = None, -1
-
-    def _everywhere(self, action: Callable[[Server], Coroutine[object, object, object]]) -> None:
-        """The same on all servers at once."""
-
-        async def act() -> None:
-            await under_watch(self.servers, [action(server) for server in self.servers])
-
-        self._loop.run(act())
 
 
 def image_parts(images: Sequence[Image]) -> list[Json]:
@@ -314,7 +273,3 @@ def image_parts(images: Sequence[Image]) -> list[Json]:
 
 def _label(version: int, stamp: int) -> str:
     return f"{version}-{stamp:x}"
-
-
-def _reason(name: Json) -> Literal["stop", "length", "abort"]:
-    return "stop" if name == "stop" else "length" if name == "length" else "abort"
