@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from collections import defaultdict, deque
 from statistics import median
 from time import monotonic, sleep
@@ -18,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rllava_pl.distributed.collectives import rank, world_size
 from rllava_pl.distributed.failure_detector import Peers, Word
 from rllava_pl.modules.base import RLModule
-from rllava_pl.redaction import escaped, redact, traceback_text
+from rllava_pl.redaction import escaped, redact
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class Watchdog(Callback):
         text = escaped(redact(f"{type(exception).__name__}: {exception}"))[:500]
         self._peers.say(Word("failed", rank(), text, LOST))
         if isinstance(exception, RuntimeError) and self._lost.wait(2.0):  # torch's collectives raise no other
-            sys.stderr.write(traceback_text(exception))
+            sys.stderr.write(redact("".join(traceback.format_exception(exception))))
             _exit(LOST)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

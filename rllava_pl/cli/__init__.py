@@ -1,12 +1,13 @@
 """The command line: ``python -m rllava_pl fit|validate|test|predict|check-data|plan|configs``.
 
-What needs no training loop is answered without importing torch, so ``--version``, ``--help`` and a mistyped command
-cost a fraction of a second. Everything else is a ``LightningCLI``: its options are those of the classes it is given.
+``--version``, ``--help``, ``configs`` and a mistyped command or config name import no torch, so they are instant. The
+other commands are a ``LightningCLI``, whose options are those of the classes that a config names.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from rllava_pl import __version__
@@ -25,7 +26,7 @@ TRAINER_COMMANDS = {
 }
 OTHER_COMMANDS = {
     "check-data": "check every row of a config's data, without training",
-    "plan": "say how much memory a config's run takes, without weights and without a GPU",
+    "plan": "show how much memory a config's run takes, without weights and without a GPU",
     "configs": "list the configs that --config finds by name",
 }
 COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
@@ -56,15 +57,15 @@ def main(args: list[str] | None = None) -> RLCLI | None:
     """Run one command.
 
     Args:
-        args: The words behind ``python -m rllava_pl``; those of this process by default.
+        args: The words after ``python -m rllava_pl``; those of this process by default.
 
     Returns:
         The finished command with its ``trainer``, ``model`` and ``datamodule``; None for a command without a Trainer.
 
     Raises:
-        SystemExit: With code 2 after a mistake in the arguments, a config or the data, which is told in one line on
-            stderr; with ``RLLAVA_PL_DEBUG=1`` the error itself is raised. With code 1 if ``check-data`` finds more bad
-            rows than the config allows.
+        SystemExit: With code 2 after a mistake in the arguments, a config or the data, which is printed in one line on
+            stderr; with ``RLLAVA_PL_DEBUG=1`` the error itself is raised. With code 1 if ``check-data`` or ``plan``
+            find that the run would not start or not fit.
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
@@ -79,48 +80,19 @@ def main(args: list[str] | None = None) -> RLCLI | None:
 def _run(words: list[str]) -> RLCLI | None:
     command = words[0] if words else "--help"
     if command in TRAINER_COMMANDS:
-        return _run_trainer(words)
-    if command in ("-h", "--help"):
+        args = configs.resolve(words)  # before the imports, so that a wrong name is answered at once
+        from rllava_pl.cli.app import run
+
+        return run(args)
+    if command in OTHER_COMMANDS:
+        module = import_module(f"rllava_pl.cli.{command.replace('-', '_')}")
+        if code := module.run(words[1:]):
+            raise SystemExit(code)
+    elif command in ("-h", "--help"):
         print(USAGE)
     elif command == "--version":
         print(f"rllava-pl {__version__}")
-    elif command == "check-data":
-        _check_data(words[1:])
-    elif command == "plan":
-        _plan(words[1:])
-    elif command == "configs":
-        print(configs.listing())
     else:
         hint = nearest(command, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
-        raise UsageError(f"{command!r} is no command{hint}")
+        raise UsageError(f"{command!r} is not a command{hint}")
     return None
-
-
-def _check_data(words: list[str]) -> None:
-    from rllava_pl.cli.startup import import_torchmetrics
-
-    import_torchmetrics()
-    from rllava_pl.cli.check_data import run
-
-    if code := run(words):
-        raise SystemExit(code)
-
-
-def _plan(words: list[str]) -> None:
-    from rllava_pl.cli.startup import import_torchmetrics
-
-    import_torchmetrics()
-    from rllava_pl.cli.plan import run
-
-    if code := run(words):
-        raise SystemExit(code)
-
-
-def _run_trainer(words: list[str]) -> RLCLI:
-    args = configs.resolve(words)  # before the imports: a wrong name is answered at once
-    from rllava_pl.cli.startup import import_torchmetrics
-
-    import_torchmetrics()
-    from rllava_pl.cli.app import run
-
-    return run(args)

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-# Classes of these rooms can be named without their module because they are imported here.
+# Classes of these packages can be named without their module because they are imported here.
 import rllava_pl.datamodules
 import rllava_pl.models
 import rllava_pl.rewards
@@ -21,13 +21,13 @@ import rllava_pl.strategies  # noqa: F401
 from rllava_pl.callbacks import RolloutCheckpoint, RolloutWriter
 from rllava_pl.callbacks.files import shown
 from rllava_pl.checkpoint.manifest import DamagedCheckpoint
-from rllava_pl.cli import TRAINER_COMMANDS, given
+from rllava_pl.cli import TRAINER_COMMANDS
 from rllava_pl.cli.errors import UsageError, debugging, raised_by_us, with_hint
-from rllava_pl.cli.explain import Place, explain, unknown_option
-from rllava_pl.cli.names import import_class
-from rllava_pl.cli.quiet import quiet
-from rllava_pl.modules import RLModule
-from rllava_pl.redaction import hide, redacted, redacted_logs
+from rllava_pl.cli.messages import check_keys, explain, import_class, unknown_option
+from rllava_pl.cli.raw_config import CLASS, OPTIONS, Tree, lookup, merge, sources
+from rllava_pl.cli.warnings import filter_warnings
+from rllava_pl.modules.policy_module import PolicyModule
+from rllava_pl.redaction import redact
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # a run ends with max_rollouts, not with a number of passes over the prompts
@@ -49,22 +49,25 @@ LINKS = {
     "data.seed": "seed_everything",
     "data.processor_path": "model.policy.path",
 }
-"""Options that follow another one, where the class has them: target and source."""
-ROOTS = {"model": RLModule, "data": LightningDataModule}
+"""Options that take the value of another one, where the class has them: target and source."""
+SECTIONS = {"model": PolicyModule, "data": LightningDataModule, "trainer": Trainer}
+"""Sections of a config that hold a class."""
+LIGHTNING_PATHS = ("last", "best", "hpc")
+"""Values of ``ckpt_path`` that Lightning resolves."""
 
 
 class SavedConfig(SaveConfigCallback):
-    """The config beside the logs, without the secrets that somebody may have put into it."""
+    """Saves the config beside the logs, without secrets."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, overwrite: bool = True) -> None:
-        super().__init__(parser, cast(Namespace, redacted(config)), overwrite=overwrite)
+        super().__init__(parser, redact(config), overwrite=overwrite)
 
 
 class RLCLI(LightningCLI):
     """One command from arguments to the end of the run.
 
     Args:
-        args: Subcommand and options, config names already resolved.
+        args: Subcommand and options, names of configs replaced by their files.
 
     Raises:
         UsageError: The arguments or a config are wrong, a constructor refuses its options, or a run cannot start.
@@ -72,59 +75,84 @@ class RLCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self.command = args[0]
-        strict = {"exit_on_error": False, "allow_abbrev": False}  # raise, so that the message can be made readable
+        self.raw: Tree = {
+            "trainer": {**TRAINER_DEFAULTS, "callbacks": CALLBACKS}
+        }  # what the user gave is merged into it
+        strict = {"exit_on_error": False, "allow_abbrev": False}  # raise, so that the message can be shortened
         followers = ", ".join(f"--{target} follows --{source}" for target, source in LINKS.items())
         about = f"{TRAINER_COMMANDS[self.command].capitalize()}. Where a class has them, {followers}."
-        super().__init__(
-            RLModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=SavedConfig,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,  # the same command gives the same run
-            parser_kwargs={"prog": "python -m rllava_pl", **strict, self.command: {"description": about, **strict}},
-            args=list(args),
-        )
+        try:
+            super().__init__(
+                PolicyModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                save_config_callback=SavedConfig,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,  # the same command gives the same run
+                parser_kwargs={"prog": "python -m rllava_pl", **strict, self.command: {"description": about, **strict}},
+                args=list(args),
+            )
+        except UsageError as error:
+            raise UsageError(redact(str(error), self.raw)) from error
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on the instance
-        """The one that was asked for; the others would only cost start-up time."""
+        """The one command of this run; parsers of the others would cost start-up time."""
         return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The seed."""
+        """Add the seed."""
         help_ = "Of Python, NumPy, torch, model and data; false seeds nothing, true takes PL_GLOBAL_SEED or 0."
         parser.add_argument("--seed_everything", type=bool | int, default=self.seed_everything_default, help=help_)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Default callbacks; one seed for everything; the policy's processor for data that measure prompts."""
+        """Set default callbacks, and link the seed and the policy's path to the options that need them."""
         parser.set_defaults({"trainer.callbacks": CALLBACKS})
         for target, source in LINKS.items():
             compute = _seed_of if source == "seed_everything" else None
             parser.link_arguments(_full(source), _full(target), compute_fn=compute)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, refuse what was not understood, and say so in one line."""
+        """Parse; an unknown key, a wrong value or a contradiction is a ``UsageError``."""
         args = cast("list[str]", args)
-        tree = given.collect(args[1:])
-        options = [str(key) for key in self._parser(args[0]).get_defaults().keys()]  # noqa: SIM118 - its keys() are dotted
-        _check_sections(tree, sorted({option.split(".")[0] for option in options}))
+        defaults = self._parser(self.command).get_defaults()
+        known = list(dict.fromkeys(str(key).partition(".")[0] for key in defaults.keys()))  # noqa: SIM118
+        for source in sources(args[1:]):
+            self.raw = cast(Tree, merge(self.raw, source))
+            self._check_source(source, known)
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             if debugging():
                 raise
-            raise UsageError(explain(str(error), Place(tree, ROOTS, options))) from error
-        hide(self.config)
-        parsed = self.config[self.config.subcommand]
-        for path, known in given.unknown(tree, parsed):
-            raise UsageError(unknown_option(path, known))
-        _check_links(tree, parsed)
+            raise UsageError(explain(str(error), self.raw)) from error
+        parsed = self.config[self.command]
+        for target, origin in LINKS.items():
+            asked = lookup(self.raw, target.split("."))
+            if asked is not None and str(asked) != str(got := parsed.get(_full(target), asked)):
+                raise UsageError(f"{target} is {asked!r}, but it follows {origin}, which is {got!r}; set that instead")
+        path = parsed.get("ckpt_path")
+        if path is not None and path not in LIGHTNING_PATHS and ":" not in path and not Path(path).exists():
+            raise UsageError(f"--ckpt_path {path}: there is no such file or directory; last is the newest checkpoint")
+
+    def _check_source(self, source: Tree, known: Sequence[str]) -> None:
+        """Check the keys of one config file or argument.
+
+        Raises:
+            UsageError: One is unknown, or ``trainer`` has no options.
+        """
+        for name, section in source.items():
+            if name not in known:
+                raise UsageError(unknown_option(name, known))
+            if name == "trainer" and not isinstance(section, dict) and not Path(str(section)).is_file():
+                raise UsageError(f"trainer: expected options such as max_time, got {section!r}")
+            if name in SECTIONS:
+                check_keys(section, self.raw[name], SECTIONS[name], name)
 
     def before_instantiate_classes(self) -> None:
-        """Hand on a seed that was drawn just now (``seed_everything: true``); the others came with their link."""
+        """Pass on a seed that was drawn at random (``seed_everything: true``); others are passed by their link."""
         config = self.config[self.subcommand]
         if isinstance(config.seed_everything, bool):
             return
@@ -133,20 +161,22 @@ class RLCLI(LightningCLI):
                 section.init_args.seed = config.seed_everything
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; what a constructor refuses is told with its place in the config."""
+        """Build data, model and trainer; an error of a constructor names its place in the config."""
         try:
             self.build()
         except (ValueError, OSError, ImportError, MisconfigurationException) as error:
-            origin = _origin(error)
-            where = _where(origin, self.config[self.subcommand])
+            origin: BaseException = error  # behind the errors that the parser makes of it
+            while isinstance(origin, ValueError) and origin.__cause__ is not None:
+                origin = origin.__cause__
+            where = _place(origin, self.config[self.subcommand])
             raise UsageError(with_hint(f"{where}{origin}")) from error
 
     def build(self) -> None:
-        """Everything the config describes; a command that needs less of it builds less."""
+        """Everything that the config describes; overridden by commands that need only part of it."""
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
-        """A Trainer without Lightning's checkpoints, which count optimizer steps, unless a callback asks for them."""
+        """A Trainer without Lightning's own checkpoints, which count optimizer steps, unless a callback saves some."""
         config = self._get(self.config_init, "trainer")
         callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
         if config.enable_checkpointing is None:
@@ -154,7 +184,7 @@ class RLCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
-        """The config decides, not the checkpoint: resuming with other options, e.g. more rollouts, is meant."""
+        """Do nothing: options come from the config, so that a run can be resumed with others, e.g. more rollouts."""
 
     # -- the subcommands ---------------------------------------------------------------------------------------------
 
@@ -178,9 +208,9 @@ class RLCLI(LightningCLI):
         self._run("predict", {**kwargs, "return_predictions": False})
 
     def _run(self, subcommand: str, kwargs: dict[str, object]) -> None:
-        """Run; our own refusals before anything was measured are told in one line, other errors with a traceback."""
+        """Run; errors of this package before the first metric become one line, others keep their traceback."""
         if kwargs.get("weights_only") is None:
-            kwargs["weights_only"] = True  # a checkpoint is data and must not run code; ours need none
+            kwargs["weights_only"] = True  # loading a checkpoint must not run code
         if kwargs.get("ckpt_path") == "last":
             kwargs["ckpt_path"] = self._last_checkpoint(subcommand)
         try:
@@ -191,14 +221,14 @@ class RLCLI(LightningCLI):
             raise
 
     def _last_checkpoint(self, subcommand: str) -> str | None:
-        """The newest whole checkpoint of ``RolloutCheckpoint``; None, if there is none, begins a training anew.
+        """The newest complete checkpoint of ``RolloutCheckpoint``; None, which starts a new run, if there is none yet.
 
         Raises:
-            UsageError: None is whole, or there is none for a command that needs one.
+            UsageError: None is complete, or there is none for a command that needs one.
         """
         callbacks = cast("list[Callback]", self.trainer.callbacks)  # type: ignore[attr-defined]
         ours = next((callback for callback in callbacks if isinstance(callback, RolloutCheckpoint)), None)
-        if ours is None:  # Lightning knows what "last" is for its own callbacks
+        if ours is None:  # Lightning finds those of its own callbacks
             return "last"
         try:
             found = ours.newest(self.trainer)
@@ -206,8 +236,20 @@ class RLCLI(LightningCLI):
             raise UsageError(str(error)) from error
         if found is None and subcommand != "fit":
             raise UsageError(f"--ckpt_path last: there is no checkpoint in {shown(ours.directory(self.trainer))} yet")
-        rank_zero_info("--ckpt_path last: " + ("no checkpoint yet, starting anew" if found is None else shown(found)))
+        rank_zero_info(
+            "--ckpt_path last: " + ("no checkpoint yet, starting a new run" if found is None else shown(found))
+        )
         return found
+
+
+class PartialCLI(RLCLI):
+    """Reads a config of ``fit``, builds part of it and runs nothing."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(["fit", *args])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Do nothing."""
 
 
 def run(args: Sequence[str]) -> RLCLI:
@@ -216,77 +258,45 @@ def run(args: Sequence[str]) -> RLCLI:
     Raises:
         UsageError: As ``RLCLI``.
     """
-    with quiet(), redacted_logs():
+    with filter_warnings():
         return RLCLI(args)
 
 
 def _full(option: str) -> str:
     """``model.policy.path`` -> ``model.init_args.policy.init_args.path``."""
-    return option.replace(".", ".init_args.")
+    return option.replace(".", f".{OPTIONS}.")
 
 
 def _seed_of(seed_everything: bool | int) -> int:
-    """0, the default of modules and data, if no seed was named; a random one is handed on when it has been drawn."""
+    """0, the default of modules and data, if no number is given; a random seed is passed on once it is drawn."""
     return 0 if isinstance(seed_everything, bool) else seed_everything
 
 
-def _check_sections(tree: given.Tree, known: Sequence[str]) -> None:
-    """The top level, where the parser would ignore an unknown section if it is empty.
-
-    Raises:
-        UsageError: There is an unknown section, or one with nothing in it.
-    """
-    for name, section in tree.items():
-        if name not in known:
-            raise UsageError(unknown_option((name,), list(known)))
-        if name == "trainer" and not isinstance(section, dict) and not Path(str(section)).is_file():
-            raise UsageError(f"trainer: expected options such as max_time, got {section!r}")
-
-
-def _check_links(tree: given.Tree, parsed: Namespace) -> None:
-    """An option that follows another one must not be given another value, which would be ignored.
-
-    Raises:
-        UsageError: It was.
-    """
-    for target, source in LINKS.items():
-        asked = given.lookup(tree, target.split("."))
-        if asked is not None and str(asked) != str(got := parsed.get(_full(target), asked)):
-            raise UsageError(f"{target} is {asked!r}, but it follows {source}, which says {got!r}; set that instead")
-
-
-def _origin(error: BaseException) -> BaseException:
-    """The error behind what the parser made of it."""
-    while isinstance(error, ValueError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _where(error: BaseException, config: Namespace) -> str:
-    """Place of what a constructor refused: ``model.policy.`` before ``lora.r is 0``, else ``model.rewards[0]: ``."""
-    objects = dict(_walk(config))
-    option = str(error).split(" ")[0]
+def _place(error: BaseException, config: Namespace) -> str:
+    """Place of an error of a constructor: ``model.policy.`` before ``lora.r is 0``, else ``model.rewards[0]: ``."""
+    objects = dict(_objects(config))
+    option = str(error).partition(" ")[0]
     homes = [key.removesuffix(option) for key in objects if key.endswith(f".{option}")]
     if len(homes) == 1:
         return homes[0]
-    places = {name: f"{key}: " for key, name in objects.items() if name}
-    places[f"{Trainer.__module__}.{Trainer.__qualname__}"] = "trainer: "
+    places = {cls: f"{key}: " for key, cls in objects.items() if cls} | {Trainer: "trainer: "}
     traceback, found = error.__traceback__, ""
-    while traceback is not None:  # towards the place where it was raised
-        owner = type(traceback.tb_frame.f_locals.get("self"))
-        found, traceback = places.get(f"{owner.__module__}.{owner.__qualname__}", found), traceback.tb_next
+    while traceback is not None:  # towards the frame that raised
+        found = places.get(type(traceback.tb_frame.f_locals.get("self")), found)
+        traceback = traceback.tb_next
     return found
 
 
-def _walk(section: object, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every key of the config, with the full name of the class if it holds an object."""
+def _objects(section: object, path: str = "") -> Iterator[tuple[str, type | None]]:
+    """Every option of a parsed config, with its class if it is an object."""
     if isinstance(section, list):
         for k, item in enumerate(section):
-            yield from _walk(item, f"{path}[{k}]")
+            yield from _objects(item, f"{path}[{k}]")
         return
-    class_path = section.get(given.CLASS) if isinstance(section, Namespace) else None
+    class_path = section.get(CLASS) if isinstance(section, Namespace) else None
     cls = import_class(class_path) if class_path else None
-    yield path, f"{cls.__module__}.{cls.__qualname__}" if cls else ""
-    if isinstance(section, Namespace):
-        for key, value in given.children(section).items():
-            yield from _walk(value, f"{path}.{key}".lstrip("."))
+    yield path, cls
+    options = section.get(OPTIONS) if class_path else section
+    if isinstance(options, Namespace):
+        for key, value in vars(options).items():
+            yield from _objects(value, f"{path}.{key}".lstrip("."))

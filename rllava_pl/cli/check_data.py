@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rllava_pl.cli import configs
-from rllava_pl.cli.app import RLCLI
-from rllava_pl.cli.errors import UsageError, raised_by_us, with_hint
-from rllava_pl.cli.quiet import quiet
+from rllava_pl.cli.app import PartialCLI
+from rllava_pl.cli.errors import UsageError, command_parser, raised_by_us, with_hint
+from rllava_pl.cli.warnings import filter_warnings
 from rllava_pl.datamodules import BaseDataModule, PromptDataModule
 from rllava_pl.datamodules.audit import Audit, audit, audit_prompts
 from rllava_pl.datamodules.rejections import CODES, Rejection, write_report
@@ -36,19 +35,13 @@ All other options are those of `fit`, e.g. --data.max_prompt_tokens 1024.
 EXIT_CODES = "exit code: 0 the run would start, 1 more rows are refused than data.max_reject_fraction allows, 2 usage"
 
 
-class DataCLI(RLCLI):
-    """The data module of a config of ``fit``, and nothing else of it."""
-
-    def __init__(self, args: Sequence[str]) -> None:
-        super().__init__(["fit", *args])
+class DataCLI(PartialCLI):
+    """Builds the data module of a config of ``fit``."""
 
     def build(self) -> None:
-        """The data alone: no model and no Trainer."""
+        """The data module alone."""
         parsed = self.config[self.subcommand]
         self.datamodule = self._parser(self.subcommand).instantiate(Namespace(data=parsed.data)).data
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """There is nothing to run."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +65,11 @@ class Checked:
         return {code: [r for r in self.audit.rejections if r.code == code] for code in codes}
 
 
-def run(words: Sequence[str]) -> int:
+def run(args: Sequence[str]) -> int:
     """Check and print.
 
     Args:
-        words: Options behind ``check-data``.
+        args: The words after ``check-data``.
 
     Returns:
         0 if all splits are good enough to train, else 1.
@@ -84,8 +77,13 @@ def run(words: Sequence[str]) -> int:
     Raises:
         UsageError: The options, the config or a data source as a whole cannot be read.
     """
-    options, rest = _parser().parse_known_args(list(words))
-    with quiet():
+    parser = command_parser("check-data", ABOUT, EXIT_CODES)
+    parser.add_argument("--split", choices=SPLITS, help="check only this one; default: every split that has a source")
+    parser.add_argument("--report", metavar="FILE", help="write every rejected row there, as JSON lines")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument("--decode", action="store_true", help="decode every image in full; slower, and more thorough")
+    options, rest = parser.parse_known_args(args)
+    with filter_warnings():
         data = DataCLI(configs.resolve(rest)).datamodule
         try:
             results = [_check(data, split, options.decode) for split in _splits(data, options.split)]
@@ -100,21 +98,6 @@ def run(words: Sequence[str]) -> int:
     else:
         _print(results, options.report)
     return 0 if all(result.passed for result in results) else 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m rllava_pl check-data",
-        description=ABOUT,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--split", choices=SPLITS, help="only this one; by default every split that has a source")
-    parser.add_argument("--report", metavar="FILE", help="write every refused row there, as JSON lines")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.add_argument("--decode", action="store_true", help="decode every image in full; slower, and more thorough")
-    return parser
 
 
 def _splits(data: LightningDataModule, only: str | None) -> list[str]:

@@ -1,18 +1,18 @@
-"""Configs by name: ``--config quickstart`` finds the same file in a checkout and from an installed wheel."""
+"""Configs by name: ``--config quickstart`` finds the same file in a checkout and in an installed wheel."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from rllava_pl.cli.errors import UsageError, nearest
+from rllava_pl.cli.errors import UsageError, command_parser, nearest
 
 SUFFIX = ".yaml"
-OPTIONS = ("--config", "-c")
+CONFIG = ("--config", "-c")
 
 
 def folder() -> Path:
-    """Where the configs stand: inside the installed package, or beside it in a checkout."""
+    """Where the configs are: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -23,20 +23,23 @@ def names() -> list[str]:
     return sorted(path.relative_to(folder()).with_suffix("").as_posix() for path in folder().rglob(f"*{SUFFIX}"))
 
 
-def listing() -> str:
-    """One line a config: its name and the first line of its comment."""
+def run(args: Sequence[str]) -> int:
+    """Print one line for each config: its name and the first line of its comment."""
+    command_parser("configs", "List the configs that --config finds by name.\n").parse_args(args)
     width = max(map(len, names()))
-    lines = [f"{name:{width}} {_title(folder() / (name + SUFFIX))}" for name in names()]
-    return "\n".join([*lines, f"\nfiles in {folder()}; several --config merge, the later one wins"])
+    for name in names():
+        print(f"{name:{width}} {_title(folder() / (name + SUFFIX))}")
+    print(f"\nfiles in {folder()}; several --config are merged, later ones win")
+    return 0
 
 
 def find(name: str) -> str:
     """The file called ``name``: a path, or the name of a config with or without ``configs/`` and ``.yaml``.
 
-    What is no file name, a URL or YAML text, comes back as it is.
+    A URL or YAML text is returned as it is.
 
     Raises:
-        UsageError: There is no such file; says which configs there are.
+        UsageError: There is no such file; the message names the configs that exist.
     """
     if Path(name).is_file() or "://" in name or "\n" in name or "{" in name:
         return name
@@ -48,7 +51,7 @@ def find(name: str) -> str:
 
 
 def resolve(args: Sequence[str]) -> list[str]:
-    """The arguments with the name behind every ``--config`` replaced by its file.
+    """The arguments with the name after every ``--config`` replaced by its file.
 
     Raises:
         UsageError: As ``find``.
@@ -58,9 +61,9 @@ def resolve(args: Sequence[str]) -> list[str]:
         option, equals, value = word.partition("=")
         if expected:
             word = find(word)
-        elif equals and option in OPTIONS:
+        elif equals and option in CONFIG:
             word = f"{option}={find(value)}"
-        expected = not expected and word in OPTIONS
+        expected = not expected and word in CONFIG
         resolved.append(word)
     return resolved
 

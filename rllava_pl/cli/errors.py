@@ -1,13 +1,14 @@
-"""Mistakes of the person at the command line, told in one line."""
+"""Usage errors, which are one line on stderr, and what all commands need to make them."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 from collections.abc import Iterable
 
 DEBUG = "RLLAVA_PL_DEBUG"
-"""Environment variable: any value but 0 shows the traceback behind an error message."""
+"""Environment variable: any value but 0 shows the traceback of an error."""
 
 
 class UsageError(Exception):
@@ -20,17 +21,18 @@ def debugging() -> bool:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'epochs' or 'seed'?"``, at most three names, or nothing if none is close."""
-    # Case is the commonest slip in class names, and difflib takes it for as bad as any other.
+    """``"; did you mean 'epochs' or 'seed'?"``, at most three names; empty if none is close."""
+    # Case is the most common slip in class names, and difflib counts it like any other difference.
     originals = {name.lower(): name for name in reversed(list(known))}
     close = difflib.get_close_matches(word.lower(), originals, n=3, cutoff=0.6)
     similarity = {name: difflib.SequenceMatcher(None, name, word.lower()).ratio() for name in close}
-    best = [originals[name] for name in close if similarity[name] > similarity[close[0]] - 0.1]
-    return f"; did you mean {_either(best)}?" if best else ""
+    best = [repr(originals[name]) for name in close if similarity[name] > similarity[close[0]] - 0.1]
+    listed = f"{', '.join(best[:-1])} or {best[-1]}" if best[1:] else "".join(best)
+    return f"; did you mean {listed}?" if best else ""
 
 
 def raised_by_us(error: BaseException) -> bool:
-    """Whether the innermost frame is one of this package: then the message was written for the person who reads it."""
+    """Whether the innermost frame is one of this package, whose messages are written for users."""
     frame, traceback = None, error.__traceback__
     while traceback is not None:
         frame, traceback = traceback.tb_frame, traceback.tb_next
@@ -42,6 +44,12 @@ def with_hint(message: str) -> str:
     return f"{message}{chr(10) if chr(10) in message else ' '}({DEBUG}=1 shows the traceback)"
 
 
-def _either(names: list[str]) -> str:
-    *rest, last = map(repr, names)
-    return f"{', '.join(rest)} or {last}" if rest else last
+def command_parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """The parser of a command that has options beside those of ``fit``."""
+    return argparse.ArgumentParser(
+        prog=f"python -m rllava_pl {command}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )

@@ -1,4 +1,4 @@
-"""Known noise of the libraries, silenced by name: each message with the reason why it does no harm here."""
+"""Warnings and log lines of the libraries that are not shown, each with the reason why it does no harm here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 WARNINGS = {
-    r"The '\w+_dataloader' does not have many workers": "prompts are drawn or read in a fraction of a rollout's time",
+    r"The '\w+_dataloader' does not have many workers": "prompts are read in a fraction of a rollout's time",
     r"Found \d+ module\(s\) in eval mode at the start of training": "the reference policy is in eval mode on purpose",
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated": "Lightning's own use of torch, nothing a user can change",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated": "Lightning's own use of torch, which users cannot change",
     r"\s*Option '.*' was expanded to": "an abbreviation, which is refused right after with the full name",
     r"\s*By default only one JsonargparseDeprecationWarning": "the introduction to the above",
     r"The number of training batches \(\d+\) is smaller than the logging interval": "a short run logs every rollout",
@@ -20,11 +20,11 @@ WARNINGS = {
 LOGS = {
     "litlogger": "an advertisement",
     "litmodels": "an advertisement",
-    "Seed set to": "the config says so, and the one saved with the logs",
-    "`weights_only` was not set": "about saving: checkpoints of a run hold everything that continuing it takes",
-    "got 128002": "Idefics3's default config, which transformers builds to compare with and nobody uses",
+    "Seed set to": "the config has it, and the one saved with the logs",
+    "`weights_only` was not set": "about saving: a checkpoint holds everything that resuming needs",
+    "got 128002": "Idefics3's default config, which transformers builds for a comparison only",
 }
-"""Part of a line of a library's log and why it is not shown."""
+"""Part of a log line of a library and why it is not shown."""
 
 LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
@@ -32,24 +32,24 @@ LOGGERS = (
     "lightning.fabric.utilities.seed",
     "transformers.configuration_utils",
 )
-"""Where they are logged; a filter acts on the very logger only, not on those below it."""
+"""Where they are logged; a filter does not act on the loggers below."""
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Leave out the messages named above for the time of a run; everything else is shown."""
+def filter_warnings() -> Iterator[None]:
+    """Leave out the messages named above; everything else is shown."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     with warnings.catch_warnings():
         for start in WARNINGS:
             warnings.filterwarnings("ignore", message=start)
         for logger in loggers:
-            logger.addFilter(_wanted)
+            logger.addFilter(_is_shown)
         try:
             yield
         finally:
             for logger in loggers:
-                logger.removeFilter(_wanted)
+                logger.removeFilter(_is_shown)
 
 
-def _wanted(record: logging.LogRecord) -> bool:
+def _is_shown(record: logging.LogRecord) -> bool:
     return not any(part in record.getMessage() for part in LOGS)
