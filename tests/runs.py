@@ -10,12 +10,13 @@ from lightning.pytorch import Trainer
 
 from rllava_pl import modules
 from rllava_pl.datamodules import SyntheticVisionDataModule
+from rllava_pl.loop.options import Batching
 from rllava_pl.models import TinyVLM
-from rllava_pl.modules import GRPO, RLModule
-from rllava_pl.rewards import AnswerTagReward, Judging
+from rllava_pl.modules import GRPO, PolicyModule, RLModule
+from rllava_pl.rewards import AnswerTagReward, Scoring
 from rllava_pl.types import Sampling
 
-ALGORITHMS = [x for name in modules.__all__ if (x := getattr(modules, name)) is not RLModule]
+ALGORITHMS = [x for name in modules.__all__ if (x := getattr(modules, name)) not in (PolicyModule, RLModule)]
 """Every algorithm of the package, found where users find it."""
 
 CACHE = Path(tempfile.gettempdir()) / "rllava_pl-tests"
@@ -35,36 +36,37 @@ def tiny(family: str = "idefics3", *, warmup_steps: int = 40, **options: object)
     )
 
 
-def module(algorithm: type[RLModule] = GRPO, policy: TinyVLM | None = None, **options: object) -> RLModule:
-    """A module for short runs: 4 completions a prompt, 2 updates a rollout, AdamW 1e-3; less where it says no."""
+def module(algorithm: type[PolicyModule] = GRPO, policy: TinyVLM | None = None, **options: object) -> PolicyModule:
+    """A module for short runs: 4 completions a prompt, 2 updates a rollout, AdamW 1e-3; one update where it says so."""
     defaults: dict[str, object] = {
+        "rewards": [AnswerTagReward()],
         "sampling": Sampling(max_tokens=6),
-        "judging": Judging(isolation="none", max_unscored=1.0),  # processes of rewards have tests of their own
+        "scoring": Scoring(isolation="none", max_unscored=1.0),  # processes of rewards have tests of their own
         "max_rollouts": 4,
+        "batching": Batching(num_minibatches=2),
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0),
         "seed": 1,
     }
-    if algorithm.needs_rewards:  # else the number of given responses is the size of a group
+    if issubclass(algorithm, RLModule):
         defaults["group_size"] = 4
-    rewards, policy = [AnswerTagReward()], policy or tiny()
     try:
-        return algorithm(policy, rewards, **(defaults | {"minibatches": 2} | options))
+        return algorithm(policy or tiny(), **(defaults | options))
     except ValueError as error:
-        if "minibatches" in options or "a rollout serves one update" not in str(error):
+        if "batching" in options or "a rollout serves one update" not in str(error):
             raise
-        return algorithm(policy, rewards, **(defaults | options))
+        return algorithm(policy or tiny(), **(defaults | options | {"batching": Batching()}))
 
 
-def share_of_targets(algorithm: type[RLModule]) -> float:
+def share_of_targets(algorithm: type[PolicyModule]) -> float:
     """Prompts with a target that suit the algorithm: all where it learns from nothing else, some elsewhere."""
     return 0.5 if algorithm.needs_rewards else 1.0
 
 
-def accepts(algorithm: type[RLModule], **options: object) -> bool:
+def accepts(algorithm: type[PolicyModule], **options: object) -> bool:
     """Whether a module of ``module`` takes these options together."""
     try:
         module(algorithm, **options)
-    except ValueError:
+    except (TypeError, ValueError):
         return False
     return True
 

@@ -1,20 +1,24 @@
-"""The parts of the loop that all algorithms share.
+"""The parts of the training loop: plain classes and functions with explicit inputs, testable without a Trainer.
 
-=================== ================================================================================================
-``options``         what a run is told: arguments, their contradictions, counters
-``phases``          seconds a phase, and whom to tell of it
-``lifecycle``       Lightning's hooks: loading, engine, checkpoints, the end of the run
-``judging``         the rewards' processes; samples without a score
-``evaluation``      validation, test, prediction
-``experience``      rollouts and scores to tensors; mini-batches, micro-batches
-``collection``      dynamic sampling: groups that teach something, collected over generation rounds
-``archive``         experience as plain tensors and text, for checkpoints
-``shaping``         penalties on the way from rewards to credit
-``recovery``        micro-batches that fit in memory
-``guard``           updates whose numbers are not finite
-``optimization``    denominators, clipping, optimizer, learning rate
-``observation``     what is measured of samples and tokens
-``tally``           metrics as sums and counts over micro-batches and ranks
-``diagnosis``       why nothing is being learnt, in plain words
-=================== ================================================================================================
+==================== ===============================================================================================
+``options``          option groups of the algorithms
+``requests``         what is asked of the engine: prompts, seeds
+``rewards``          counts of unscored samples, and what the run does about them
+``batch``            rollouts and scores as tensors; mini-batches
+``group_buffer``     dynamic sampling: informative groups, collected over generation rounds
+``penalties``        from scores to rewards: length, KL divergence
+``updater``          one optimizer step: denominators, micro-batches, clipping, finite check
+``micro_batches``    parts of a batch that fit in memory; smaller ones after an out-of-memory error
+``guard``            which samples of a skipped update are not finite
+``correction``       importance weights for the difference between engine and trainer
+``given_responses``  responses of the data: tokenised, checked, as rollouts
+``evaluation``       validation, test, prediction
+``metrics``          sums and counts over micro-batches and ranks
+``observe``          what is measured
+``health``           warnings when nothing is learnt
+``state``            counters of a run
+``phases``           seconds of each phase; observers
+``interruption``     ending a run on a signal
+``checks``           what hooks may return
+==================== ===============================================================================================
 """

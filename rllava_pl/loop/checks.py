@@ -1,90 +1,87 @@
-"""What options may be, each by itself (``options`` refuses contradictions), and what an algorithm may return."""
+"""Options of a run, sizes of batches and results of hooks: what is wrong is refused, with the arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from math import inf
-from typing import NamedTuple
-
 from torch import Tensor
 
-from rllava_pl.functional._numerics import check_choice
+from rllava_pl.loop.options import Batching, Schedule, require
+from rllava_pl.types import Credit, ScoredBatch
 
 
-class Range(NamedTuple):
-    """Numbers from ``low`` to ``high``."""
-
-    low: float = 0.0
-    high: float = inf
-    without_low: bool = False
-    """Whether ``low`` itself is too little."""
-    without_high: bool = False
-    """Whether ``high`` itself is too much."""
-
-    def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int | float):
-            return False
-        enough = self.low < value if self.without_low else self.low <= value
-        return enough and (value < self.high if self.without_high else value <= self.high)  # NaN is in no range
-
-    def __str__(self) -> str:
-        low = f"{'larger than' if self.without_low else 'at least'} {self.low:g}"
-        return low if self.high == inf else f"{low} and {'below' if self.without_high else 'at most'} {self.high:g}"
-
-
-NOT_NEGATIVE, POSITIVE, COUNT, PART = Range(), Range(without_low=True), Range(1), Range(0, 1)
-
-
-def check_ranges(owner: str, options: Mapping[str, object], ranges: Mapping[str, Range]) -> None:
-    """Refuse the first option that lies outside of its range; None, where an option is off, is in any.
+def check_run_options(
+    max_rollouts: int, batching: Batching, schedule: Schedule, max_grad_norm: float, max_skipped: int
+) -> None:
+    """Refuse options of a run that are out of range or contradict each other.
 
     Raises:
-        ValueError: Naming option, value and range.
+        ValueError: Naming the option, with the arithmetic.
     """
-    for name, allowed in ranges.items():
-        value = options.get(name)
-        if value is not None and value not in allowed:
-            raise ValueError(f"{owner}: {name} is {value!r}; it must be {allowed}")
-
-
-def check_choices(options: Mapping[str, object], choices: Mapping[str, Iterable[str]]) -> None:
-    """Refuse the first option that is none of its choices.
-
-    Raises:
-        ValueError: Naming option, value and choices.
-    """
-    for name, allowed in choices.items():
-        if name in options:
-            check_choice(name, str(options[name]), allowed)
-
-
-def credit_of_tokens(owner: object, advantages: Tensor, mask_NT: Tensor) -> Tensor:
-    """Credit of samples (N,) given to each of their tokens, or that of tokens (N, T) as it is.
-
-    Raises:
-        ValueError: Another shape.
-    """
-    given = tuple(advantages.shape) if isinstance(advantages, Tensor) else None
-    if given not in (mask_NT.shape[:1], mask_NT.shape):
-        returned = "None" if given is None else f"shape {given}"
+    require(max_rollouts >= 0, "max_rollouts", max_rollouts, "at least 0")
+    require(max_grad_norm > 0, "max_grad_norm", max_grad_norm, "larger than 0; .inf: no clipping")
+    require(max_skipped >= 1, "max_skipped", max_skipped, "at least 1")
+    if schedule.kind == "constant":
+        return
+    if max_rollouts < 1:
+        raise ValueError(f"schedule.kind {schedule.kind!r} decays over max_rollouts, which is {max_rollouts}")
+    steps = max_rollouts * batching.updates_per_rollout
+    if steps <= schedule.warmup_steps:
         raise ValueError(
-            f"{type(owner).__name__}.advantages returned {returned}; it is one number a sample, "
-            f"{tuple(mask_NT.shape[:1])}, or a token, {tuple(mask_NT.shape)}"
+            f"schedule.kind {schedule.kind!r} decays after schedule.warmup_steps={schedule.warmup_steps}, but the run "
+            f"has max_rollouts {max_rollouts} x batching.num_minibatches {batching.num_minibatches} x "
+            f"batching.update_epochs {batching.update_epochs} = {steps} steps; lower warmup_steps, raise max_rollouts "
+            "or set schedule.kind: constant"
         )
-    return advantages if advantages.ndim > 1 else advantages[:, None].expand(mask_NT.shape)
 
 
-def loss_of_tokens(owner: object, loss_NT: Tensor, logp_NT: Tensor) -> Tensor:
-    """The loss, unless it was reduced: a scalar would spread over the KL term, and depend on the micro-batches.
+def check_batch_size(prompts: int, group_size: int, num_minibatches: int) -> None:
+    """Refuse a batch that mini-batches of whole groups cannot split.
+
+    Raises:
+        ValueError: With the arithmetic.
+    """
+    if prompts % num_minibatches or not prompts:
+        raise ValueError(
+            f"{prompts} prompts x group_size {group_size} = {prompts * group_size} samples cannot be split into "
+            f"{num_minibatches} mini-batches of whole groups; make the data's batch_size a multiple of it"
+        )
+
+
+def check_credit(owner: type, returned: Tensor | Credit, batch: ScoredBatch) -> Credit:
+    """What ``advantages`` returned, with one advantage a token.
+
+    Raises:
+        ValueError: Another shape than (N,) or (N, T).
+    """
+    credit = returned if isinstance(returned, Credit) else Credit(returned)
+    shape, allowed = _shape(credit.advantages), (batch.trained_mask_NT.shape[:1], batch.trained_mask_NT.shape)
+    if shape not in allowed:
+        raise ValueError(
+            f"{owner.__name__}.advantages returned {_text(shape)}; it is one number a sample, {tuple(allowed[0])}, "
+            f"or a token, {tuple(allowed[1])}"
+        )
+    advantages = credit.advantages
+    if advantages.ndim == 1:
+        advantages = advantages[:, None].expand(allowed[1])
+    return Credit(advantages, credit.returns, credit.trained)
+
+
+def check_token_loss(owner: type, loss_NT: Tensor, logp_NT: Tensor) -> Tensor:
+    """The loss, unless it was reduced: a scalar would spread over all tokens and depend on the micro-batches.
 
     Raises:
         ValueError: Another shape than that of the log-probs.
     """
-    given = tuple(loss_NT.shape) if isinstance(loss_NT, Tensor) else None
-    if given != logp_NT.shape:
-        returned = "None" if given is None else f"shape {given}"
+    if (shape := _shape(loss_NT)) != logp_NT.shape:
         raise ValueError(
-            f"{type(owner).__name__}.policy_loss returned {returned}; it is the loss of every token, "
+            f"{owner.__name__}.policy_loss returned {_text(shape)}; it is the loss of every token, "
             f"{tuple(logp_NT.shape)}, which the loop reduces (option aggregation)"
         )
     return loss_NT
+
+
+def _shape(x: object) -> tuple[int, ...] | None:
+    return tuple(x.shape) if isinstance(x, Tensor) else None
+
+
+def _text(shape: tuple[int, ...] | None) -> str:
+    return "None" if shape is None else f"shape {shape}"

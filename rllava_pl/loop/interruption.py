@@ -1,15 +1,12 @@
-"""Leaving a run that the system asks to end, where what is in memory can be saved as it was at the last boundary.
+"""Ending a run on a signal, at a point where what is in memory can be saved as it was at the last boundary.
 
-Weights, moments and counters are those of the boundary until the first optimizer step of a pass. So a run is left at
-the beginning of a phase, between micro-batches and inside a rollout up to that step, and behind it at the end of the
-pass.
+Weights, moments and counters are those of the boundary until the first optimizer step of a pass. So a run ends at the
+beginning of a phase, between micro-batches or inside a rollout up to that step, and after it at the end of the pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, Protocol
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,78 +14,66 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rllava_pl.distributed import signals
 from rllava_pl.distributed.collectives import world_size
-from rllava_pl.loop.judging import Judged
-from rllava_pl.loop.tally import TallyState
-from rllava_pl.types import Experience
+from rllava_pl.loop.state import RunState
 
 
-class Boundary(NamedTuple):
-    """What a pass changes before its first optimizer step."""
+class Restorable(Protocol):
+    """A part that a pass changes before its first optimizer step."""
 
-    kl_factor: float
-    parts: list[Experience]
-    tally: TallyState
+    def snapshot(self) -> Any:  # noqa: ANN401 - only the part itself reads it
+        """This moment."""
+
+    def rollback(self, snapshot: Any) -> None:  # noqa: ANN401
+        """Forget what was added since the snapshot."""
 
 
-class Interruption(Judged):
-    """Where ``RLModule`` can be left."""
+class Interruption:
+    """Ends the run where a signal has arrived, after restoring the last boundary.
 
-    _boundary: Boundary | None = None
+    Args:
+        state: Counters of the run.
+        parts: What a pass changes before its first optimizer step.
+    """
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """As ever, unless the run is to be left before it."""
+    def __init__(self, state: RunState, parts: list[Restorable]) -> None:
+        self.state = state
+        self.parts = parts
+        self._boundary: tuple[float, list[object]] | None = None
+
+    def phase_begins(self, name: str) -> None:
+        """Remember the boundary before a rollout; end the run before a phase if a signal has arrived."""
         if name == "rollout":
-            self._boundary = Boundary(self.kl_controller.coef, [*self.collection.parts], self.tally.state())
+            self._boundary = (self.state.kl_factor, [part.snapshot() for part in self.parts])
         if name in ("rollout", "validate"):
             signals.leave_if_asked()
-        elif name in ("reward", "evaluate", "update") and self._undone:
-            self._leave_if_asked()
-        with super().phase(name):
-            yield
-
-    def pause(self) -> None:
-        """Leave between two micro-batches; ranks may have different numbers of them, and then go on."""
-        if world_size() == 1 and self._undone:
+        elif name in ("reward", "logprobs", "update") and self.state.before_first_update:
             self._leave_if_asked()
 
-    @property
-    def _undone(self) -> bool:
-        """Whether the pass has made no optimizer step yet."""
-        return self.weight_version == self.rollout_version
+    def between_micro_batches(self) -> None:
+        """End the run here; ranks may have different numbers of micro-batches, and then do not."""
+        if world_size() == 1 and self.state.before_first_update:
+            self._leave_if_asked()
 
     def _leave_if_asked(self) -> None:
         try:
             signals.leave_if_asked()
         except signals.Interrupted:
-            self._return_to_boundary()
+            if self._boundary is not None:
+                self.state.kl_factor, snapshots = self._boundary
+                for part, snapshot in zip(self.parts, snapshots, strict=True):
+                    part.rollback(snapshot)
             raise
 
-    def _return_to_boundary(self) -> None:
-        if self._boundary is not None:
-            self.kl_controller.coef = self._boundary.kl_factor
-            self.collection.parts = self._boundary.parts
-            self.tally.restore(self._boundary.tally)
 
-    def on_train_start(self) -> None:
-        """Take note of signals from now on, in place of Lightning's handlers, which act in the middle of a step."""
-        signals.watch()
-
-    on_validation_start = on_test_start = on_predict_start = on_train_start
-
-
-class LastWords(Callback):
-    """Ends an interrupted run: after all callbacks have saved, the handlers that were there before are called."""
+class ExitHandler(Callback):
+    """Ends an interrupted run: after all callbacks have saved, the earlier signal handlers are called."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Set the exit code, and let Lightning put a SLURM job back into its queue."""
         if isinstance(exception, signals.Interrupted):
             signals.pass_on(exception.number)
         if isinstance(exception, SIGTERMException):
-            exception.code = 0 if _is_child(trainer) else signals.EXIT_CODE
-
-
-def _is_child(trainer: Trainer) -> bool:
-    """Whether Lightning started this process, and would kill all others at once if it ended with an error."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    return isinstance(environment, LightningEnvironment) and trainer.global_rank > 0
+            # Lightning's launcher kills all other processes when one that it started ends with an error.
+            environment = getattr(trainer.strategy, "cluster_environment", None)
+            launched = isinstance(environment, LightningEnvironment) and trainer.global_rank > 0
+            exception.code = 0 if launched else signals.EXIT_CODE

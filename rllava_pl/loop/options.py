@@ -1,254 +1,302 @@
-"""What a run is told, and what it remembers."""
+"""Option groups of the algorithms: frozen dataclasses that check themselves.
+
+What a user leaves out keeps the algorithm's own default, in Python, in YAML and on the command line alike:
+``GSPO(clip=Clip(high=5e-4))`` keeps GSPO's ``low``. So a group remembers which fields were set (``with_defaults``).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections import defaultdict
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, Self, TypeVar, get_args
 
-import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from rllava_pl.functional._numerics import check_choice
+from rllava_pl.functional.kl import KLEstimator
 
-from rllava_pl.functional.kl import AdaptiveKLController, FixedKLController, KLEstimator
-from rllava_pl.functional.reduce import ReduceMode
-from rllava_pl.functional.schedules import Schedule
-from rllava_pl.loop.checks import COUNT, NOT_NEGATIVE, PART, POSITIVE, Range, check_choices, check_ranges
-from rllava_pl.loop.collection import Collection
-from rllava_pl.loop.diagnosis import Diagnosis
-from rllava_pl.loop.tally import Tally
-from rllava_pl.models.policy import Policy
-from rllava_pl.models.vlm import VLM
-from rllava_pl.redaction import is_secret, redacted
-from rllava_pl.rewards.base import BaseReward
-from rllava_pl.rewards.runner import Judging
-from rllava_pl.rollout.engine import ManagedEngine
-from rllava_pl.types import PromptBatch, Reward, Sampling
-
-if TYPE_CHECKING:
-    from rllava_pl.loop.phases import PhaseObserver
-
-EngineCorrection = Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
+ScheduleKind = Literal["constant", "linear", "cosine"]
 
 
-class Options(LightningModule):
-    """Constructor of ``RLModule``, which documents the arguments: options, their contradictions, counters."""
+class OptionGroup:
+    """Base of the groups: knows which fields were set, and completes the others from another group."""
 
-    needs_groups: ClassVar[bool] = False
-    """True for algorithms that compare the completions of a prompt with each other."""
-    needs_rewards: ClassVar[bool] = True
-    """False for algorithms that learn from given responses alone."""
-    needs_old_logp: ClassVar[bool] = False
-    """True for losses that must know log-probs before the first update of a rollout batch."""
-    needs_values: ClassVar[bool] = False
-    """True for algorithms with a critic, whose forward gives values."""
-    extra_members: ClassVar[int] = 0
-    """Rows of a group beside its ``group_size`` completions, such as a greedy answer or a demonstration."""
-    demonstrations_apart: ClassVar[bool] = False
-    """True where the loss of demonstration tokens has a denominator of its own (their mean)."""
-    ranges: ClassVar[dict[str, Range]] = {
-        "group_size": COUNT,
-        "max_rollouts": NOT_NEGATIVE,
-        "minibatches": COUNT,
-        "epochs": COUNT,
-        "micro_batch_size": NOT_NEGATIVE,
-        "warmup_steps": NOT_NEGATIVE,
-        "final_lr_ratio": PART,
-        "max_grad_norm": POSITIVE,  # .inf: no clipping; 0 would mean that to some and "no step" to others
-        "max_skipped": COUNT,
-        "clip_low": NOT_NEGATIVE,
-        "clip_high": NOT_NEGATIVE,
-        "dual_clip": Range(1, without_low=True),
-        "kl_loss_coef": NOT_NEGATIVE,
-        "kl_reward_coef": NOT_NEGATIVE,
-        "kl_target": NOT_NEGATIVE,
-        "kl_horizon": COUNT,
-        "overlong_buffer": Range(0, 1, without_high=True),
-        "overlong_scale": NOT_NEGATIVE,
-        "max_refills": NOT_NEGATIVE,
-        "informative_share": PART,
-        "engine_correction_cap": POSITIVE,
-        "val_samples": NOT_NEGATIVE,
-    }
-    """What numbers may be, by the options' names; an algorithm adds its own."""
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        "lr_schedule": get_args(Schedule),
-        "aggregation": get_args(ReduceMode),
-        "kl_estimator": get_args(KLEstimator),
-        "engine_correction": get_args(EngineCorrection),
-    }
-    """What words may be, likewise."""
-    rollouts_done: Tensor
-    updates_done: Tensor
-    policy: Policy
-    engine: ManagedEngine
+    fields_set: frozenset[str]
 
-    def __init__(
-        self,
-        policy: VLM,
-        rewards: list[BaseReward | Reward],
-        *,
-        judging: Judging = Judging(),
-        group_size: int = 8,
-        sampling: Sampling = Sampling(),
-        max_rollouts: int = 0,
-        minibatches: int = 1,
-        epochs: int = 1,
-        micro_batch_size: int = 0,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
-        lr_schedule: Schedule = "constant",
-        warmup_steps: int = 0,
-        final_lr_ratio: float = 0.0,
-        max_grad_norm: float = 1.0,
-        max_skipped: int = 5,
-        aggregation: ReduceMode = "token-mean",
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
-        dual_clip: float | None = None,
-        kl_loss_coef: float = 0.0,
-        kl_reward_coef: float = 0.0,
-        kl_estimator: KLEstimator = "k3",
-        kl_target: float = 0.0,
-        kl_horizon: int = 10_000,
-        entropy_coef: float = 0.0,
-        overlong_buffer: float = 0.0,
-        overlong_scale: float = 1.0,
-        mask_truncated: bool = False,
-        max_refills: int = 0,
-        informative_share: float = 1.0,
-        informative_component: str = "accuracy",
-        engine_correction: EngineCorrection = "token-truncate",
-        engine_correction_cap: float = 2.0,
-        val_samples: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        objects = ["policy", "rewards", "judging", "optimizer", "sampling"]
-        self.save_hyperparameters(ignore=[*objects, *_secrets(type(self))])  # loggers and checkpoints keep the others
-        self.save_hyperparameters(redacted(dict(self.hparams)))
-        self.source = policy
-        self.rewards = rewards
-        self.judging = judging
-        self.group_size = group_size
-        self.sampling = sampling
-        self.max_rollouts = max_rollouts
-        self.num_minibatches = minibatches
-        self.epochs = epochs
-        self.micro_batch_size = micro_batch_size
-        self.optimizer = optimizer
-        self.lr_schedule = lr_schedule
-        self.warmup_steps = warmup_steps
-        self.final_lr_ratio = final_lr_ratio
-        self.max_grad_norm = max_grad_norm
-        self.max_skipped, self.skipped_in_a_row = max_skipped, 0
-        self.aggregation = aggregation
-        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
-        self.kl_loss_coef, self.kl_reward_coef = kl_loss_coef, kl_reward_coef
-        self.kl_estimator = kl_estimator
-        self.kl_controller = AdaptiveKLController(1.0, kl_target, kl_horizon) if kl_target else FixedKLController(1.0)
-        self.entropy_coef = entropy_coef
-        self.overlong_buffer, self.overlong_scale = overlong_buffer, overlong_scale
-        self.mask_truncated = mask_truncated
-        self.collection = Collection(max_refills, informative_share, informative_component)
-        self.engine_correction, self.engine_correction_cap = engine_correction, engine_correction_cap
-        self.val_samples = val_samples
-        self.seed = seed
-        self._check_options()
-        self.reference: Policy | None = None
-        self.tally = Tally()
-        self.diagnosis = Diagnosis()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.observers: list[PhaseObserver] = []
-        self.rollout_version = -1
-        self.register_buffer("rollouts_done", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("updates_done", torch.zeros((), dtype=torch.int64))
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """Remember the names of the arguments."""
+        group = super().__new__(cls)
+        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        object.__setattr__(group, "fields_set", frozenset([*names[: len(args)], *kwargs]))
+        return group
+
+    def with_defaults(self, defaults: Self) -> Self:
+        """The fields that were set, and those of ``defaults`` for the rest."""
+        return dataclasses.replace(defaults, **{name: getattr(self, name) for name in self.fields_set})  # type: ignore[type-var]
+
+
+def require(ok: bool, option: str, value: object, rule: str) -> None:
+    """Refuse a value of an option.
+
+    Raises:
+        ValueError: ``kl.loss_coef is -1.0; it must be at least 0``.
+    """
+    if not ok:
+        raise ValueError(f"{option} is {value!r}; it must be {rule}")
+
+
+@dataclass(frozen=True)
+class KL(OptionGroup):
+    """KL divergence to the reference policy, as a term of the loss or as a penalty on the reward.
+
+    Args:
+        loss_coef: Weight in the loss; 0 for both coefficients loads no reference.
+        reward_coef: Weight of k1, summed over the response, subtracted from the reward.
+        estimator: Form of the term in the loss.
+        target: Divergence (token mean of k1) that an adaptive coefficient holds; 0: fixed coefficients.
+        horizon: Samples over which an adapted coefficient changes by at most a fifth.
+    """
+
+    loss_coef: float = 0.0
+    reward_coef: float = 0.0
+    estimator: KLEstimator = "k3"
+    target: float = 0.0
+    horizon: int = 10_000
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.loss_coef >= 0, "kl.loss_coef", self.loss_coef, "at least 0")
+        require(self.reward_coef >= 0, "kl.reward_coef", self.reward_coef, "at least 0")
+        require(self.target >= 0, "kl.target", self.target, "at least 0")
+        require(self.horizon >= 1, "kl.horizon", self.horizon, "at least 1")
+        check_choice("kl.estimator", self.estimator, get_args(KLEstimator))
+
+
+@dataclass(frozen=True)
+class Clip(OptionGroup):
+    """Clip range of the importance ratio.
+
+    Args:
+        low: Ratios below 1 - low are clipped.
+        high: Ratios above 1 + high are clipped.
+        dual: Bound on the ratio of tokens with negative advantage (arXiv 1912.09729), above 1; null: no bound.
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    dual: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.low >= 0, "clip.low", self.low, "at least 0")
+        require(self.high >= 0, "clip.high", self.high, "at least 0")
+        require(self.dual is None or self.dual > 1, "clip.dual", self.dual, "larger than 1, or null")
 
     @property
-    def rollout_index(self) -> int:
-        """Passes of the loop so far."""
-        return int(self.rollouts_done)
+    def range(self) -> dict[str, float]:
+        """The arguments ``clip_low`` and ``clip_high`` of most losses."""
+        return {"clip_low": self.low, "clip_high": self.high}
 
-    @property
-    def weight_version(self) -> int:
-        """Optimizer steps in the present weights."""
-        return int(self.updates_done)
+
+@dataclass(frozen=True)
+class Batching(OptionGroup):
+    """How a rollout batch becomes optimizer steps, and an optimizer step becomes forward and backward passes.
+
+    Args:
+        num_minibatches: Optimizer steps that one pass over a rollout batch is split into.
+        update_epochs: Passes over each rollout batch.
+        micro_batch_size: Most completions in one forward and backward; 0: no limit. It never changes the gradient.
+        micro_batch_tokens: Most tokens in one forward and backward, prompts counted once a group; 0: no limit.
+    """
+
+    num_minibatches: int = 1
+    update_epochs: int = 1
+    micro_batch_size: int = 0
+    micro_batch_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.num_minibatches >= 1, "batching.num_minibatches", self.num_minibatches, "at least 1")
+        require(self.update_epochs >= 1, "batching.update_epochs", self.update_epochs, "at least 1")
+        require(self.micro_batch_size >= 0, "batching.micro_batch_size", self.micro_batch_size, "at least 0")
+        require(self.micro_batch_tokens >= 0, "batching.micro_batch_tokens", self.micro_batch_tokens, "at least 0")
 
     @property
     def updates_per_rollout(self) -> int:
         """Optimizer steps a rollout batch."""
-        return self.num_minibatches * self.epochs
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether any KL term is on."""
-        return bool(self.kl_loss_coef or self.kl_reward_coef)
-
-    @property
-    def evaluates_old_logp(self) -> bool:
-        """Whether the sampling policy's log-probs must be known before the update, whose first forward gives them."""
-        adaptive = isinstance(self.kl_controller, AdaptiveKLController)
-        return (
-            self.needs_old_logp
-            or self.needs_values
-            or self.updates_per_rollout > 1
-            or bool(self.kl_reward_coef)
-            or adaptive
-        )
-
-    @property
-    def trained_members(self) -> int:
-        """Rows of a group in the update."""
-        return self.group_size + self.extra_members
-
-    @property
-    def overlong_tokens(self) -> int:
-        """Width of the stretch before the budget's end in which length is punished."""
-        return max(1, round(self.overlong_buffer * self.sampling.max_tokens))
-
-    def _check_options(self) -> None:
-        """Refuse options that are out of range or contradict each other, with the arithmetic."""
-        name, group, micro = type(self).__name__, self.group_size, self.micro_batch_size
-        check_ranges(name, self.hparams, self.ranges)
-        check_choices(self.hparams, self.choices)
-        if not self.rewards and self.needs_rewards:
-            raise ValueError(f"{name}: no reward given, so nothing to learn from; e.g. rewards: [AnswerTagReward]")
-        if group < (2 if self.needs_groups else 1):
-            raise ValueError(f"{name} compares the completions of a prompt: group_size must be >= 2, is {group}")
-        rows = self.trained_members
-        if micro and micro % rows and rows % micro:
-            beside = f" (and {rows - group} beside it)" if rows > group else ""
-            raise ValueError(
-                f"micro_batch_size {micro} and group_size {group}{beside}: a group shares its prompt, so a micro-batch "
-                f"holds whole groups (a multiple of {rows}) or equal parts of one (a divisor of {rows})"
-            )
-        if self.collection.max_refills and group < 2:
-            raise ValueError("max_refills looks for groups whose rewards differ; group_size 1 has none")
-        if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature is 0: all completions of a prompt would be equal")
-        if isinstance(self.kl_controller, AdaptiveKLController) and not self.needs_reference:
-            raise ValueError("kl_target adapts the KL coefficient, but kl_loss_coef and kl_reward_coef are both 0")
-        if self.lr_schedule != "constant" and self.max_rollouts < 1:
-            raise ValueError(f"lr_schedule {self.lr_schedule!r} decays over max_rollouts, which is {self.max_rollouts}")
-        steps = self.max_rollouts * self.updates_per_rollout
-        if self.lr_schedule != "constant" and steps <= self.warmup_steps:
-            raise ValueError(
-                f"lr_schedule {self.lr_schedule!r} decays after warmup_steps={self.warmup_steps}, but the run has "
-                f"max_rollouts {self.max_rollouts} x minibatches {self.num_minibatches} x epochs {self.epochs} "
-                f"= {steps} steps; lower warmup_steps, raise max_rollouts or set lr_schedule: constant"
-            )
-
-    def _check_batch(self, prompts: PromptBatch) -> None:
-        if len(prompts) % self.num_minibatches or not len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts x group_size {self.group_size} = {len(prompts) * self.group_size} samples "
-                f"cannot be split into {self.num_minibatches} mini-batches of whole groups; make the data's batch_size "
-                "a multiple of it"
-            )
+        return self.num_minibatches * self.update_epochs
 
 
-def _secrets(cls: type) -> list[str]:
-    """Options of a user's algorithm that hold a secret, by their names."""
-    constructors = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
-    return [name for init in constructors for name in inspect.signature(init).parameters if is_secret(name)]
+@dataclass(frozen=True)
+class Schedule(OptionGroup):
+    """Learning-rate schedule over the optimizer steps of the run.
+
+    Args:
+        kind: After the warm-up: constant, or a decay that ends with ``max_rollouts``.
+        warmup_steps: Optimizer steps in which the learning rate rises linearly to its peak.
+        final_ratio: Where linear and cosine schedules end, as a fraction of the peak.
+    """
+
+    kind: ScheduleKind = "constant"
+    warmup_steps: int = 0
+    final_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_choice("schedule.kind", self.kind, get_args(ScheduleKind))
+        require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "at least 0")
+        require(0 <= self.final_ratio <= 1, "schedule.final_ratio", self.final_ratio, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class LengthPenalty(OptionGroup):
+    """Soft penalty on responses that come close to the token budget (DAPO, arXiv 2503.14476).
+
+    Args:
+        buffer_tokens: Tokens before the end of the budget over which the penalty grows linearly; 0: no penalty; null:
+            20 % of the budget, as in the paper.
+        scale: Penalty at the end of the budget.
+    """
+
+    buffer_tokens: int | None = 0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        buffer = self.buffer_tokens
+        require(buffer is None or buffer >= 0, "length_penalty.buffer_tokens", buffer, "at least 0, or null")
+        require(self.scale >= 0, "length_penalty.scale", self.scale, "at least 0")
+
+    def resolve_buffer_tokens(self, max_tokens: int) -> int:
+        """Width of the buffer for a budget of ``max_tokens``."""
+        return max(1, round(0.2 * max_tokens)) if self.buffer_tokens is None else self.buffer_tokens
+
+
+@dataclass(frozen=True)
+class DynamicSampling(OptionGroup):
+    """Replace groups whose samples all scored the same by further rounds of generation (DAPO, arXiv 2503.14476).
+
+    Args:
+        max_rounds: Further rounds, with the prompts of the next data batches, before the batch is trained as it is;
+            0: every batch is trained as it is.
+        min_informative: Fraction of a batch that must be informative groups for it to be full.
+        component: Component of the rewards that decides whether a group is informative.
+    """
+
+    max_rounds: int = 0
+    min_informative: float = 1.0
+    component: str = "accuracy"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.max_rounds >= 0, "dynamic_sampling.max_rounds", self.max_rounds, "at least 0")
+        least = self.min_informative
+        require(0 < least <= 1, "dynamic_sampling.min_informative", least, "above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class EngineCorrection(OptionGroup):
+    """Importance weights for the difference between the engine's and the trainer's probabilities.
+
+    Not used where the engine computes with the trainer's own weights and arithmetic.
+
+    Args:
+        level: One weight a token or a sequence; none: no correction.
+        mode: Weights above the cap are truncated to it, or their tokens masked out.
+        cap: Largest weight.
+    """
+
+    level: Literal["none", "token", "sequence"] = "token"
+    mode: Literal["truncate", "mask"] = "truncate"
+    cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_choice("engine_correction.level", self.level, ("none", "token", "sequence"))
+        check_choice("engine_correction.mode", self.mode, ("truncate", "mask"))
+        require(self.cap > 0, "engine_correction.cap", self.cap, "larger than 0")
+
+
+@dataclass(frozen=True)
+class Masking(OptionGroup):
+    """Rows that are left out of the losses; they stay in baselines, penalties and statistics.
+
+    Args:
+        truncated: Leave out responses that the token budget cut off (DAPO, arXiv 2503.14476).
+    """
+
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation(OptionGroup):
+    """What validation and test sample.
+
+    Args:
+        samples: Completions of each prompt, at the training temperature, beside the greedy one; 0: greedy only.
+    """
+
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.samples >= 0, "evaluation.samples", self.samples, "at least 0")
+
+
+GroupT = TypeVar("GroupT", bound=OptionGroup)
+
+
+def complete(cls: type, name: str, group: GroupT) -> GroupT:
+    """``group`` with the defaults that class ``cls`` declares for its option ``name``, for all fields not set."""
+    for base in cls.__mro__:
+        parameter = inspect.signature(vars(base)["__init__"]).parameters.get(name) if "__init__" in vars(base) else None
+        if parameter is not None and isinstance(parameter.default, OptionGroup):
+            return group.with_defaults(parameter.default)  # type: ignore[return-value]
+    return group
+
+
+def signature_of(cls: type) -> inspect.Signature:
+    """All options of an algorithm: those that it names, then those of its bases that its ``**kwargs`` passes on."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base) or base is object:
+            continue
+        _, *own = inspect.signature(vars(base)["__init__"]).parameters.values()
+        for parameter in own:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                parameters.setdefault(parameter.name, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
+            break
+    ordered = sorted(parameters.values(), key=lambda p: (p.kind, p.default is not p.empty))
+    return inspect.Signature(ordered)
+
+
+RENAMED: Mapping[str, str] = MappingProxyType(
+    {
+        "judging": "scoring",
+        "minibatches": "batching.num_minibatches",
+        "epochs": "batching.update_epochs",
+        "micro_batch_size": "batching.micro_batch_size",
+        "lr_schedule": "schedule.kind",
+        "warmup_steps": "schedule.warmup_steps",
+        "final_lr_ratio": "schedule.final_ratio",
+        "clip_low": "clip.low",
+        "clip_high": "clip.high",
+        "dual_clip": "clip.dual",
+        "kl_loss_coef": "kl.loss_coef",
+        "kl_reward_coef": "kl.reward_coef",
+        "kl_estimator": "kl.estimator",
+        "kl_target": "kl.target",
+        "kl_horizon": "kl.horizon",
+        "overlong_buffer": "length_penalty.buffer_tokens, which counts tokens",
+        "overlong_scale": "length_penalty.scale",
+        "mask_truncated": "masking.truncated",
+        "max_refills": "dynamic_sampling.max_rounds",
+        "informative_share": "dynamic_sampling.min_informative",
+        "informative_component": "dynamic_sampling.component",
+        "engine_correction_cap": "engine_correction.cap",
+        "val_samples": "evaluation.samples",
+    }
+)
+"""Options of release 0.1 and what they are called now."""

@@ -1,20 +1,22 @@
-"""Phases of a run, and who is told of them: clocks, memory reports, watchdogs, signals."""
+"""Phases of a pass: seconds of each, and observers such as watchdogs and memory reports."""
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, Self
 
-from rllava_pl.loop.options import Options
+from rllava_pl.loop.interruption import Interruption
 
 
 class PhaseObserver(Protocol):
-    """Told when a phase begins and ends; what it raises ends the run.
+    """Called when a phase begins and ends; what it raises ends the run.
 
-    A callback becomes one in ``setup`` with ``pl_module.observers.append(self)``. Phases: ``rollout``, ``reward``,
-    ``evaluate``, ``update``, ``save``, ``validate``, and ``sync`` inside ``rollout`` and ``validate``.
+    A callback becomes one in ``setup`` with ``pl_module.phases.observers.append(self)``. Phases: ``rollout``,
+    ``reward``, ``logprobs``, ``update``, ``save``, ``validate``, and ``sync`` inside ``rollout`` and ``validate``.
     """
 
     def phase_begins(self, name: str) -> None:
@@ -24,12 +26,22 @@ class PhaseObserver(Protocol):
         """The phase ``name`` has ended, also by an exception, after ``seconds``."""
 
 
-class Phases(Options):
-    """The clock of ``RLModule``."""
+class Phases:
+    """Times phases and notifies observers: ``with phases("rollout"): ...``.
+
+    Args:
+        interruption: Ends the run before a phase if a signal has arrived.
+    """
+
+    def __init__(self, interruption: Interruption) -> None:
+        self.interruption = interruption
+        self.observers: list[PhaseObserver] = []
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds of a stage towards ``time/<name>_seconds`` and tell the observers of it."""
+    def __call__(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to ``seconds[name]``."""
+        self.interruption.phase_begins(name)
         for observer in self.observers:
             observer.phase_begins(name)
         start = perf_counter()
@@ -41,5 +53,6 @@ class Phases(Options):
             for observer in self.observers:
                 observer.phase_ends(name, seconds)
 
-    def pause(self) -> None:
-        """Called between micro-batches; ``Interruption`` may leave the run there."""
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """A copy of a module is not observed: observers hold threads and connections."""
+        return type(self)(copy.deepcopy(self.interruption, memo))

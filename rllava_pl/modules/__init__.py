@@ -1,4 +1,4 @@
-"""One algorithm, one LightningModule, one short file; ``base.py`` holds the loop they share, ``loop/`` its parts."""
+"""One algorithm, one LightningModule, one short file; ``base.py`` holds the loop they share."""
 
 from rllava_pl.modules.base import RLModule
 from rllava_pl.modules.chord import CHORD
@@ -16,6 +16,7 @@ from rllava_pl.modules.kl_cov import KLCov
 from rllava_pl.modules.luffy import LUFFY
 from rllava_pl.modules.opo import OPO
 from rllava_pl.modules.pass_at_k import PassAtK
+from rllava_pl.modules.policy_module import PolicyModule
 from rllava_pl.modules.ppo import PPO
 from rllava_pl.modules.recipe import Recipe
 from rllava_pl.modules.reinforce_pp import ReinforcePP
@@ -49,6 +50,7 @@ __all__ = [
     "DrGRPO",
     "KLCov",
     "PassAtK",
+    "PolicyModule",
     "RLModule",
     "ReMax",
     "Recipe",

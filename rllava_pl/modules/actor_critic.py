@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import dataclasses
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from rllava_pl.distributed.collectives import world_size
+from rllava_pl.functional._numerics import check_choice
 from rllava_pl.functional.losses import value_clipped
-from rllava_pl.functional.reduce import reduce_loss
-from rllava_pl.loop.checks import NOT_NEGATIVE, POSITIVE
-from rllava_pl.loop.experience import over_ranks
-from rllava_pl.loop.optimization import Counts
-from rllava_pl.loop.recovery import Done
+from rllava_pl.loop.options import require
 from rllava_pl.models.policy import Policy, spread
+from rllava_pl.models.vlm import VLM
 from rllava_pl.modules.base import RLModule
-from rllava_pl.types import Experience, PolicyBatch, PolicyOutput
+from rllava_pl.types import Credit, PolicyBatch, PolicyOutput, RewardedBatch, Term, TrainingBatch
 
 CriticKind = Literal["shared", "head", "separate"]
 
@@ -25,7 +23,8 @@ CriticKind = Literal["shared", "head", "separate"]
 class ActorCritic(RLModule):
     """RL with a learnt baseline V(s).
 
-    V is read at the position that predicts the token: it knows the images and what stands before, and nothing later.
+    V is read at the position that predicts the token: it depends on the images and on what stands before, and on
+    nothing later.
 
     loss = policy + ``vf_coef`` · ½·max((V - R)², (clip(V, V_old ± ``value_clip``) - R)²), mean over tokens.
 
@@ -33,18 +32,12 @@ class ActorCritic(RLModule):
         critic: "shared": a scalar head on the policy's last hidden states, its gradient reaches the trunk; "head": the
             same, the gradient stops at the head; "separate": a second model, loaded from the same checkpoint.
         vf_coef: Weight of the value loss.
-        value_clip: How far V may move from its old value before the loss stops pulling.
+        value_clip: How far V may move from its old value before its gradient is clipped.
         critic_lr_factor: Learning rate of the head as a multiple of the policy's.
         critic_warmup_steps: Optimizer steps in which the critic alone is trained.
     """
 
     needs_values = True
-    ranges = RLModule.ranges | {
-        "vf_coef": NOT_NEGATIVE,
-        "critic_lr_factor": POSITIVE,
-        "critic_warmup_steps": NOT_NEGATIVE,
-    }
-    choices = RLModule.choices | {"critic": get_args(CriticKind)}
 
     def __init__(
         self,
@@ -57,72 +50,73 @@ class ActorCritic(RLModule):
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.critic_kind = critic
+        check_choice("critic", critic, get_args(CriticKind))
+        require(vf_coef >= 0, "vf_coef", vf_coef, "at least 0")
+        require(critic_lr_factor > 0, "critic_lr_factor", critic_lr_factor, "larger than 0")
+        require(critic_warmup_steps >= 0, "critic_warmup_steps", critic_warmup_steps, "at least 0")
+        self.critic: CriticKind = critic
         self.vf_coef, self.value_clip = vf_coef, value_clip
         self.critic_lr_factor, self.critic_warmup_steps = critic_lr_factor, critic_warmup_steps
-        self.critic: Policy | None = None
+        self.critic_model: VLM | None = None
 
     def configure_model(self) -> None:
         """Policy, reference and critic; the head begins at 0, so that V = 0."""
-        if hasattr(self, "policy"):
+        if self.policy.loaded:
             return
+        self.policy.prepare(self.seed)
+        unloaded = copy.deepcopy(self.policy)
         super().configure_model()
         width = self.policy.model.config.get_text_config().hidden_size
         self.value_head = ValueHead(width, device=self.policy.device)
-        if self.critic_kind == "separate":
-            self.critic = self.load_policy()
-            _freeze_untied_head(self.critic)
+        if self.critic == "separate":
+            self.critic_model = self.load_policy(unloaded)
+            _freeze_untied_head(self.critic_model)
 
-    def forward(self, batch: PolicyBatch, reference: bool = False) -> PolicyOutput:
+    def forward(self, batch: PolicyBatch, reference: bool = False, entropy: bool = True) -> PolicyOutput:
         """Log-probs, entropies and values of the response tokens; a reference has no values."""
         if reference:
-            return super().forward(batch, reference=True)
+            return super().forward(batch, reference=True, entropy=entropy)
         hidden_MH = self.policy.hidden(batch)
-        states_MH = hidden_MH if self.critic is None else self.critic.hidden(batch)
-        if self.critic_kind == "head":
+        states_MH = hidden_MH if self.critic_model is None else self.critic_model.hidden(batch)
+        if self.critic == "head":
             states_MH = states_MH.detach()
         values_M = self.value_head(states_MH)
         mask_NT = batch.mask_NT.to(values_M.device)
-        return self.policy.read(hidden_MH, batch)._replace(values_NT=spread(values_M, mask_NT))
+        return self.policy.read(hidden_MH, batch, entropy=entropy)._replace(values_NT=spread(values_M, mask_NT))
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """Policy and separate critic at the learning rate, the head at a multiple."""
-        trunk = [p for p in self.critic.parameters() if p.requires_grad] if self.critic is not None else []
+        trunk = [] if self.critic_model is None else [p for p in self.critic_model.parameters() if p.requires_grad]
         (policy, factor), *_ = super().parameter_groups()
         return [(policy + trunk, factor), (list(self.value_head.parameters()), self.critic_lr_factor)]
 
-    def credit(self, experience: Experience) -> Experience:
-        """Advantages and returns, from the rollout batch of all ranks."""
-        experience = self.shape(experience)
-        everyone, own = over_ranks(experience)
-        self.adapt_kl(everyone)
-        advantages_NT, returns_NT = self.estimate(everyone)
-        returns, values = returns_NT[everyone.mask_NT], everyone.values_NT[everyone.mask_NT]  # type: ignore[index]
-        self.tally.add("explained_variance", explained_variance(returns, values))
-        kept = (own, slice(experience.mask_NT.shape[1]))
-        return experience.replace(advantages_NT=advantages_NT[kept], returns_NT=returns_NT[kept])
-
     @property
-    def warms_up(self) -> bool:
+    def trains_critic_only(self) -> bool:
         """Whether the critic alone is trained at this step."""
-        return self.weight_version < self.critic_warmup_steps
+        return self.state.updates < self.critic_warmup_steps
 
-    def estimate(self, everyone: Experience) -> tuple[Tensor, Tensor]:
-        """Advantages and returns of every token, (N, T) each, from the gathered batch of all ranks."""
-        raise NotImplementedError(f"{type(self).__name__} must define estimate(self, everyone)")
+    def estimate(self, batch: RewardedBatch) -> tuple[Tensor, Tensor]:
+        """Advantages and returns of every token, (N, T) each, from the rollout batch of all ranks."""
+        raise NotImplementedError(f"{type(self).__name__} must define estimate(self, batch)")
 
-    def loss(self, output: PolicyOutput, batch: Experience, counts: Counts) -> Tensor:
-        """Policy loss, silent while the critic warms up, + value loss."""
+    def advantages(self, batch: RewardedBatch) -> Credit:
+        """Advantages and returns; logs how much of the returns the critic explains."""
+        advantages_NT, returns_NT = self.estimate(batch)
+        mask_NT = batch.sampled_mask_NT
+        self.metrics.add("explained_variance", explained_variance(returns_NT[mask_NT], batch.values_NT[mask_NT]))
+        return Credit(advantages_NT, returns=returns_NT)
+
+    def terms(self, batch: TrainingBatch) -> dict[str, Term]:
+        """The policy's terms, with weight 0 while the critic alone is trained, and the value loss."""
+        terms = super().terms(batch)
+        if self.trains_critic_only:
+            terms = {name: dataclasses.replace(term, weight=0.0) for name, term in terms.items()}
+        return terms | {"value": Term(batch.trained_mask_NT, "token-mean", self.vf_coef)}
+
+    def losses(self, output: PolicyOutput, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Also the clipped value loss."""
         value_NT = value_clipped(output.values_NT, batch.values_NT, batch.returns_NT, clip=self.value_clip)
-        value_loss = reduce_loss(value_NT, batch.mask_NT, "token-mean", denominator=counts.tokens)
-        self.tally.add("value_loss", value_loss, 0)  # counted once an optimizer step, as the loss is
-        return super().loss(output, batch, counts) * float(not self.warms_up) + self.vf_coef * value_loss
-
-    def step(self, minibatch: Experience, losses: Sequence[Done[Tensor]]) -> bool:
-        """As of every algorithm; one more value loss is complete."""
-        if stepped := super().step(minibatch, losses):
-            self.tally.add("value_loss", torch.zeros((), device=self.policy.device), 1 / world_size())
-        return stepped
+        return super().losses(output, batch) | {"value": value_NT}
 
 
 class ValueHead(nn.Linear):

@@ -1,273 +1,292 @@
-"""The RL loop as a LightningModule: rollout, judge, collect, evaluate, credit, update, report."""
+"""The RL loop: sample, score, fill the batch, log-probs, advantages, update, log."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from rllava_pl.distributed.collectives import world_size
-from rllava_pl.functional.kl import AdaptiveKLController, kl_estimate
-from rllava_pl.functional.losses import WeightLevel, WeightMode, clipped, importance_weights
-from rllava_pl.functional.reduce import masked_mean, reduce_loss
-from rllava_pl.functional.seeds import permutation, seed_from
-from rllava_pl.loop import shaping
-from rllava_pl.loop.checks import credit_of_tokens, loss_of_tokens
-from rllava_pl.loop.evaluation import Evaluation
-from rllava_pl.loop.experience import assemble, minibatches, over_ranks
-from rllava_pl.loop.observation import Observation
-from rllava_pl.loop.optimization import Counts
-from rllava_pl.rewards.output import Judgement
-from rllava_pl.strategies import adapter as updates
-from rllava_pl.types import Experience, PolicyBatch, PolicyOutput, PromptBatch, Request, Rollout
+from rllava_pl.distributed.collectives import gather_objects, rank
+from rllava_pl.functional._numerics import check_choice
+from rllava_pl.functional.kl import kl_estimate
+from rllava_pl.functional.losses import clipped
+from rllava_pl.functional.reduce import ReduceMode
+from rllava_pl.loop import observe
+from rllava_pl.loop.batch import assemble, drop_untrained_members, gather_batch, sorted_over_ranks
+from rllava_pl.loop.checks import check_batch_size, check_credit, check_token_loss
+from rllava_pl.loop.correction import correct
+from rllava_pl.loop.group_buffer import GroupBuffer
+from rllava_pl.loop.options import (
+    KL,
+    Clip,
+    DynamicSampling,
+    EngineCorrection,
+    LengthPenalty,
+    Masking,
+    complete,
+)
+from rllava_pl.loop.penalties import adapt_kl, length_penalties, mask_rows, penalize
+from rllava_pl.loop.requests import make_requests
+from rllava_pl.loop.rewards import RewardMonitor
+from rllava_pl.models.vlm import VLM
+from rllava_pl.modules.policy_module import STATE, PolicyModule
+from rllava_pl.rewards import BaseReward
+from rllava_pl.types import (
+    Credit,
+    PolicyOutput,
+    PromptBatch,
+    Request,
+    Reward,
+    RewardedBatch,
+    Rollout,
+    ScoredBatch,
+    Term,
+    TrainingBatch,
+)
 
 
-class RLModule(Observation, Evaluation):
+class RLModule(PolicyModule):
     """One RL algorithm on a vision-language model; one ``training_step`` is one pass of the loop.
 
-    Subclasses say how credit is assigned (``advantages``) and, where it is not PPO's clipped surrogate, how the policy
-    is pulled (``policy_loss``). ``Trainer(max_steps=...)`` counts optimizer steps; ``max_rollouts`` counts passes.
+    Subclasses define how credit is assigned (``advantages``) and, where it is not PPO's clipped surrogate, the loss of
+    the policy (``policy_loss``). ``Trainer(max_steps=...)`` counts optimizer steps; ``max_rollouts`` counts passes.
 
     Args:
         policy: The model to train.
-        rewards: Judges of the completions; the reward is the sum of weight x value.
-        judging: Where rewards run, their limits, and what becomes of samples that they could not score.
+        rewards: Score the completions; the reward is the sum of weight x value.
         group_size: Completions sampled of each prompt.
-        sampling: Response budget and temperature.
-        max_rollouts: Passes of the loop in the run; the learning-rate schedule ends with it. 0: until the Trainer
-            stops.
-        minibatches: Optimizer steps a rollout batch is split into.
-        epochs: Times each rollout batch is gone through.
-        micro_batch_size: Completions in one forward and backward; 0: all of a mini-batch. Never changes the gradient.
-        optimizer: Over the trainable parameters.
-        lr_schedule: After the warm-up: constant, or decay over ``max_rollouts`` to ``final_lr_ratio`` of the peak.
-        warmup_steps: Optimizer steps in which the learning rate rises linearly to its peak.
-        final_lr_ratio: Where linear and cosine schedules end, as a part of the peak.
-        max_grad_norm: Gradients are scaled down to this global L2 norm.
-        max_skipped: Updates in a row that are left out because a number is not finite, before the run stops.
         aggregation: How per-token losses become one number, over the mini-batch of all ranks.
-        clip_low: Ratios below 1 - clip_low are not pushed further down.
-        clip_high: Ratios above 1 + clip_high are not pushed further up.
-        dual_clip: Bounds the ratio of tokens with negative advantage (arXiv 1912.09729), above 1; null: no bound.
-        kl_loss_coef: Weight of the KL divergence to the reference policy in the loss; 0 loads no reference.
-        kl_reward_coef: Weight of the KL divergence (k1, summed over the response) subtracted from the reward.
-        kl_estimator: Form of the KL term in the loss.
-        kl_target: The KL coefficients are adapted so that the divergence (token mean of k1) stays near this; 0: fixed.
-        kl_horizon: Samples in which an adapted coefficient can at most change by a fifth.
+        clip: Clip range of the importance ratio.
+        kl: KL divergence to the reference policy.
         entropy_coef: Weight of the entropy bonus.
-        overlong_buffer: Part of the budget, at its end, in which length is punished linearly; 0: no punishment.
-        overlong_scale: The punishment where the budget ends.
-        mask_truncated: Truncated responses count in their group's baseline but are not trained.
-        max_refills: Further batches of prompts asked, by the same policy, to replace groups whose answers all earned
-            the same (dynamic sampling); 0: every batch is taken as it is.
-        informative_share: Part of a batch that must be informative for it to be full.
-        informative_component: The reward component that decides whether a group is informative.
-        engine_correction: How importance weights between engine and trainer are bounded, by token or by sequence; idle
-            where the engine computes with the trainer's own weights and arithmetic.
-        engine_correction_cap: Largest such weight.
-        val_samples: Samples drawn of each prompt in validation and test beside the greedy one; 0: greedy only.
-        seed: Of sampling and of the order of mini-batches; the CLI links it to ``seed_everything``.
+        length_penalty: Penalty on responses that come close to the token budget.
+        dynamic_sampling: Replaces groups whose samples all scored the same.
+        engine_correction: Importance weights for the difference between engine and trainer.
+        masking: Rows that are left out of the losses.
     """
+
+    needs_groups: ClassVar[bool] = False
+    """True for algorithms that compare the completions of a prompt with each other."""
+    needs_old_logp: ClassVar[bool] = False
+    """True for losses that read log-probs before the first update of a rollout batch."""
+
+    def __init__(
+        self,
+        policy: VLM,
+        rewards: list[BaseReward | Reward],
+        *,
+        group_size: int = 8,
+        aggregation: ReduceMode = "token-mean",
+        clip: Clip = Clip(),
+        kl: KL = KL(),
+        entropy_coef: float = 0.0,
+        length_penalty: LengthPenalty = LengthPenalty(),
+        dynamic_sampling: DynamicSampling = DynamicSampling(),
+        engine_correction: EngineCorrection = EngineCorrection(),
+        masking: Masking = Masking(),
+        **kwargs,
+    ) -> None:
+        super().__init__(policy, rewards, **kwargs)
+        self.group_size = group_size
+        self.aggregation = aggregation
+        self.clip = complete(type(self), "clip", clip)
+        self.kl = complete(type(self), "kl", kl)
+        self.entropy_coef = entropy_coef
+        self.length_penalty = complete(type(self), "length_penalty", length_penalty)
+        self.dynamic_sampling = complete(type(self), "dynamic_sampling", dynamic_sampling)
+        self.engine_correction = complete(type(self), "engine_correction", engine_correction)
+        self.masking = complete(type(self), "masking", masking)
+        check_choice("aggregation", aggregation, get_args(ReduceMode))
+        if group_size < (2 if self.needs_groups else 1):
+            raise ValueError(
+                f"{type(self).__name__} compares the completions of a prompt: group_size must be >= 2, is {group_size}"
+            )
+        if self.dynamic_sampling.max_rounds and group_size < 2:
+            raise ValueError("dynamic_sampling looks for groups whose rewards differ; group_size 1 has none")
+        if self.kl.target and not (self.kl.loss_coef or self.kl.reward_coef):
+            raise ValueError("kl.target adapts the KL coefficients, but kl.loss_coef and kl.reward_coef are both 0")
+        self.needs_reference = self.needs_reference or bool(self.kl.loss_coef or self.kl.reward_coef)
+        self.group_buffer = GroupBuffer(self.dynamic_sampling)
+        self.reward_monitor = RewardMonitor(self.scoring, self.metrics)
+        self.phases.interruption.parts.append(self.group_buffer)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def training_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """One pass: sample, judge, collect, evaluate, assign credit, update, report."""
-        self._check_batch(prompts)
-        rollouts = self.rollout(prompts)
-        experience = self.collect(self.judge(rollouts), wanted=len(prompts))
-        if experience is None:  # the batch is not full: the same policy goes on with the next prompts
+        """One pass: sample, score, fill the batch, log-probs, advantages, updates, metrics."""
+        check_batch_size(len(prompts), self.group_size, self.batching.num_minibatches)
+        with self.phases("rollout"):
+            self.state.sampled_at = self.state.updates
+            rollouts = self.sample(prompts)
+        batch = self.group_buffer.add(self.score(rollouts), wanted=len(prompts))
+        if batch is None:  # not full yet: the same policy samples for the next prompts
             return
-        experience = self.evaluate(experience)
-        experience = self.credit(experience)
-        for minibatch in self.minibatches(experience):
-            self.update(minibatch)
-        self.report(experience)
+        batch = self.compute_logprobs(batch)
+        training_batch = self.compute_advantages(batch)
+        for minibatch in self.minibatches(training_batch):
+            with self.phases("update"):
+                self.updater.step(minibatch, self.terms, self.losses)
+        self.log_rollout(training_batch)
 
-    def rollout(self, prompts: PromptBatch) -> list[Rollout]:
-        """``group_size`` completions of every prompt from the engine."""
-        with self.phase("rollout"):
-            self.rollout_version = self.weight_version
-            rollouts = self.sample(self.requests(list(prompts), samples=self.group_size, stream="train"))
-            self.observe_engine()
-            return rollouts
+    def score(self, rollouts: Sequence[Rollout]) -> ScoredBatch:
+        """Rewards of the rollouts; groups with a sample that could not be scored are dropped and counted."""
+        with self.phases("reward"):
+            output = self.reward_monitor.settle(self.reward_runner(rollouts), self.reward_runner, self.policy.device)
+            batch = assemble(rollouts, output, self.group_size + self.extra_rows, self.policy.device)
+            observe.samples(self.metrics, batch, self.group_buffer)
+            return batch
 
-    def judge(self, rollouts: Sequence[Rollout]) -> Experience:
-        """Rewards; groups with a sample that could not be scored are dropped and counted."""
-        with self.phase("reward"):
-            judgement = self.settle(self.score_rollouts(rollouts))
-            return assemble(rollouts, judgement, self.group_size + self.extra_members, self.policy.device)
-
-    def collect(self, experience: Experience, wanted: int) -> Experience | None:
-        """With dynamic sampling, the groups worth training on once there are enough of them; else all at once."""
-        self.observe_samples(experience)
-        rounds = self.collection.rounds
-        batch = self.collection.add(experience, wanted)
-        if batch is not None and self.collection.max_refills:
-            self.tally.add("refills", torch.tensor(rounds, device=self.policy.device))
-        return batch
-
-    def evaluate(self, experience: Experience) -> Experience:
+    def compute_logprobs(self, batch: ScoredBatch) -> ScoredBatch:
         """Log-probs of the sampled tokens under the sampling policy and the reference, and a critic's values.
 
-        Old log-probs are the engine's where it shares weights and arithmetic with the trainer (``engine.exact``). Else
-        they are computed here; with a single update a rollout not even that: the update's own forward gives them.
+        Old log-probs are the engine's where it computes with the trainer's weights and arithmetic (``engine.exact``).
+        Else they are computed here; with a single update a rollout the update's own forward gives them.
         """
-        with self.phase("evaluate"):
+        with self.phases("logprobs"):
+            mask_NT = batch.sampled_mask_NT | batch.trained_mask_NT
+            model = partial(self.updater.adapter.model, entropy=False)
             if self.engine.exact and not self.needs_values:
-                experience = experience.replace(old_logp_NT=experience.engine_logp_NT)
-            elif self.evaluates_old_logp:
-                old = self.score(self.trainer.strategy.model, experience)
-                experience = experience.replace(old_logp_NT=old.logp_NT, values_NT=old.values_NT)
+                batch = batch.with_computed(old_logp_NT=batch.engine_logp_NT)
+            elif self.computes_old_logp:
+                old = self.updater.forward(model, batch, mask_NT)
+                values = {} if old.values_NT is None else {"values_NT": old.values_NT}
+                batch = batch.with_computed(old_logp_NT=old.logp_NT, **values)
             if self.needs_reference:
-                ref = self.score(partial(self.trainer.strategy.model, reference=True), experience)
-                experience = experience.replace(ref_logp_NT=ref.logp_NT)
-            return experience
+                reference = self.updater.forward(partial(model, reference=True), batch, mask_NT)
+                batch = batch.with_computed(ref_logp_NT=reference.logp_NT)
+            return batch
 
-    def credit(self, experience: Experience) -> Experience:
-        """Advantages, from the rollout batch of all ranks."""
-        experience = self.shape(experience)
-        everyone, own = over_ranks(experience)
-        self.adapt_kl(everyone)
-        advantages_NT = credit_of_tokens(self, self.advantages(everyone), everyone.mask_NT)
-        width = experience.mask_NT.shape[1]
-        return experience.replace(advantages_NT=advantages_NT[own, :width].masked_fill(~experience.mask_NT, 0.0))
+    def compute_advantages(self, batch: ScoredBatch) -> TrainingBatch:
+        """Penalties, then the advantages of this rank's rows from the rollout batch of all ranks."""
+        penalties_N = length_penalties(batch, self.length_penalty, self.sampling.max_tokens)
+        rewarded = penalize(mask_rows(batch, self.masking), penalties_N, self.kl.reward_coef * self.state.kl_factor)
+        everyone, own = gather_batch(rewarded)
+        adapt_kl(self.state, everyone, self.kl, self.metrics)
+        credit = check_credit(type(self), self.advantages(everyone), everyone)
+        own_rows = (own, slice(rewarded.trained_mask_NT.shape[1]))
+        if credit.trained is not None:
+            rewarded = rewarded.replace(trained_mask_NT=rewarded.trained_mask_NT & credit.trained[own, None])
+        if credit.returns is not None:
+            rewarded = rewarded.with_computed(returns_NT=credit.returns[own_rows])
+        advantages_NT = credit.advantages[own_rows].masked_fill(~rewarded.trained_mask_NT, 0.0)
+        observe.penalties(self.metrics, rewarded, penalties_N)
+        return drop_untrained_members(rewarded.to_stage(TrainingBatch, advantages_NT=advantages_NT))
 
-    def minibatches(self, experience: Experience) -> Iterator[Experience]:
-        """Mini-batches of whole groups, in an order that depends on seed, rollout and epoch alone."""
-        for epoch in range(self.epochs):
-            seed = seed_from(self.seed, "minibatches", self.rollout_index, epoch)
-            order = list(permutation(seed, len(experience.inputs)))
-            yield from minibatches(experience, self.num_minibatches, order)
+    def minibatches(self, batch: TrainingBatch) -> Iterator[TrainingBatch]:
+        """Mini-batches of whole groups, in a seeded order, with the tokens that ``select`` marks in them."""
+        for minibatch in super().minibatches(batch):
+            if type(self).select is RLModule.select:
+                yield minibatch
+                continue
+            everyone, own_rows = sorted_over_ranks(minibatch)
+            selected_NT = self.select(everyone)[own_rows, : minibatch.trained_mask_NT.shape[1]]
+            self.metrics.add_masked({"selected_fraction": selected_NT.float()}, minibatch.trained_mask_NT)
+            yield minibatch.with_computed(selected_NT=selected_NT)
 
-    def update(self, minibatch: Experience) -> None:
-        """One optimizer step; the loss is normalised by counts of the whole mini-batch over all ranks."""
-        with self.phase("update"):
-            counts = self.denominators(minibatch)
-            if counts.tokens == 0:  # nothing to learn from on any rank: all ranks leave together
-                self.tally.add_total("skipped_updates", torch.ones_like(counts.tokens) / world_size())
-                return
-            losses = self.in_pieces(minibatch, partial(self.backpropagate, counts), exchanges=True)
-            self.step(minibatch, losses)
+    def log_rollout(self, batch: TrainingBatch) -> None:
+        """Log the pass: means over all ranks, and seconds a phase. Collective."""
+        self.metrics.add_std("advantage_std", batch.advantages_NT, batch.own_mask_NT)
+        observe.generation(self.metrics, self.engine, self.group_buffer, self.policy.device)
+        metrics = observe.rollout_metrics(self.metrics, self.phases)
+        self.reward_monitor.report(metrics, self.reward_runner)
+        observe.publish(metrics, self, step=self.state.rollouts)
+        self.health.check(metrics)
+        self.reward_monitor.check(metrics)
+        self.state.rollouts += 1
 
-    def report(self, experience: Experience) -> None:
-        """Log the pass: means over all ranks, and seconds a phase."""
-        self.observe_credit(experience)
-        self.publish_metrics()
-        self.rollouts_done += 1
+    # -- hooks of an algorithm ---------------------------------------------------------------------------------------
 
-    # -- what an algorithm decides -----------------------------------------------------------------------------------
-
-    def advantages(self, experience: Experience) -> Tensor:
-        """Credit of each sample (N,) or token (N, T), from the gathered batch of all ranks."""
-        raise NotImplementedError(f"{type(self).__name__} must define advantages(self, experience)")
-
-    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
-        """Loss of every token, to be minimised, before aggregation; by default the clipped surrogate of PPO."""
-        return clipped(logp_NT, batch.old_logp_NT, batch.advantages_NT, **self.clip_range, dual_clip=self.dual_clip)
-
-    def sample(self, requests: list[Request]) -> list[Rollout]:
-        """Responses to the requests, in order; ``group_size`` + ``extra_members`` of each prompt."""
+    def sample(self, prompts: PromptBatch) -> list[Rollout]:
+        """``group_size`` episodes of every prompt, and ``extra_rows`` more, prompt by prompt."""
+        requests = self.requests(prompts, samples=self.group_size, stream="train")
         return self.engine.generate(requests, self.sampling)
 
-    # -- its parts ---------------------------------------------------------------------------------------------------
+    def advantages(self, batch: RewardedBatch) -> Tensor | Credit:
+        """Advantages of each row (N,) or token (N, T), from the rollout batch of all ranks."""
+        raise NotImplementedError(f"{type(self).__name__} must define advantages(self, batch)")
 
-    def forward(self, batch: PolicyBatch, reference: bool = False) -> PolicyOutput:
-        """Log-probs and entropies of the response tokens, of the policy or its reference.
+    def select(self, minibatch: TrainingBatch) -> Tensor:
+        """Bool (N, T): tokens that the loss treats differently, from the mini-batch of all ranks."""
+        return torch.zeros_like(minibatch.trained_mask_NT)
 
-        All of it goes through ``trainer.strategy.model``, which gathers what is sharded.
-        """
-        if not reference:
-            return self.policy(batch)
-        if self.reference is not None:
-            return self.reference(batch)
-        with self.policy.adapters_off():
-            return self.policy(batch)
+    def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
+        """Loss of every token, to be minimised, before aggregation; by default the clipped surrogate of PPO."""
+        return clipped(logp_NT, batch.old_logp_NT, batch.advantages_NT, **self.clip.range, dual_clip=self.clip.dual)
 
-    def backpropagate(self, counts: Counts, piece: Experience, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch; gradients add up, and are exchanged in the last one."""
-        with updates.micro_batch(self.trainer.strategy, last=last):
-            loss = self.loss(self.trainer.strategy.model(piece.batch), piece, counts)
-            self.manual_backward(loss * world_size())  # gradients are averaged over ranks, the loss is a sum
-        return loss.detach()
+    def clipped_tokens(self, policy_loss_NT: Tensor, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
+        """Bool (N, T): tokens with an advantage whose gradient the policy loss holds at 0; for metrics."""
+        (gradient_NT,) = torch.autograd.grad(
+            policy_loss_NT.sum(), logp_NT, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return (gradient_NT == 0) & (batch.advantages_NT != 0)
+
+    def terms(self, batch: TrainingBatch) -> dict[str, Term]:
+        """Policy, KL and entropy; an algorithm with terms of its own extends this and ``losses``."""
+        terms = {"policy": Term(batch.trained_mask_NT, self.aggregation)}
+        if self.kl.loss_coef:
+            policy = terms["policy"]
+            terms["kl"] = Term(policy.mask_NT, policy.aggregation, self.kl.loss_coef * self.state.kl_factor)
+        if self.entropy_coef:
+            terms["entropy"] = Term(batch.trained_mask_NT, "token-mean", self.entropy_coef)
+        return terms
+
+    def losses(self, output: PolicyOutput, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Loss of every token (N, T) for each of the terms."""
+        logp_NT = output.logp_NT
+        batch = batch.with_computed(entropy_NT=output.entropy_NT.detach())
+        if "old_logp_NT" not in batch.computed:
+            batch = batch.with_computed(old_logp_NT=logp_NT.detach())
+        policy_NT = check_token_loss(type(self), self.policy_loss(logp_NT, batch), logp_NT)
+        first_update, exact = self.state.before_first_update, self.engine.exact
+        clipped_NT = self.clipped_tokens(policy_NT, logp_NT, batch)
+        observe.tokens(self.metrics, output, batch, clipped_NT, first_update=first_update, exact=exact)
+        if not exact:
+            policy_NT = correct(policy_NT, batch, self.engine_correction, self.metrics)
+        losses = {"policy": policy_NT}
+        if self.entropy_coef:
+            losses["entropy"] = -output.entropy_NT
+        if self.kl.loss_coef:
+            kl_NT = kl_estimate(logp_NT, batch.ref_logp_NT, self.kl.estimator)
+            losses["kl"] = kl_NT.masked_fill(batch.given_mask_NT, 0.0)
+        return losses
+
+    # -- details -----------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also the groups of a batch that is not full yet, and what was measured of them."""
+        super().on_save_checkpoint(checkpoint)
+        metrics = gather_objects(self.metrics.state()) if self.group_buffer.rounds else []
+        checkpoint[STATE] |= {"group_buffer": self.group_buffer.state(), "metrics": metrics}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also the groups of a batch that is not full yet."""
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get(STATE, {})
+        self.group_buffer.restore(saved.get("group_buffer", []))
+        if self.group_buffer.rounds:
+            self.metrics.restore(saved["metrics"][rank()])
 
     @property
-    def clip_range(self) -> dict[str, float]:
-        """The two knobs of most losses, by name."""
-        return {"clip_low": self.clip_low, "clip_high": self.clip_high}
-
-    def score_rollouts(self, rollouts: Sequence[Rollout]) -> Judgement:
-        """What the rewards say."""
-        return self.ask_rewards(rollouts)
-
-    def shape(self, experience: Experience) -> Experience:
-        """Penalties: length, truncation, KL divergence. Only the advantages see them."""
-        if self.overlong_buffer:
-            punishment_N = shaping.overlong(
-                experience,
-                max_tokens=self.sampling.max_tokens,
-                buffer_tokens=self.overlong_tokens,
-                scale=self.overlong_scale,
-            )
-            counted_N = experience.own_mask_NT.any(1) & (experience.group_N >= 0)  # not what stands beside a group
-            self.tally.add_masked("overlong_penalty", punishment_N, counted_N)
-            experience = experience.replace(rewards_N=experience.rewards_N + punishment_N)
-        if self.mask_truncated:
-            experience = shaping.without_truncated(experience)
-        return shaping.penalised(experience, kl_coef=self.kl_reward_coef * self.kl_controller.coef)
-
-    def adapt_kl(self, everyone: Experience) -> None:
-        """Move an adaptive KL coefficient by the divergence of the whole rollout batch."""
-        if isinstance(self.kl_controller, AdaptiveKLController):
-            divergence_NT = everyone.old_logp_NT - everyone.ref_logp_NT  # type: ignore[operator]
-            sampled_NT = everyone.own_mask_NT & (everyone.group_N >= 0)[:, None]  # not what stands beside a group
-            observed = float(masked_mean(divergence_NT, sampled_NT))
-            if math.isfinite(observed):  # else the updates are left out, and the coefficient would be lost for good
-                self.kl_controller.update(observed, int(sampled_NT.any(1).sum()))
-            self.tally.add("kl_factor", torch.tensor(self.kl_controller.coef, device=self.policy.device))
-
-    def loss(self, output: PolicyOutput, batch: Experience, counts: Counts) -> Tensor:
-        """This micro-batch's share of the mini-batch's loss: policy + KL - entropy bonus."""
-        logp_NT = output.logp_NT
-        old_logp_NT = logp_NT.detach() if batch.old_logp_NT is None else batch.old_logp_NT
-        batch = batch.replace(old_logp_NT=old_logp_NT, entropy_NT=output.entropy_NT.detach())
-        loss_NT = self.correct(loss_of_tokens(self, self.policy_loss(logp_NT, batch), logp_NT), batch)
-        if self.kl_loss_coef:
-            kl_NT = kl_estimate(logp_NT, batch.ref_logp_NT, self.kl_estimator).masked_fill(batch.demo_mask_NT, 0.0)
-            loss_NT = loss_NT + self.kl_loss_coef * self.kl_controller.coef * kl_NT
-        loss = self.aggregate(loss_NT, batch, counts)
-        self.observe_tokens(output, batch, loss, self.cut_off(logp_NT, batch))
-        if self.entropy_coef:
-            bonus = reduce_loss(output.entropy_NT, batch.mask_NT, "token-mean", denominator=counts.tokens)
-            loss = loss - self.entropy_coef * bonus
-        return loss
-
-    def correct(self, loss_NT: Tensor, batch: Experience) -> Tensor:
-        """Weigh by the ratio between the trainer's and the engine's probabilities, where they are not the same."""
-        if self.engine_correction == "none" or self.engine.exact:
-            return loss_NT
-        level, mode = self.engine_correction.split("-")
-        weights_NT = importance_weights(
-            batch.old_logp_NT,
-            batch.engine_logp_NT,
-            batch.own_mask_NT,
-            level=cast(WeightLevel, level),
-            mode=cast(WeightMode, mode),
-            cap=self.engine_correction_cap,
+    def computes_old_logp(self) -> bool:
+        """Whether the sampling policy's log-probs are needed before the first update, whose forward gives them."""
+        return (
+            self.needs_old_logp
+            or self.needs_values
+            or self.batching.updates_per_rollout > 1
+            or bool(self.kl.reward_coef or self.kl.target)
         )
-        self.tally.add_masked("engine_weight", weights_NT, batch.own_mask_NT)
-        return loss_NT * weights_NT.masked_fill(batch.demo_mask_NT, 1.0)
 
-    def cut_off(self, logp_NT: Tensor, batch: Experience) -> Tensor:
-        """Bool (N, T): tokens with credit whose gradient the loss holds at 0; what clipping means, whatever the loss.
-
-        The loss is taken once more of the log-probs alone, without the model behind them.
-        """
-        with torch.enable_grad():
-            leaf_NT = logp_NT.detach().requires_grad_()
-            (gradient_NT,) = torch.autograd.grad(self.policy_loss(leaf_NT, batch).sum(), leaf_NT)
-        return (gradient_NT == 0) & (batch.advantages_NT != 0)
+    def requests(self, prompts: PromptBatch, *, samples: int, stream: str) -> list[Request]:
+        """What to ask of the engine; a further round of dynamic sampling draws other numbers."""
+        return make_requests(
+            self.policy,
+            list(prompts),
+            samples=samples,
+            stream=stream,
+            seed=self.seed,
+            rollout=self.state.rollouts,
+            round_=self.group_buffer.rounds,
+        )

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from rllava_pl.functional import advantages, demonstrations
 from rllava_pl.functional.demonstrations import ChordWeighting
-from rllava_pl.loop.checks import PART
+from rllava_pl.loop.options import require
 from rllava_pl.modules.demonstrations import BesideGroupModule
-from rllava_pl.types import Experience
+from rllava_pl.types import RewardedBatch, TrainingBatch
 
 
 class CHORD(BesideGroupModule):
@@ -27,8 +27,6 @@ class CHORD(BesideGroupModule):
         scale_by_std: Divide by the group's standard deviation.
     """
 
-    ranges = BesideGroupModule.ranges | {"mu": PART, "mu_valley": PART}
-
     def __init__(
         self,
         *args,
@@ -43,28 +41,29 @@ class CHORD(BesideGroupModule):
         super().__init__(*args, **kwargs)
         self.mu, self.weighting, self.scale_by_std = mu, weighting, scale_by_std
         self.mu_warmup_steps, self.mu_decay_steps, self.mu_valley = mu_warmup_steps, mu_decay_steps, mu_valley
+        require(0 <= mu <= 1, "mu", mu, "between 0 and 1")
+        require(0 <= mu_valley <= 1, "mu_valley", mu_valley, "between 0 and 1")
 
     @property
-    def present_mu(self) -> float:
+    def current_mu(self) -> float:
         """μ of this rollout."""
         valley = self.mu_valley if self.mu_decay_steps else self.mu
         phases = {"warmup_steps": self.mu_warmup_steps, "decay_steps": self.mu_decay_steps}
-        return demonstrations.chord_mu(self.rollout_index, **phases, peak=self.mu, valley=valley)
+        return demonstrations.chord_mu(self.state.rollouts, **phases, peak=self.mu, valley=valley)
 
-    def advantages(self, experience: Experience) -> Tensor:
+    def advantages(self, batch: RewardedBatch) -> Tensor:
         """(r - mean) / std over the samples of a prompt, (N,)."""
-        return advantages.grpo(experience.rewards_N, experience.group_N, scale_by_std=self.scale_by_std)
+        return advantages.grpo(batch.rewards_N, batch.group_N, scale_by_std=self.scale_by_std)
 
-    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
+    def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """(1 - μ)·clipped, and -μ·φ·log π on demonstrations."""
         return demonstrations.chord(
             logp_NT,
             batch.old_logp_NT,
             batch.advantages_NT,
-            batch.mask_NT,
-            batch.demo_mask_NT,
-            mu=self.present_mu,
+            batch.trained_mask_NT,
+            batch.given_mask_NT,
+            mu=self.current_mu,
             weighting=self.weighting,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
+            **self.clip.range,
         )

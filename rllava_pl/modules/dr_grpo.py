@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rllava_pl.functional.reduce import ReduceMode
+from rllava_pl.loop.options import KL
 from rllava_pl.modules.grpo import GRPO
 
 
@@ -16,7 +17,7 @@ class DrGRPO(GRPO):
     Args:
         scale_by_std: Paper: no.
         aggregation: Paper: the sum over tokens, divided by a constant.
-        kl_loss_coef: Paper: no KL term.
+        kl: Paper: no KL term.
     """
 
     def __init__(
@@ -24,7 +25,7 @@ class DrGRPO(GRPO):
         *args,
         scale_by_std: bool = False,
         aggregation: ReduceMode = "constant",
-        kl_loss_coef: float = 0.0,
+        kl: KL = KL(),
         **kwargs,
     ) -> None:
-        super().__init__(*args, scale_by_std=scale_by_std, aggregation=aggregation, kl_loss_coef=kl_loss_coef, **kwargs)
+        super().__init__(*args, scale_by_std=scale_by_std, aggregation=aggregation, kl=kl, **kwargs)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from rllava_pl.functional import losses
+from rllava_pl.loop.options import KL, Clip
 from rllava_pl.modules.grpo import GRPO
-from rllava_pl.types import Experience
+from rllava_pl.types import TrainingBatch
 
 
 class GMPO(GRPO):
@@ -16,16 +17,13 @@ class GMPO(GRPO):
     One outlying token moves a geometric mean far less, so the range can be much wider than PPO's.
 
     Args:
-        clip_low: How far log ρ may fall; paper: 0.4.
-        clip_high: How far log ρ may rise; paper: 0.4.
-        kl_loss_coef: Paper: no KL term.
+        clip: How far log ρ may fall and rise; paper: 0.4.
+        kl: Paper: no KL term.
     """
 
-    def __init__(
-        self, *args, clip_low: float = 0.4, clip_high: float = 0.4, kl_loss_coef: float = 0.0, **kwargs
-    ) -> None:
-        super().__init__(*args, clip_low=clip_low, clip_high=clip_high, kl_loss_coef=kl_loss_coef, **kwargs)
+    def __init__(self, *args, clip: Clip = Clip(low=0.4, high=0.4), kl: KL = KL(), **kwargs) -> None:
+        super().__init__(*args, clip=clip, kl=kl, **kwargs)
 
-    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
+    def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """The same value on every token of a response."""
-        return losses.gmpo(logp_NT, batch.old_logp_NT, batch.advantages_NT, batch.mask_NT, **self.clip_range)
+        return losses.gmpo(logp_NT, batch.old_logp_NT, batch.advantages_NT, batch.trained_mask_NT, **self.clip.range)

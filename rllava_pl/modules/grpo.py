@@ -6,8 +6,9 @@ from torch import Tensor
 
 from rllava_pl.functional import advantages
 from rllava_pl.functional.reduce import ReduceMode
+from rllava_pl.loop.options import KL
 from rllava_pl.modules.base import RLModule
-from rllava_pl.types import Experience
+from rllava_pl.types import RewardedBatch
 
 
 class GRPO(RLModule):
@@ -19,7 +20,7 @@ class GRPO(RLModule):
     Args:
         scale_by_std: Divide by the group's standard deviation (unbiased).
         aggregation: Paper: mean over tokens, then over completions.
-        kl_loss_coef: β; the paper's 0.04. Many later works use 0 to 0.01.
+        kl: Paper: β = 0.04 in the loss. Many later works use 0 to 0.01.
     """
 
     needs_groups = True
@@ -29,12 +30,12 @@ class GRPO(RLModule):
         *args,
         scale_by_std: bool = True,
         aggregation: ReduceMode = "sequence-mean-token-mean",
-        kl_loss_coef: float = 0.04,
+        kl: KL = KL(loss_coef=0.04),
         **kwargs,
     ) -> None:
-        super().__init__(*args, aggregation=aggregation, kl_loss_coef=kl_loss_coef, **kwargs)
+        super().__init__(*args, aggregation=aggregation, kl=kl, **kwargs)
         self.scale_by_std = scale_by_std
 
-    def advantages(self, experience: Experience) -> Tensor:
+    def advantages(self, batch: RewardedBatch) -> Tensor:
         """(r - mean) / std over each group, (N,)."""
-        return advantages.grpo(experience.rewards_N, experience.group_N, scale_by_std=self.scale_by_std)
+        return advantages.grpo(batch.rewards_N, batch.group_N, scale_by_std=self.scale_by_std)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from rllava_pl.functional import losses
+from rllava_pl.loop.options import KL, Clip
 from rllava_pl.modules.grpo import GRPO
-from rllava_pl.types import Experience
+from rllava_pl.types import TrainingBatch
 
 
 class GSPO(GRPO):
@@ -17,16 +18,13 @@ class GSPO(GRPO):
     narrower than PPO's.
 
     Args:
-        clip_low: Paper: 3e-4.
-        clip_high: Paper: 4e-4.
-        kl_loss_coef: Paper: no KL term.
+        clip: Paper: 3e-4 below and 4e-4 above.
+        kl: Paper: no KL term.
     """
 
-    def __init__(
-        self, *args, clip_low: float = 3e-4, clip_high: float = 4e-4, kl_loss_coef: float = 0.0, **kwargs
-    ) -> None:
-        super().__init__(*args, clip_low=clip_low, clip_high=clip_high, kl_loss_coef=kl_loss_coef, **kwargs)
+    def __init__(self, *args, clip: Clip = Clip(low=3e-4, high=4e-4), kl: KL = KL(), **kwargs) -> None:
+        super().__init__(*args, clip=clip, kl=kl, **kwargs)
 
-    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
+    def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """Clipped surrogate of the sequence's ratio, on every token."""
-        return losses.gspo(logp_NT, batch.old_logp_NT, batch.advantages_NT, batch.mask_NT, **self.clip_range)
+        return losses.gspo(logp_NT, batch.old_logp_NT, batch.advantages_NT, batch.trained_mask_NT, **self.clip.range)

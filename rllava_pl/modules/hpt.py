@@ -7,8 +7,9 @@ from torch import Tensor
 
 from rllava_pl.functional import advantages, demonstrations
 from rllava_pl.functional.reduce import ReduceMode
+from rllava_pl.loop.options import Clip
 from rllava_pl.modules.demonstrations import BesideGroupModule
-from rllava_pl.types import Experience
+from rllava_pl.types import Credit, RewardedBatch, TrainingBatch
 
 
 class HPT(BesideGroupModule):
@@ -22,10 +23,9 @@ class HPT(BesideGroupModule):
         sft_coef: c; paper: 1, for one model 0.3.
         rl_coef: Weight of the samples' loss.
         gate: Largest number of right samples at which the demonstration is used; paper: 0 or 2.
-        success_threshold: A sample with at least this reward is right.
+        success_threshold: A sample with at least this score is right.
         aggregation: Paper: the sum over tokens, divided by a constant.
-        clip_high: Infinite: not clipped, as in the paper.
-        clip_low: 1: not clipped.
+        clip: Paper: not clipped, that is 1 below and infinite above.
         entropy_coef: Paper: 0.001.
     """
 
@@ -37,45 +37,36 @@ class HPT(BesideGroupModule):
         gate: int = 0,
         success_threshold: float = 1.0,
         aggregation: ReduceMode = "constant",
-        clip_low: float = 1.0,
-        clip_high: float = float("inf"),
+        clip: Clip = Clip(low=1.0, high=float("inf")),
         entropy_coef: float = 0.001,
         **kwargs,
     ) -> None:
-        super().__init__(
-            *args, aggregation=aggregation, clip_low=clip_low, clip_high=clip_high, entropy_coef=entropy_coef, **kwargs
-        )
+        super().__init__(*args, aggregation=aggregation, clip=clip, entropy_coef=entropy_coef, **kwargs)
         self.sft_coef, self.rl_coef = sft_coef, rl_coef
         self.gate, self.success_threshold = gate, success_threshold
 
-    def credit(self, experience: Experience) -> Experience:
-        """Advantages, and of each prompt either its samples or its demonstration."""
+    def advantages(self, batch: RewardedBatch) -> Credit:
+        """Reward - mean over the samples of a prompt, (N,); of each prompt either samples or demonstration train."""
+        advantages_N = advantages.grpo(batch.rewards_N, batch.group_N, scale_by_std=False)
         failed_N = demonstrations.hpt_gate(
-            experience.rewards_N, experience.group_N, success_threshold=self.success_threshold, gate=self.gate
+            batch.scores_N, batch.group_N, success_threshold=self.success_threshold, gate=self.gate
         )
         shape = (-1, self.group_size + 1)
-        given_P = experience.demo_mask_NT.any(1).unflatten(0, shape)[:, -1]
+        given_P = batch.given_mask_NT.any(1).unflatten(0, shape)[:, -1]
         imitates_P = failed_N.unflatten(0, shape)[:, 0] & given_P
-        self.tally.add_masked("imitated_prompts", imitates_P.float(), torch.ones_like(imitates_P))
-        last_G = torch.arange(self.group_size + 1, device=imitates_P.device) == self.group_size
-        kept_NT = (imitates_P[:, None] == last_G).flatten()[:, None]
-        experience = super().credit(experience)
-        return experience.replace(mask_NT=experience.mask_NT & kept_NT, demo_mask_NT=experience.demo_mask_NT & kept_NT)
+        self.metrics.add_masked({"imitated_prompts": imitates_P.float()}, torch.ones_like(imitates_P))
+        is_last_G = torch.arange(self.group_size + 1, device=imitates_P.device) == self.group_size
+        return Credit(advantages_N, trained=(imitates_P[:, None] == is_last_G).flatten())
 
-    def advantages(self, experience: Experience) -> Tensor:
-        """Reward - mean over the samples of a prompt, (N,)."""
-        return advantages.grpo(experience.rewards_N, experience.group_N, scale_by_std=False)
-
-    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
+    def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """-A·ρ, and -c·log π on demonstrations."""
         return demonstrations.hpt(
             logp_NT,
             batch.old_logp_NT,
             batch.advantages_NT,
-            batch.mask_NT,
-            batch.demo_mask_NT,
+            batch.trained_mask_NT,
+            batch.given_mask_NT,
             sft_coef=self.sft_coef,
             rl_coef=self.rl_coef,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
+            **self.clip.range,
         )

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from rllava_pl.functional import advantages, demonstrations
 from rllava_pl.functional.reduce import ReduceMode
-from rllava_pl.loop.checks import NOT_NEGATIVE, POSITIVE
+from rllava_pl.loop.options import require
 from rllava_pl.modules.demonstrations import MixedGroupModule
-from rllava_pl.types import Experience
+from rllava_pl.types import RewardedBatch, TrainingBatch
 
 
 class LUFFY(MixedGroupModule):
@@ -20,38 +20,39 @@ class LUFFY(MixedGroupModule):
 
     Args:
         shaping: γ; paper: 0.1.
-        clip: Clip range of the samples' ratio; null, as in the paper: not clipped.
+        ratio_clip: Clip range of the samples' ratio; null, as in the paper: not clipped.
         aggregation: Paper: the sum over tokens, divided by a constant.
         entropy_coef: The authors' scripts: 0.001.
     """
 
-    demonstrations_apart = False
-    ranges = MixedGroupModule.ranges | {"shaping": POSITIVE, "clip": NOT_NEGATIVE}
+    imitation_term = False
 
     def __init__(
         self,
         *args,
         shaping: float = 0.1,
-        clip: float | None = None,
+        ratio_clip: float | None = None,
         aggregation: ReduceMode = "constant",
         entropy_coef: float = 0.001,
         **kwargs,
     ) -> None:
         super().__init__(*args, aggregation=aggregation, entropy_coef=entropy_coef, **kwargs)
-        self.shaping, self.clip = shaping, clip
+        self.shaping, self.ratio_clip = shaping, ratio_clip
+        require(shaping > 0, "shaping", shaping, "larger than 0")
+        require(ratio_clip is None or ratio_clip >= 0, "ratio_clip", ratio_clip, "at least 0, or null")
 
-    def advantages(self, experience: Experience) -> Tensor:
+    def advantages(self, batch: RewardedBatch) -> Tensor:
         """Reward - mean over the mixed group, (N,)."""
-        return advantages.grpo(experience.rewards_N, experience.group_N, scale_by_std=False)
+        return advantages.grpo(batch.rewards_N, batch.group_N, scale_by_std=False)
 
-    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
+    def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """-A·ρ, and -A·p/(p + γ) on demonstrations."""
         return demonstrations.luffy(
             logp_NT,
             batch.old_logp_NT,
             batch.advantages_NT,
-            batch.mask_NT,
-            batch.demo_mask_NT,
+            batch.trained_mask_NT,
+            batch.given_mask_NT,
             shaping=self.shaping,
-            clip=self.clip,
+            clip=self.ratio_clip,
         )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rllava_pl.functional import advantages, losses
 from rllava_pl.modules.base import RLModule
-from rllava_pl.types import Experience
+from rllava_pl.types import RewardedBatch, TrainingBatch
 
 
 class OPO(RLModule):
@@ -19,18 +19,18 @@ class OPO(RLModule):
 
     needs_groups = True
 
-    def _check_options(self) -> None:
-        super()._check_options()
-        if self.updates_per_rollout != 1:
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.batching.updates_per_rollout != 1:
             raise ValueError(
-                f"OPO is on-policy, so a rollout serves one update: minibatches ({self.num_minibatches}) x epochs "
-                f"({self.epochs}) must be 1"
+                "OPO is on-policy, so a rollout serves one update: batching.num_minibatches "
+                f"({self.batching.num_minibatches}) x batching.update_epochs ({self.batching.update_epochs}) must be 1"
             )
 
-    def advantages(self, experience: Experience) -> Tensor:
+    def advantages(self, batch: RewardedBatch) -> Tensor:
         """Reward minus the length-weighted mean of the group, (N,)."""
-        return advantages.opo(experience.rewards_N, experience.group_N, experience.lengths_N)
+        return advantages.opo(batch.rewards_N, batch.group_N, batch.lengths_N)
 
-    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
+    def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """-A·log π."""
         return losses.reinforce(logp_NT, batch.advantages_NT)

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from rllava_pl.functional import advantages
 from rllava_pl.functional.reduce import ReduceMode
+from rllava_pl.loop.options import KL
 from rllava_pl.modules.grpo import GRPO
-from rllava_pl.types import Experience
+from rllava_pl.types import RewardedBatch
 
 
 class PassAtK(GRPO):
@@ -19,7 +20,7 @@ class PassAtK(GRPO):
     Args:
         scale_by_std: Divide by the group's standard deviation; the paper does not.
         aggregation: Mean over tokens.
-        kl_loss_coef: No KL term.
+        kl: No KL term.
     """
 
     def __init__(
@@ -27,11 +28,11 @@ class PassAtK(GRPO):
         *args,
         scale_by_std: bool = True,
         aggregation: ReduceMode = "token-mean",
-        kl_loss_coef: float = 0.0,
+        kl: KL = KL(),
         **kwargs,
     ) -> None:
-        super().__init__(*args, scale_by_std=scale_by_std, aggregation=aggregation, kl_loss_coef=kl_loss_coef, **kwargs)
+        super().__init__(*args, scale_by_std=scale_by_std, aggregation=aggregation, kl=kl, **kwargs)
 
-    def advantages(self, experience: Experience) -> Tensor:
+    def advantages(self, batch: RewardedBatch) -> Tensor:
         """The best minus the second best, on the best, (N,)."""
-        return advantages.pass_at_k(experience.rewards_N, experience.group_N, scale_by_std=self.scale_by_std)
+        return advantages.pass_at_k(batch.rewards_N, batch.group_N, scale_by_std=self.scale_by_std)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from rllava_pl.functional.advantages import gae
-from rllava_pl.functional.reduce import reduce_loss
-from rllava_pl.loop.checks import NOT_NEGATIVE, PART
-from rllava_pl.loop.optimization import Counts
+from rllava_pl.loop.options import KL, require
 from rllava_pl.modules.actor_critic import ActorCritic
-from rllava_pl.types import Experience, PolicyOutput
+from rllava_pl.types import PolicyOutput, RewardedBatch, Term, TrainingBatch
 
 
 class PPO(ActorCritic):
@@ -25,12 +23,10 @@ class PPO(ActorCritic):
         lam_critic: λ of the returns; VAPO (arXiv 2504.05118) decouples the two and takes 1. Null: the same.
         length_adaptive: α of VAPO's λ_i = 1 - 1/(α·l_i), clamped to [0, 1], l_i the response's length; 0: off.
         imitation_coef: Weight of VAPO's -log π on right responses, mean over their tokens; 0: off.
-        success_threshold: A response with at least this reward is right.
+        success_threshold: A response with at least this score is right.
         group_size: Completions of each prompt.
-        kl_reward_coef: Weight of the KL divergence in the reward.
+        kl: KL divergence, subtracted from the reward.
     """
-
-    ranges = ActorCritic.ranges | {"gamma": PART, "lam": PART, "lam_critic": PART, "length_adaptive": NOT_NEGATIVE}
 
     def __init__(
         self,
@@ -42,34 +38,37 @@ class PPO(ActorCritic):
         imitation_coef: float = 0.0,
         success_threshold: float = 1.0,
         group_size: int = 1,
-        kl_reward_coef: float = 0.001,
+        kl: KL = KL(reward_coef=0.001),
         **kwargs,
     ) -> None:
-        super().__init__(*args, group_size=group_size, kl_reward_coef=kl_reward_coef, **kwargs)
+        super().__init__(*args, group_size=group_size, kl=kl, **kwargs)
+        for name, value in (("gamma", gamma), ("lam", lam), ("lam_critic", lam if lam_critic is None else lam_critic)):
+            require(0 <= value <= 1, name, value, "between 0 and 1")
+        require(length_adaptive >= 0, "length_adaptive", length_adaptive, "at least 0")
+        require(imitation_coef >= 0, "imitation_coef", imitation_coef, "at least 0")
         self.gamma, self.lam = gamma, lam
         self.lam_critic = lam if lam_critic is None else lam_critic
         self.length_adaptive = length_adaptive
         self.imitation_coef, self.success_threshold = imitation_coef, success_threshold
 
-    def estimate(self, everyone: Experience) -> tuple[Tensor, Tensor]:
+    def estimate(self, batch: RewardedBatch) -> tuple[Tensor, Tensor]:
         """Whitened advantages, and returns."""
-        states = (everyone.token_rewards_NT, everyone.values_NT, everyone.mask_NT)
+        states = (batch.token_rewards_NT, batch.values_NT, batch.sampled_mask_NT)
         lam: float | Tensor = self.lam
         if self.length_adaptive:
-            lam = (1 - 1 / (self.length_adaptive * everyone.lengths_N.clamp(min=1))).clamp(0, 1)
+            lam = (1 - 1 / (self.length_adaptive * batch.lengths_N.clamp(min=1))).clamp(0, 1)
         advantages_NT, _ = gae(*states, gamma=self.gamma, lam=lam)
         _, returns_NT = gae(*states, gamma=self.gamma, lam=self.lam_critic, whiten=False)
         return advantages_NT, returns_NT
 
-    def credit(self, experience: Experience) -> Experience:
-        """Advantages and returns, and which tokens belong to right responses."""
-        right_NT = experience.mask_NT & (experience.rewards_N >= self.success_threshold)[:, None]
-        return super().credit(experience).replace(selected_NT=right_NT)
+    def terms(self, batch: TrainingBatch) -> dict[str, Term]:
+        """Also the imitation of right responses."""
+        terms = super().terms(batch)
+        if not self.imitation_coef or self.trains_critic_only:
+            return terms
+        right_NT = batch.trained_mask_NT & (batch.scores_N >= self.success_threshold)[:, None]
+        return terms | {"imitation": Term(right_NT, "token-mean", self.imitation_coef)}
 
-    def loss(self, output: PolicyOutput, batch: Experience, counts: Counts) -> Tensor:
-        """Policy and value loss, and the imitation of right responses."""
-        loss = super().loss(output, batch, counts)
-        if not self.imitation_coef or self.warms_up:
-            return loss
-        nll = reduce_loss(-output.logp_NT, batch.selected_NT, "token-mean", denominator=counts.selected)
-        return loss + self.imitation_coef * nll
+    def losses(self, output: PolicyOutput, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Also -log π for the imitation."""
+        return super().losses(output, batch) | {"imitation": -output.logp_NT}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rllava_pl.functional import advantages, losses
 from rllava_pl.modules.base import RLModule
-from rllava_pl.types import Experience
+from rllava_pl.types import RewardedBatch, TrainingBatch
 
 AdvantageName = Literal["grpo", "rloo", "opo", "gpg", "pass_at_k", "reinforce_pp", "reinforce_pp_baseline"]
 LossName = Literal["clipped", "gspo", "gmpo", "cispo", "sapo", "reinforce"]
@@ -21,8 +21,8 @@ class Recipe(RLModule):
     """A combination of your own from YAML: advantage, loss and aggregation by the names of their functions.
 
     ``advantage`` names a function of ``rllava_pl.functional.advantages``, ``loss`` one of
-    ``rllava_pl.functional.losses``; their knobs have the functions' own defaults. Only "clipped" reads the options
-    ``clip_low``, ``clip_high`` and ``dual_clip``: ranges of the other losses are of another size.
+    ``rllava_pl.functional.losses``; their knobs have the functions' own defaults. Only "clipped" reads the option
+    ``clip``: ranges of the other losses are of another size.
 
     Args:
         advantage: From rewards to credit.
@@ -40,34 +40,36 @@ class Recipe(RLModule):
         loss_options: dict[str, float | bool | None] | None = None,
         **kwargs,
     ) -> None:
-        self.advantage = _chosen("advantage", advantage, get_args(AdvantageName), advantages)
-        self.advantage_options = _checked("advantage_options", self.advantage, advantage_options or {})
-        self.surrogate = _chosen("loss", loss, get_args(LossName), losses)
-        self.loss_options = _checked("loss_options", self.surrogate, loss_options or {})
+        self._advantage = _chosen("advantage", advantage, get_args(AdvantageName), advantages)
+        self._loss = _chosen("loss", loss, get_args(LossName), losses)
+        self.advantage, self.loss = advantage, loss
+        self.advantage_options = _checked("advantage_options", self._advantage, advantage_options or {})
+        self.loss_options = _checked("loss_options", self._loss, loss_options or {})
         super().__init__(*args, **kwargs)
         if loss == "clipped":
-            self.loss_options = {**self.clip_range, "dual_clip": self.dual_clip, **self.loss_options}
+            self.loss_options = {**self.clip.range, "dual_clip": self.clip.dual, **self.loss_options}
 
     @property
     def needs_groups(self) -> bool:  # type: ignore[override]
         """Whether the advantage compares the completions of a prompt."""
-        return "group_N" in inspect.signature(self.advantage).parameters
+        return "group_N" in inspect.signature(self._advantage).parameters
 
-    def advantages(self, experience: Experience) -> Tensor:
-        """What the chosen function makes of the fields of the experience that it names."""
-        fields = [getattr(experience, name) for name in _inputs(self.advantage)]
-        credit = self.advantage(*fields, **self.advantage_options)
+    def advantages(self, batch: RewardedBatch) -> Tensor:
+        """What the chosen function returns for the tensors of the batch that it names."""
+        tensors = {"mask_NT": batch.sampled_mask_NT}
+        inputs = [tensors[name] if name in tensors else getattr(batch, name) for name in _inputs(self._advantage)]
+        credit = self._advantage(*inputs, **self.advantage_options)
         return credit[0] if isinstance(credit, tuple) else credit  # with returns beside the advantages
 
-    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
-        """What the chosen function makes of log-probs and credit."""
+    def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
+        """What the chosen function returns for log-probs and advantages."""
         given = {
             "logp": logp_NT,
             "old_logp": batch.old_logp_NT,
             "advantages": batch.advantages_NT,
-            "mask": batch.mask_NT,
+            "mask": batch.trained_mask_NT,
         }
-        loss_NT: Tensor = self.surrogate(*[given[name] for name in _inputs(self.surrogate)], **self.loss_options)
+        loss_NT: Tensor = self._loss(*[given[name] for name in _inputs(self._loss)], **self.loss_options)
         return loss_NT
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from rllava_pl.functional import advantages
+from rllava_pl.loop.options import KL
 from rllava_pl.modules.base import RLModule
-from rllava_pl.types import Experience
+from rllava_pl.types import RewardedBatch
 
 
 class ReinforcePP(RLModule):
@@ -17,13 +18,13 @@ class ReinforcePP(RLModule):
 
     Args:
         gamma: Discount of the reward to go.
-        kl_reward_coef: Weight of the KL divergence in the reward.
+        kl: KL divergence, subtracted from the reward.
     """
 
-    def __init__(self, *args, gamma: float = 1.0, kl_reward_coef: float = 0.001, **kwargs) -> None:
-        super().__init__(*args, kl_reward_coef=kl_reward_coef, **kwargs)
+    def __init__(self, *args, gamma: float = 1.0, kl: KL = KL(reward_coef=0.001), **kwargs) -> None:
+        super().__init__(*args, kl=kl, **kwargs)
         self.gamma = gamma
 
-    def advantages(self, experience: Experience) -> Tensor:
+    def advantages(self, batch: RewardedBatch) -> Tensor:
         """Whitened reward to go of every token, (N, T)."""
-        return advantages.reinforce_pp(experience.token_rewards_NT, experience.mask_NT, gamma=self.gamma)[0]
+        return advantages.reinforce_pp(batch.token_rewards_NT, batch.sampled_mask_NT, gamma=self.gamma)[0]

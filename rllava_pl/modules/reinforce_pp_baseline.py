@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from rllava_pl.functional import advantages
-from rllava_pl.functional.kl import KLEstimator
+from rllava_pl.loop.options import KL
 from rllava_pl.modules.base import RLModule
-from rllava_pl.types import Experience
+from rllava_pl.types import RewardedBatch
 
 
 class ReinforcePPBaseline(RLModule):
@@ -17,15 +17,14 @@ class ReinforcePPBaseline(RLModule):
     loss as k2, whose gradient is that of KL(π || π_ref).
 
     Args:
-        kl_loss_coef: Weight of the KL term.
-        kl_estimator: Paper: k2.
+        kl: Paper: k2 in the loss.
     """
 
     needs_groups = True
 
-    def __init__(self, *args, kl_loss_coef: float = 0.001, kl_estimator: KLEstimator = "k2", **kwargs) -> None:
-        super().__init__(*args, kl_loss_coef=kl_loss_coef, kl_estimator=kl_estimator, **kwargs)
+    def __init__(self, *args, kl: KL = KL(loss_coef=0.001, estimator="k2"), **kwargs) -> None:
+        super().__init__(*args, kl=kl, **kwargs)
 
-    def advantages(self, experience: Experience) -> Tensor:
+    def advantages(self, batch: RewardedBatch) -> Tensor:
         """Centred in the group, whitened over the batch, (N, T)."""
-        return advantages.reinforce_pp_baseline(experience.rewards_N, experience.group_N, experience.mask_NT)
+        return advantages.reinforce_pp_baseline(batch.rewards_N, batch.group_N, batch.sampled_mask_NT)

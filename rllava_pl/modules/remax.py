@@ -7,45 +7,38 @@ import dataclasses
 from torch import Tensor
 
 from rllava_pl.functional import advantages
-from rllava_pl.loop.experience import interleaved
+from rllava_pl.loop.batch import interleave
+from rllava_pl.loop.options import KL
 from rllava_pl.modules.base import RLModule
-from rllava_pl.types import Experience, Request, Rollout
+from rllava_pl.types import PromptBatch, RewardedBatch, Rollout
 
 
 class ReMax(RLModule):
     """ReMax (arXiv 2310.10505): the policy's own greedy answer is the baseline.
 
-    A_i = r_i - r_greedy. The greedy answer of a prompt is one more row of its group: it is judged, and pays penalties
+    A_i = r_i - r_greedy. The greedy answer of a prompt is one more row of its group: it is scored, and pays penalties
     and KL, like the others, but is not trained. Clipped surrogate, mean over tokens, one update a rollout.
 
     Args:
-        kl_reward_coef: Weight of the KL divergence in the reward.
+        kl: KL divergence, subtracted from the reward.
     """
 
-    extra_members = 1
+    extra_rows = 1
 
-    def __init__(self, *args, kl_reward_coef: float = 0.001, **kwargs) -> None:
-        super().__init__(*args, kl_reward_coef=kl_reward_coef, **kwargs)
+    def __init__(self, *args, kl: KL = KL(reward_coef=0.001), **kwargs) -> None:
+        super().__init__(*args, kl=kl, **kwargs)
 
-    @property
-    def trained_members(self) -> int:
-        """The greedy answer is not trained."""
-        return self.group_size
-
-    def sample(self, requests: list[Request]) -> list[Rollout]:
+    def sample(self, prompts: PromptBatch) -> list[Rollout]:
         """``group_size`` samples and then the greedy answer of each prompt."""
-        sampled = super().sample(requests)
-        alone = [dataclasses.replace(r, group=~r.group, seeds=r.seeds[:1]) for r in requests]
-        greedy = self.engine.generate(alone, dataclasses.replace(self.sampling, temperature=0.0))
-        return interleaved(sampled, greedy, self.group_size)
+        requests = self.requests(prompts, samples=self.group_size, stream="train")
+        sampled = self.engine.generate(requests, self.sampling)
+        once = [dataclasses.replace(request, seeds=request.seeds[:1]) for request in requests]
+        greedy = self.engine.generate(once, dataclasses.replace(self.sampling, temperature=0.0))
+        baselines = [dataclasses.replace(rollout, trained=False) for rollout in greedy]
+        return interleave(sampled, baselines, self.group_size)
 
-    def credit(self, experience: Experience) -> Experience:
-        """Advantages of the samples; the greedy answers have done their part."""
-        prompts = range(len(experience.inputs))
-        return super().credit(experience).select(prompts, range(self.group_size))
-
-    def advantages(self, experience: Experience) -> Tensor:
+    def advantages(self, batch: RewardedBatch) -> Tensor:
         """Reward minus that of the greedy answer, (N,)."""
-        rewards_PG = experience.rewards_N.unflatten(0, (-1, self.group_size + 1))
+        rewards_PG = batch.rewards_N.unflatten(0, (-1, self.group_size + 1))
         greedy_PG = rewards_PG[:, -1:].expand_as(rewards_PG)
         return advantages.remax(rewards_PG.flatten(), greedy_PG.flatten())

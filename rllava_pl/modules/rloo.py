@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from rllava_pl.functional import advantages
+from rllava_pl.loop.options import KL
 from rllava_pl.modules.base import RLModule
-from rllava_pl.types import Experience
+from rllava_pl.types import RewardedBatch
 
 
 class RLOO(RLModule):
@@ -17,14 +18,14 @@ class RLOO(RLModule):
     reward.
 
     Args:
-        kl_reward_coef: Weight of the KL divergence in the reward.
+        kl: KL divergence, subtracted from the reward.
     """
 
     needs_groups = True
 
-    def __init__(self, *args, kl_reward_coef: float = 0.001, **kwargs) -> None:
-        super().__init__(*args, kl_reward_coef=kl_reward_coef, **kwargs)
+    def __init__(self, *args, kl: KL = KL(reward_coef=0.001), **kwargs) -> None:
+        super().__init__(*args, kl=kl, **kwargs)
 
-    def advantages(self, experience: Experience) -> Tensor:
+    def advantages(self, batch: RewardedBatch) -> Tensor:
         """Reward minus the mean of the other completions, (N,)."""
-        return advantages.rloo(experience.rewards_N, experience.group_N)
+        return advantages.rloo(batch.rewards_N, batch.group_N)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from rllava_pl.functional import losses
+from rllava_pl.loop.options import KL
 from rllava_pl.modules.grpo import GRPO
-from rllava_pl.types import Experience
+from rllava_pl.types import TrainingBatch
 
 
 class SAPO(GRPO):
@@ -18,7 +19,7 @@ class SAPO(GRPO):
     Args:
         temperature_positive: τ where A > 0; paper: 1.
         temperature_negative: τ elsewhere; paper: 1.05.
-        kl_loss_coef: Paper: no KL term.
+        kl: Paper: no KL term.
     """
 
     def __init__(
@@ -26,12 +27,12 @@ class SAPO(GRPO):
         *args,
         temperature_positive: float = 1.0,
         temperature_negative: float = 1.05,
-        kl_loss_coef: float = 0.0,
+        kl: KL = KL(),
         **kwargs,
     ) -> None:
-        super().__init__(*args, kl_loss_coef=kl_loss_coef, **kwargs)
+        super().__init__(*args, kl=kl, **kwargs)
         self.temperatures = {"temperature_positive": temperature_positive, "temperature_negative": temperature_negative}
 
-    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
+    def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """The soft gate, on every token."""
         return losses.sapo(logp_NT, batch.old_logp_NT, batch.advantages_NT, **self.temperatures)

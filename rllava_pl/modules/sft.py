@@ -1,39 +1,35 @@
-"""Supervised fine-tuning, as the corner of RL where every response is given and every advantage is 1."""
+"""Supervised fine-tuning."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rllava_pl.functional import losses
-from rllava_pl.models.vlm import VLM
+from rllava_pl.functional.reduce import ReduceMode
 from rllava_pl.modules.supervised import SupervisedModule
-from rllava_pl.rewards.base import BaseReward
-from rllava_pl.types import Experience, Request, Reward, Rollout
+from rllava_pl.types import PolicyOutput, Term, TrainingBatch
 
 
 class SFT(SupervisedModule):
     """SFT: loss = -log π(target), mean over the target tokens of the mini-batch on all ranks.
 
-    Needs prompts with a ``target``; no engine and no reward. Rewards, if given, judge the greedy answers of validation
-    and test; the negative log-likelihood of the targets is reported as well.
+    It is the corner of RL where every response is given and every advantage is 1. Needs prompts with a ``target``; no
+    engine and no reward. The negative log-likelihood of the targets is also reported in validation and test.
 
     Args:
-        policy: The model to train.
-        rewards: For validation and test alone; may be empty.
+        aggregation: How per-token losses become one number, over the mini-batch of all ranks.
     """
 
-    def __init__(self, policy: VLM, rewards: list[BaseReward | Reward] | None = None, **kwargs) -> None:
-        super().__init__(policy, rewards or [], group_size=1, **kwargs)
+    def __init__(self, *args, aggregation: ReduceMode = "token-mean", **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.aggregation = aggregation
 
-    def sample(self, requests: list[Request]) -> list[Rollout]:
-        """The targets."""
-        return [self.given(request, request.prompt.target) for request in requests]
+    def terms(self, batch: TrainingBatch) -> dict[str, Term]:
+        """The policy's loss on the targets."""
+        return {"policy": Term(batch.trained_mask_NT, self.aggregation)}
 
-    def advantages(self, experience: Experience) -> Tensor:
-        """1, (N,)."""
-        return torch.ones_like(experience.rewards_N)
-
-    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
+    def losses(self, output: PolicyOutput, batch: TrainingBatch) -> dict[str, Tensor]:
         """-log π."""
-        return losses.reinforce(logp_NT, batch.advantages_NT)
+        nll_NT = losses.reinforce(output.logp_NT, batch.advantages_NT)
+        self.metrics.add_masked({"nll": nll_NT, "entropy": output.entropy_NT}, batch.trained_mask_NT)
+        return {"policy": nll_NT}

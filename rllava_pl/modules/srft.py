@@ -7,7 +7,7 @@ from torch import Tensor
 from rllava_pl.functional import advantages, demonstrations
 from rllava_pl.functional.reduce import ReduceMode
 from rllava_pl.modules.demonstrations import MixedGroupModule
-from rllava_pl.types import Experience
+from rllava_pl.types import RewardedBatch, TrainingBatch
 
 
 class SRFT(MixedGroupModule):
@@ -20,7 +20,7 @@ class SRFT(MixedGroupModule):
     Args:
         sft_scale: w.
         rl_scale: v.
-        success_threshold: A sample with at least this reward is right.
+        success_threshold: A sample with at least this score is right.
         shaping: γ; null: the plain ratio -A·p of the paper's text.
         aggregation: Paper: the sum over tokens, divided by a constant.
     """
@@ -39,22 +39,18 @@ class SRFT(MixedGroupModule):
         self.sft_scale, self.rl_scale = sft_scale, rl_scale
         self.success_threshold, self.shaping = success_threshold, shaping
 
-    def credit(self, experience: Experience) -> Experience:
-        """Advantages; whether a sample is right is a matter of what was judged, not of penalties."""
-        return super().credit(experience).replace(rewards_N=experience.rewards_N)
-
-    def advantages(self, experience: Experience) -> Tensor:
+    def advantages(self, batch: RewardedBatch) -> Tensor:
         """Reward - mean over the mixed group, (N,); only demonstrations use it."""
-        return advantages.grpo(experience.rewards_N, experience.group_N, scale_by_std=False)
+        return advantages.grpo(batch.rewards_N, batch.group_N, scale_by_std=False)
 
-    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
+    def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """Imitation and exploration, weighed by entropy."""
         return demonstrations.srft(
             logp_NT,
             batch.advantages_NT,
-            batch.mask_NT,
-            batch.demo_mask_NT,
-            batch.rewards_N,
+            batch.trained_mask_NT,
+            batch.given_mask_NT,
+            batch.scores_N,
             batch.entropy_NT,
             sft_scale=self.sft_scale,
             rl_scale=self.rl_scale,

@@ -1,75 +1,107 @@
-"""What SFT and DPO share: the loop with given responses, without engine and without reward."""
+"""What SFT and DPO share: updates on responses that the data give, without engine and without reward."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rllava_pl.loop.experience import assemble, join_rows, numbered, split
-from rllava_pl.modules.demonstrations import DemonstrationModule
-from rllava_pl.rewards.output import Judgement
-from rllava_pl.types import Experience, PolicyOutput, PromptBatch, Rollout
+from rllava_pl.loop import observe
+from rllava_pl.loop.batch import assemble
+from rllava_pl.loop.checks import check_batch_size
+from rllava_pl.loop.given_responses import check_given_responses, given_rollout
+from rllava_pl.loop.micro_batches import join_rows, numbered
+from rllava_pl.loop.penalties import penalize
+from rllava_pl.models.policy import Policy
+from rllava_pl.models.vlm import VLM
+from rllava_pl.modules.policy_module import PolicyModule
+from rllava_pl.rewards import BaseReward, RewardOutput
+from rllava_pl.types import Prompt, PromptBatch, Reward, TrainingBatch
 
 
-class SupervisedModule(DemonstrationModule):
-    """Learning from given responses alone, in the loop of RL: sampling is reading, judging is trusting.
+class SupervisedModule(PolicyModule):
+    """Supervised training on the responses of the data.
 
-    Rewards, if given, judge the greedy answers of validation and test; without them no answer is generated there.
+    Rewards, if given, score the greedy answers of validation and test; without them no answer is generated there.
+
+    Args:
+        policy: The model to train.
+        rewards: For validation and test alone; may be empty.
     """
 
     needs_rewards = False
-    needs_every_response = True
-    demonstrations_apart = False
+    given_fields: ClassVar[tuple[str, ...]] = ("target",)
+    """Fields of a prompt that hold its responses, one row each."""
 
-    def score_rollouts(self, rollouts: Sequence[Rollout]) -> Judgement:
-        """Nothing is judged."""
-        return Judgement([0.0] * len(rollouts), {}, {})
+    def __init__(self, policy: VLM, rewards: list[BaseReward | Reward] | None = None, **kwargs) -> None:
+        super().__init__(policy, rewards or [], **kwargs)
+        self.group_size = len(self.given_fields)
 
-    def evaluate(self, experience: Experience) -> Experience:
-        """Only a reference is asked, where the algorithm has one."""
-        if not self.needs_reference:
-            return experience
-        with self.phase("evaluate"):
-            ref = self.score(partial(self.trainer.strategy.model, reference=True), experience)
-            return experience.replace(ref_logp_NT=ref.logp_NT)
+    def on_fit_start(self) -> None:
+        """Check the responses of data sets from files.
 
-    def correct(self, loss_NT: Tensor, batch: Experience) -> Tensor:
-        """No engine has sampled anything, so there is nothing to correct."""
-        return loss_NT
+        Raises:
+            ValueError: A response is missing or does not fit the budget.
+        """
+        super().on_fit_start()
+        rows = getattr(getattr(self.trainer, "datamodule", None), "train_prompts", None)
+        name, budget = type(self).__name__, self.sampling.max_tokens
+        check_given_responses(rows, self.given_fields, self.policy, budget, owner=name, required=True)
 
-    def observe_samples(self, experience: Experience) -> None:
-        """Lengths; there is no reward and no group."""
-        self.tally.add_masked("response_tokens", experience.lengths_N.float(), experience.mask_NT.any(1))
+    def training_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """One pass: given responses, reference log-probs where a loss needs them, updates, metrics."""
+        check_batch_size(len(prompts), self.group_size, self.batching.num_minibatches)
+        with self.phases("rollout"):
+            self.state.sampled_at = self.state.updates
+            batch = self.given_batch(list(prompts), "train")
+        if self.needs_reference:
+            with self.phases("logprobs"):
+                model = partial(self.updater.adapter.model, reference=True, entropy=False)
+                batch = batch.with_computed(ref_logp_NT=self.updater.forward(model, batch).logp_NT)
+        for minibatch in self.minibatches(batch):
+            with self.phases("update"):
+                self.updater.step(minibatch, self.terms, self.losses)
+        lengths_N = batch.trained_mask_NT.sum(1).float()
+        self.metrics.add_masked({"response_tokens": lengths_N}, lengths_N > 0)
+        metrics = observe.rollout_metrics(self.metrics, self.phases)
+        observe.publish(metrics, self, step=self.state.rollouts)
+        self.health.check(metrics)
+        self.state.rollouts += 1
 
-    def observe_credit(self, experience: Experience) -> None:
-        """There is none."""
+    def given_batch(self, prompts: list[Prompt], stream: str) -> TrainingBatch:
+        """The responses of the data as a batch in which every token has advantage 1."""
+        budget = self.sampling.max_tokens
+        requests = self.requests(prompts, samples=1, stream=stream)
+        rollouts = [given_rollout(self.policy, r, field, budget) for r in requests for field in self.given_fields]
+        scored = assemble(rollouts, RewardOutput([0.0] * len(rollouts), {}, {}), self.group_size, self.policy.device)
+        rewarded = penalize(scored, None, kl_coef=0.0)
+        return rewarded.to_stage(TrainingBatch, advantages_NT=rewarded.trained_mask_NT.float())
 
-    @torch.no_grad()
-    def observe_tokens(self, output: PolicyOutput, batch: Experience, loss: Tensor, cut_NT: Tensor) -> None:
-        """Negative log-likelihood and entropy of the given tokens."""
-        self.tally.add("loss", loss, 0)
-        self.tally.add_masked("nll", -output.logp_NT, batch.mask_NT)
-        self.tally.add_masked("entropy", output.entropy_NT, batch.mask_NT)
-
-    def _evaluate(self, prompts: PromptBatch, stage: str) -> None:
+    def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """Score greedy answers where there are rewards, and the given responses."""
         if self.rewards:
-            super()._evaluate(prompts, stage)
+            super().validation_step(prompts, batch_idx)
         if len(prompts):
-            requests = self.requests(list(prompts), samples=self.group_size, stream=stage)
-            rollouts = self.sample(requests)
-            experience = assemble(rollouts, self.score_rollouts(rollouts), self.group_size, self.policy.device)
-            self.examine_given(experience)
+            self.evaluate_given(self.given_batch(list(prompts), "val"))
 
-    def examine_given(self, experience: Experience) -> None:
+    def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """Score greedy answers where there are rewards, and the given responses."""
+        if self.rewards:
+            super().test_step(prompts, batch_idx)
+        if len(prompts):
+            self.evaluate_given(self.given_batch(list(prompts), "test"))
+
+    def evaluate_given(self, batch: TrainingBatch) -> None:
         """Scores of the given responses of one validation batch: ``val/nll``."""
-        logp_NT = self.given_logp(self.policy, experience)
-        self.scores.add("nll", -logp_NT[experience.mask_NT])
+        logp_NT = self.given_logp(self.policy, batch)
+        self.evaluator.scores.add("nll", -logp_NT[batch.trained_mask_NT])
 
     @torch.no_grad()
-    def given_logp(self, policy: torch.nn.Module, experience: Experience) -> Tensor:
-        """Log-probs (N, T) without gradients and without talking to other ranks, which may have no rows left."""
-        pieces = split(numbered(experience), self.micro_batch_size)
-        return join_rows([policy(piece.batch).logp_NT for piece in pieces], pieces, experience.mask_NT)
+    def given_logp(self, policy: Policy, batch: TrainingBatch) -> Tensor:
+        """Log-probs (N, T) without communication: other ranks may have no rows left."""
+        runner = self.updater.micro_batches
+        parts = runner.split(numbered(batch), runner.size or len(batch))
+        outputs = [policy(part.policy_batch(), entropy=False).logp_NT for part in parts]
+        return join_rows(outputs, parts, batch.trained_mask_NT)

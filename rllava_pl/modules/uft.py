@@ -10,9 +10,11 @@ from torch import Tensor
 from rllava_pl.functional import demonstrations
 from rllava_pl.functional.reduce import ReduceMode
 from rllava_pl.functional.seeds import seed_from, uniforms
+from rllava_pl.loop.given_responses import given_rollout
+from rllava_pl.loop.options import KL
 from rllava_pl.modules.demonstrations import DemonstrationModule
 from rllava_pl.modules.grpo import GRPO
-from rllava_pl.types import Experience, Request, Rollout
+from rllava_pl.types import PromptBatch, Request, Rollout, TrainingBatch
 
 
 class UFT(DemonstrationModule, GRPO):
@@ -27,10 +29,10 @@ class UFT(DemonstrationModule, GRPO):
         hint_steps: Rollouts with hints; the authors use 300 of 500.
         hint_segments: L: equal parts a demonstration is cut into, at most.
         aggregation: Paper: mean over tokens.
-        kl_loss_coef: Paper: 0.001.
+        kl: Paper: 0.001 in the loss.
     """
 
-    demonstration_metric = "hint_fraction"
+    given_metric = "hint_fraction"
 
     def __init__(
         self,
@@ -39,36 +41,37 @@ class UFT(DemonstrationModule, GRPO):
         hint_steps: int = 300,
         hint_segments: int = 5,
         aggregation: ReduceMode = "token-mean",
-        kl_loss_coef: float = 0.001,
+        kl: KL = KL(loss_coef=0.001),
         **kwargs,
     ) -> None:
-        super().__init__(*args, aggregation=aggregation, kl_loss_coef=kl_loss_coef, **kwargs)
+        super().__init__(*args, aggregation=aggregation, kl=kl, **kwargs)
         self.hint_coef, self.hint_steps, self.hint_segments = hint_coef, hint_steps, hint_segments
 
-    def sample(self, requests: list[Request]) -> list[Rollout]:
+    def sample(self, prompts: PromptBatch) -> list[Rollout]:
         """Completions of prompt and hint."""
-        return super().sample([dataclasses.replace(r, prefix_ids=self.hint(r)) for r in requests])
+        requests = self.requests(prompts, samples=self.group_size, stream="train")
+        hinted = [dataclasses.replace(request, prefix_ids=self.hint(request)) for request in requests]
+        return self.engine.generate(hinted, self.sampling)
 
     def hint(self, request: Request) -> tuple[int, ...]:
         """The first l segments of the target, without its end token; none where there is no target."""
-        p = demonstrations.uft_hint_probability(self.rollout_index, hint_steps=self.hint_steps)
+        p = demonstrations.uft_hint_probability(self.state.rollouts, hint_steps=self.hint_steps)
         if not request.prompt.target or p == 0:
             return ()
-        ids = self.given(request, request.prompt.target).response_ids[:-1].tolist()
+        ids = given_rollout(self.policy, request, "target", self.sampling.max_tokens).response_ids[:-1].tolist()
         segments = min(self.hint_segments, len(ids))
-        counters = (self.seed, "hint", self.rollout_index, request.prompt.uid)
+        counters = (self.seed, "hint", self.state.rollouts, request.prompt.uid)
         draws = uniforms(torch.tensor([seed_from(*counters, k) for k in range(segments)]), 0)
         return tuple(ids[: round(len(ids) * int((draws < p).sum()) / segments)])
 
-    def policy_loss(self, logp_NT: Tensor, batch: Experience) -> Tensor:
+    def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """Clipped surrogate, and likelihood of the hint."""
         return demonstrations.uft(
             logp_NT,
             batch.old_logp_NT,
             batch.advantages_NT,
-            batch.mask_NT,
-            batch.demo_mask_NT,
+            batch.trained_mask_NT,
+            batch.given_mask_NT,
             hint_coef=self.hint_coef,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
+            **self.clip.range,
         )

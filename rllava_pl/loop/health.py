@@ -1,4 +1,4 @@
-"""Why nothing is being learnt, in plain words, from the metrics of a rollout."""
+"""Warnings when the metrics of several rollouts show that nothing is learnt, with what to change."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ SYMPTOMS = (
         "policy far from its samples",
         _at_most("train/effective_sample_size", 0.3),
         "the samples no longer stand for the policy that is trained on them (effective sample size "
-        "{train/effective_sample_size:.0%}): fewer minibatches and epochs, or a lower learning rate",
+        "{train/effective_sample_size:.0%}): fewer num_minibatches and update_epochs, or a lower learning rate",
     ),
     Symptom(
         "almost everything clipped",
         _at_least("train/clip_fraction", 0.5),
         "the loss cuts off the gradient of {train/clip_fraction:.0%} of the tokens: lower the learning rate, use fewer "
-        "minibatches and epochs, or check that the clip range fits the algorithm",
+        "num_minibatches and update_epochs, or check that the clip range fits the algorithm",
     ),
     Symptom(
         "gradient gone",
@@ -89,18 +89,18 @@ SYMPTOMS = (
 )
 
 
-class Diagnosis:
+class HealthCheck:
     """Warns once when a symptom has lasted, and again only after it was gone in between.
 
     Args:
-        patience: Rollouts in a row with the symptom before the first word; single rollouts mean nothing.
+        patience: Rollouts in a row with the symptom before the warning.
     """
 
     def __init__(self, patience: int = 10) -> None:
         self.patience = patience
         self._lasted: Counter[str] = Counter()
 
-    def look(self, metrics: Metrics) -> list[str]:
+    def check(self, metrics: Metrics) -> list[str]:
         """The advice that is due after this rollout; each is also logged as a warning."""
         due = []
         for symptom in SYMPTOMS:

@@ -10,12 +10,12 @@ from torch import Tensor
 from rllava_pl.distributed.collectives import max_over_ranks, sum_over_ranks, world_size
 
 Derived = Callable[[float, float], float]
-"""A metric of the means of x and of x²."""
-TallyState = dict[str, list[list[Tensor | float]]]
+"""A metric computed from the means of x and of x²."""
+MetricsState = dict[str, list[list[Tensor | float]]]
 """By name: the sums and the counts that were added."""
 
 
-class Tally:
+class MetricAccumulator:
     """Collects ``name -> (sum, count)`` on the device and divides at the very end.
 
     Every rank must add the same names; a rank that has nothing adds zeros.
@@ -26,7 +26,6 @@ class Tally:
         self._counts: dict[str, list[Tensor | float]] = {}
         self._derived: dict[str, Derived] = {}
         self._largest: dict[str, list[Tensor]] = {}
-        self._began: tuple[TallyState, dict[str, list[Tensor]]] = ({}, {})
 
     def add(self, name: str, total: Tensor, count: Tensor | float = 1.0) -> None:
         """Add a 0-dim sum and the number of things in it."""
@@ -37,41 +36,37 @@ class Tally:
         """Add to a metric that is the sum over everything and over all ranks, not a mean."""
         self.add(name, total, 0.0 if name in self._sums else 1 / world_size())
 
-    def add_masked(self, name: str, x: Tensor, mask: Tensor) -> None:
-        """Add the elements of ``x`` where ``mask`` is True."""
-        self.add_all({name: x}, mask)
-
-    def add_all(self, values: Mapping[str, Tensor], mask: Tensor) -> None:
-        """As ``add_masked`` with each of several tensors of one shape, in one go."""
+    def add_masked(self, values: Mapping[str, Tensor], mask: Tensor) -> None:
+        """Add the elements of several tensors of one shape where ``mask`` is True."""
         stacked = torch.stack([x.detach() for x in values.values()])
         totals = stacked.masked_fill(~mask, 0).flatten(1).sum(1, dtype=torch.float64)
         count = mask.sum()
         for name, total in zip(values, totals.unbind(), strict=True):
             self.add(name, total, count)
 
-    def add_spread(self, name: str, x: Tensor, mask: Tensor) -> None:
+    def add_std(self, name: str, x: Tensor, mask: Tensor) -> None:
         """Standard deviation of the elements of ``x`` where ``mask`` is True: sqrt(mean x² - (mean x)²)."""
         self._add_moments(name, x, mask, lambda first, second: max(second - first * first, 0.0) ** 0.5)
 
     def add_effective_size(self, name: str, weights: Tensor, mask: Tensor) -> None:
-        """Effective sample size of importance weights as a part of the samples: (mean w)² / mean w², in (0, 1]."""
+        """Effective sample size of importance weights as a fraction of the samples: (mean w)² / mean w², in (0, 1]."""
         self._add_moments(name, weights, mask, lambda first, second: first * first / second if second else 0.0)
 
-    def add_largest(self, name: str, x: Tensor, mask: Tensor) -> None:
-        """The largest of the elements of ``x`` where ``mask`` is True; they are at least 0."""
+    def add_max(self, name: str, x: Tensor, mask: Tensor) -> None:
+        """The largest element of ``x`` where ``mask`` is True; they are at least 0."""
         self._largest.setdefault(name, []).append(x.detach().masked_fill(~mask, 0.0).max())
 
     def _add_moments(self, name: str, x: Tensor, mask: Tensor, derived: Derived) -> None:
         x = x.detach().double()
-        self.add_all({name: x, _square(name): x.square()}, mask)
+        self.add_masked({name: x, _square(name): x.square()}, mask)
         self._derived[name] = derived
 
     def means(self) -> dict[str, float]:
         """Means over everything added on all ranks; 0 for a name with count 0. Collective."""
         if not self._sums:
             return {}
-        device = next(iter(self._sums.values()))[-1].device  # what a checkpoint held comes back on the host
-        totals = sum_over_ranks(torch.stack([_added_up(store, device) for store in (self._sums, self._counts)]))
+        device = next(iter(self._sums.values()))[-1].device  # those of a checkpoint are on the host
+        totals = sum_over_ranks(torch.stack([_summed(store, device) for store in (self._sums, self._counts)]))
         means = dict(zip(self._sums, (totals[0] / totals[1].clamp(min=1e-12)).tolist(), strict=True))
         for name, parts in self._largest.items():
             means[name] = float(max_over_ranks(torch.stack(parts).max()))
@@ -80,37 +75,34 @@ class Tally:
                 means[name] = derived(means[name], means.pop(_square(name)))
         return means
 
-    def begin(self) -> None:
-        """Remember this moment, for ``undo``."""
-        self._began = self.state(), {name: [*parts] for name, parts in self._largest.items()}
-
-    def undo(self) -> None:
-        """Forget what was added since ``begin``."""
-        state, largest = self._began
-        derived = dict(self._derived)
-        self.restore(state)
-        self._derived, self._largest = derived, {name: [*parts] for name, parts in largest.items()}
-
-    def state(self) -> TallyState:
-        """What was added before the first update, for ``restore``; plain data."""
+    def state(self) -> MetricsState:
+        """Sums and counts so far as plain data, for ``restore``."""
         return {name: [[*self._sums[name]], [*self._counts[name]]] for name in self._sums}
 
-    def restore(self, state: TallyState) -> None:
-        """Begin from what ``state`` gave."""
-        self.clear()
-        for name, (sums, counts) in state.items():
-            self._sums[name], self._counts[name] = [*sums], [*counts]  # type: ignore[list-item]
+    def restore(self, state: MetricsState) -> None:
+        """Continue from what ``state`` returned."""
+        self._sums = {name: [*sums] for name, (sums, _) in state.items()}  # type: ignore[misc]
+        self._counts = {name: [*counts] for name, (_, counts) in state.items()}
+        self._derived = {name: derived for name, derived in self._derived.items() if name in state}
+        self._largest.clear()
+
+    def snapshot(self) -> tuple[MetricsState, dict[str, list[Tensor]]]:
+        """This moment, for ``rollback``."""
+        return self.state(), {name: [*parts] for name, parts in self._largest.items()}
+
+    def rollback(self, snapshot: tuple[MetricsState, dict[str, list[Tensor]]]) -> None:
+        """Forget what was added since the snapshot."""
+        derived = self._derived
+        self.restore(snapshot[0])
+        self._derived, self._largest = derived, {name: [*parts] for name, parts in snapshot[1].items()}
 
     def clear(self) -> None:
         """Forget everything."""
-        self._sums.clear()
-        self._counts.clear()
-        self._derived.clear()
-        self._largest.clear()
+        self.restore({})
 
 
-def _added_up(store: Mapping[str, Sequence[Tensor | float]], device: torch.device) -> Tensor:
-    """The sum of each name's numbers, float64; those of the host are added there."""
+def _summed(store: Mapping[str, Sequence[Tensor | float]], device: torch.device) -> Tensor:
+    """The sum of each name's numbers, float64; those that are no tensors are added on the host."""
     host = [sum(x for x in parts if not isinstance(x, Tensor)) for parts in store.values()]
     total = torch.tensor(host, dtype=torch.float64, device=device)
     tensors = [
