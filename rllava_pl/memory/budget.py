@@ -1,8 +1,8 @@
-"""Bytes of every phase of a run, on the GPU and on the host: arithmetic alone.
+"""Bytes of every phase of a run, on the GPU and on the host, as plain arithmetic.
 
-Every phase holds what rests (weights, reference, critic, optimizer states) and, for its time, what it makes. Lines
-marked ``assumed`` are no arithmetic: context and libraries, fragmentation, what an engine keeps; they stand apart so
-that a measurement can replace them.
+Every phase holds what is kept throughout (weights, reference, critic, optimizer states) and what it needs itself. Items
+marked ``assumed`` are not computed: context and libraries, fragmentation, what an engine keeps. They are listed
+separately so that a measurement can replace them.
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rllava_pl.memory.placement import Home
-from rllava_pl.memory.settings import Settings
+from rllava_pl.memory.micro_step import StepBytes
+from rllava_pl.memory.placement import Memory, Part
+from rllava_pl.memory.settings import PlanSettings
 from rllava_pl.memory.units import GIB
 
 CONTEXT_BYTES = round(0.6 * GIB)
 """CUDA context and libraries."""
 FRAGMENT_BYTES = round(0.8 * GIB)
-"""Holes in the caching allocator."""
+"""Fragmentation of the caching allocator."""
 ENGINE_BYTES = round(0.7 * GIB)
 """Workspace and CUDA graphs of vLLM, which stay while it sleeps."""
 PROCESS_BYTES = 6 * GIB
 """Python, libraries, data and pinned buffers of the process, on the host."""
 STAGING_BYTES = 2 * 64 * 2**20
-"""Two pinned buffers through which gradients and weights pass."""
+"""Two pinned buffers through which gradients and weights are copied."""
 SAMPLER_BYTES = 24
-"""Of one row and one entry of the vocabulary while a token is drawn: scores, log-probs and probabilities in fp32, their
-sum in fp64, the logits themselves."""
-OPTIONAL = ("reference", "sync")
+"""Per row and vocabulary entry while a token is sampled: logits, and scores, log-probs and probabilities in fp32, their
+sum in fp64."""
+OPTIONAL = ("logprobs", "sync")
 """Phases that some runs do not have."""
 
 
 @dataclass(frozen=True)
-class Line:
+class MemoryItem:
     """One item of a phase."""
 
     what: str
@@ -42,34 +43,34 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseMemory:
     """All items of a phase."""
 
     name: str
-    lines: tuple[Line, ...]
+    items: tuple[MemoryItem, ...]
 
     @property
     def gpu(self) -> int:
         """Bytes on the GPU."""
-        return sum(line.gpu for line in self.lines)
+        return sum(item.gpu for item in self.items)
 
     @property
     def host(self) -> int:
         """Bytes on the host."""
-        return sum(line.host for line in self.lines)
+        return sum(item.host for item in self.items)
 
 
 @dataclass(frozen=True)
-class Shapes:
+class ModelSize:
     """Sizes of one model."""
 
     parameters: int
     trained: int
-    """Parameters that are trained."""
+    """Trained parameters."""
     largest: int
     """Parameters of the largest tensor."""
     layer: int
-    """Parameters of the largest layer, gathered as a whole where weights are cut."""
+    """Parameters of the largest layer, which is gathered as a whole where weights are sharded."""
     root: int
     """Parameters outside layers."""
     buffer_bytes: int
@@ -83,31 +84,31 @@ class Shapes:
 
 @dataclass(frozen=True)
 class OptimizerCost:
-    """What an optimizer needs for one trained parameter."""
+    """What an optimizer needs for its states and its step."""
 
     moment_bytes: float
+    """Per trained parameter."""
     scratch_bytes: float
     """Largest temporaries of a step."""
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Bytes that computations make on top of what rests; see ``MicroStep``."""
+def phases(
+    size: ModelSize, settings: PlanSettings, step: StepBytes, prefill_bytes: int, optimizer: OptimizerCost
+) -> list[PhaseMemory]:
+    """All phases, in the order in which they run.
 
-    streamed: int
-    kept: int
-    scoring: int
-    prefill: int
-    """Reading the prompts of a rollout, without gradients."""
-
-
-def phases(shapes: Shapes, settings: Settings, steps: Steps, optimizer: OptimizerCost) -> list[Phase]:
-    """All phases, in the order of a pass."""
-    budget = _Budget(shapes, settings, steps, optimizer)
+    Args:
+        size: Of the policy.
+        settings: Of the run.
+        step: Peaks of a micro-step.
+        prefill_bytes: Peak of the embedded engine's forward over the prompts of a rollout.
+        optimizer: States and temporaries of the optimizer.
+    """
+    budget = _Budget(size, settings, step, prefill_bytes, optimizer)
     own = {
         "load": budget.load(),
         "rollout": budget.rollout(),
-        "reference": budget.reference() if settings.evaluates else [],
+        "logprobs": budget.logprobs() if settings.computes_logprobs else [],
         "update": budget.update(),
         "optimizer": budget.optimizer_step(),
         "sync": budget.sync(),
@@ -115,14 +116,14 @@ def phases(shapes: Shapes, settings: Settings, steps: Steps, optimizer: Optimize
     }
     weights, states, assumed = budget.weights(), budget.states(), budget.assumed()
 
-    def all_lines(name: str, lines: list[Line]) -> tuple[Line, ...]:
-        resting = weights if name == "load" else [*weights, *states]  # states are made by the first step
-        found = [line for line in [*resting, *lines, *assumed] if line.gpu or line.host]
+    def all_items(name: str, items: list[MemoryItem]) -> tuple[MemoryItem, ...]:
+        kept = weights if name == "load" else [*weights, *states]  # the first step creates the states
+        found = [item for item in [*kept, *items, *assumed] if item.gpu or item.host]
         if settings.device == "cpu":  # one memory for everything
-            found = [Line(line.what, host=line.gpu + line.host, assumed=line.assumed) for line in found]
+            found = [MemoryItem(item.what, host=item.gpu + item.host, assumed=item.assumed) for item in found]
         return tuple(found)
 
-    return [Phase(name, all_lines(name, lines)) for name, lines in own.items() if lines or name not in OPTIONAL]
+    return [PhaseMemory(name, all_items(name, items)) for name, items in own.items() if items or name not in OPTIONAL]
 
 
 def kv_cache_bytes(rows: int, tokens: int, kv_bytes: int) -> int:
@@ -135,170 +136,167 @@ def kv_cache_bytes(rows: int, tokens: int, kv_bytes: int) -> int:
 
 
 class _Budget:
-    """The lines of each phase."""
+    """The items of each phase."""
 
-    def __init__(self, shapes: Shapes, settings: Settings, steps: Steps, optimizer: OptimizerCost) -> None:
-        self.shapes, self.settings, self.steps, self.optimizer = shapes, settings, steps, optimizer
-        self.placement = settings.placement
+    def __init__(
+        self, size: ModelSize, settings: PlanSettings, step: StepBytes, prefill_bytes: int, optimizer: OptimizerCost
+    ) -> None:
+        self.size, self.settings, self.step, self.optimizer = size, settings, step, optimizer
+        self.prefill_bytes = prefill_bytes
+        self.placement, self.engine = settings.placement, settings.engine
         self.on_gpu = settings.device == "cuda"
         self.trunks = 2 if settings.critic == "separate" else 1
-        self.trained = shapes.trained * self.trunks
+        self.trained = size.trained * self.trunks
+        self.gradient_bytes = self.trained * (self.placement.gradient_bytes or size.weight_bytes)
+        self.engine_weights = size.parameters * self.engine.dtype_bytes
 
-    # -- what rests --------------------------------------------------------------------------------------------------
+    def _shard(self, part: Part, size: float) -> int:
+        return round(size / self.settings.ranks) if part in self.placement.sharded else round(size)
 
-    def weights(self) -> list[Line]:
-        """What is there from the start."""
-        place, shapes = self.placement, self.shapes
-        size = self._cut("weights", shapes.parameters * shapes.weight_bytes + shapes.buffer_bytes)
-        lines = [self._at(place.weights, "weights", size)]
-        if self.settings.critic == "separate":
-            lines.append(self._at(place.weights, "critic", size))
-        if self.settings.reference:
-            lines.append(self._at(place.weights, "reference policy", size))
-        return lines
+    @staticmethod
+    def _in(memory: Memory, what: str, size: int) -> MemoryItem:
+        return MemoryItem(what, gpu=size) if memory == "gpu" else MemoryItem(what, host=size)
 
-    def states(self) -> list[Line]:
-        """What the first step adds."""
+    # -- what is kept throughout -------------------------------------------------------------------------------------
+
+    def weights(self) -> list[MemoryItem]:
+        """Weights of the policy, a separate critic and a reference."""
+        place, size = self.placement, self.size
+        one = self._shard("weights", size.parameters * size.weight_bytes + size.buffer_bytes)
+        names = ["weights"]
+        names += ["critic"] if self.settings.critic == "separate" else []
+        names += ["reference policy"] if self.settings.reference else []
+        return [self._in(place.weights, name, one) for name in names]
+
+    def states(self) -> list[MemoryItem]:
+        """What the first optimizer step adds."""
         place = self.placement
         moments = self.trained * (place.moment_bytes or self.optimizer.moment_bytes)
-        spared = place.spares_masters and not self.on_gpu and self.shapes.weight_bytes == 4
-        masters = 0.0 if spared else self.trained * place.master_bytes
-        lines = [
-            self._at(place.states, "optimizer moments", self._cut("states", moments)),
-            self._at(place.states, "master weights", self._cut("states", masters)),
-            Line("communication buffers", gpu=place.buffer_elements * self.shapes.weight_bytes),
+        reused = place.reuses_fp32_weights and not self.on_gpu and self.size.weight_bytes == 4
+        masters = 0.0 if reused else self.trained * place.master_bytes
+        items = [
+            self._in(place.states, "optimizer moments", self._shard("states", moments)),
+            self._in(place.states, "master weights", self._shard("states", masters)),
+            MemoryItem("communication buffers", gpu=place.buffer_elements * self.size.weight_bytes),
         ]
         if place.gradients == "host":
-            lines.append(Line("sums of gradients", host=self._cut("gradients", self._gradients)))
-            lines.append(Line("pinned staging buffers", host=STAGING_BYTES if self.on_gpu else 0))
-        return lines
+            items.append(MemoryItem("accumulated gradients", host=self._shard("gradients", self.gradient_bytes)))
+            items.append(MemoryItem("pinned staging buffers", host=STAGING_BYTES if self.on_gpu else 0))
+        return items
 
-    def assumed(self) -> list[Line]:
-        """What no arithmetic gives."""
+    def assumed(self) -> list[MemoryItem]:
+        """What cannot be computed."""
         if not self.on_gpu:
             return []
-        lines = [
-            Line("context and libraries", gpu=CONTEXT_BYTES, assumed=True),
-            Line("fragmentation", gpu=FRAGMENT_BYTES, assumed=True),
-            Line("process, libraries, data", host=PROCESS_BYTES, assumed=True),
+        items = [
+            MemoryItem("context and libraries", gpu=CONTEXT_BYTES, assumed=True),
+            MemoryItem("fragmentation", gpu=FRAGMENT_BYTES, assumed=True),
+            MemoryItem("process, libraries, data", host=PROCESS_BYTES, assumed=True),
         ]
-        if self.settings.engine.kind == "vllm":
-            lines.append(Line("vLLM's workspace and graphs", gpu=ENGINE_BYTES, assumed=True))
-        return lines
+        if self.engine.kind == "vllm":
+            items.append(MemoryItem("vLLM's workspace and graphs", gpu=ENGINE_BYTES, assumed=True))
+        return items
 
-    @property
-    def _gradients(self) -> float:
-        return self.trained * (self.placement.gradient_bytes or self.shapes.weight_bytes)
-
-    def _cut(self, part: str, size: float) -> int:
-        return round(size / self.settings.ranks) if part in self.placement.cut else round(size)
-
-    def _at(self, home: Home, what: str, size: int) -> Line:
-        return Line(what, gpu=size) if home == "gpu" else Line(what, host=size)
-
-    def _gathered(self) -> Iterable[Line]:
-        """Weights that are whole while they are used."""
-        place, shapes = self.placement, self.shapes
-        if "weights" not in place.cut and place.weights == "gpu":
+    def _gathered(self) -> Iterable[MemoryItem]:
+        """Weights that are gathered while they are used."""
+        place, size = self.placement, self.size
+        if "weights" not in place.sharded and place.weights == "gpu":
             return []
-        whole = place.whole_parameters or 2 * shapes.layer + shapes.root
-        return [Line("gathered weights", gpu=min(whole, shapes.parameters * self.trunks) * shapes.weight_bytes)]
+        whole = place.gathered_parameters or 2 * size.layer + size.root
+        return [MemoryItem("gathered weights", gpu=min(whole, size.parameters * self.trunks) * size.weight_bytes)]
 
     # -- the engine --------------------------------------------------------------------------------------------------
 
-    def _engine_weights(self) -> int:
-        return self.shapes.parameters * self.settings.engine.dtype_bytes
-
-    def _engine(self, *, sampling: bool) -> list[Line]:
-        """VLLM while it samples, and between rollouts."""
-        engine = self.settings.engine
+    def _vllm(self, *, sampling: bool) -> list[MemoryItem]:
+        """VLLM during and between rollouts."""
+        engine = self.engine
         if engine.kind != "vllm":
             return []
         resident = sampling or engine.memory in ("resident", "release_kv")
-        lines = [Line("vLLM's weights", gpu=self._engine_weights())] if resident else []
+        items = [MemoryItem("vLLM's weights", gpu=self.engine_weights)] if resident else []
         if sampling or engine.memory == "resident":
-            lines.append(Line("vLLM's KV cache", gpu=engine.kv_bytes))
+            items.append(MemoryItem("vLLM's KV cache", gpu=engine.kv_bytes))
         if engine.memory == "sleep":
-            lines.append(Line("vLLM's sleeping weights", host=self._engine_weights()))
-        return lines
+            items.append(MemoryItem("vLLM's sleeping weights", host=self.engine_weights))
+        return items
 
-    def _embedded(self) -> list[Line]:
-        """The embedded engine: at its peak it reads prompts, or draws last tokens, one layer of the cache twice."""
-        shapes, settings = self.shapes, self.settings
-        prompts = min(settings.engine.batch_prompts, settings.batch_prompts)
-        rows, length = prompts * settings.group, settings.prompts.tokens
-        cache = kv_cache_bytes(rows, length + settings.max_tokens, shapes.kv_bytes)
-        reading = [
-            Line("KV cache of prompts", gpu=kv_cache_bytes(prompts, length, shapes.kv_bytes)),
-            Line("reading prompts", gpu=self.steps.prefill),
+    def _embedded(self) -> list[MemoryItem]:
+        """The embedded engine at its peak: the forward over the prompts, or sampling with one layer's cache twice."""
+        size, settings = self.size, self.settings
+        prompts = min(self.engine.batch_prompts, settings.batch_prompts)
+        rows, length = prompts * settings.group_rows, settings.prompt.tokens
+        cache = kv_cache_bytes(rows, length + settings.max_tokens, size.kv_bytes)
+        prefill = [
+            MemoryItem("KV cache of prompts", gpu=kv_cache_bytes(prompts, length, size.kv_bytes)),
+            MemoryItem("prefill", gpu=self.prefill_bytes),
         ]
-        drawing = [
-            Line("KV cache", gpu=cache),
-            Line("KV cache that grows", gpu=cache // shapes.layers),
-            Line("drawing tokens", gpu=rows * shapes.vocabulary * SAMPLER_BYTES),
+        last_token = [
+            MemoryItem("KV cache", gpu=cache),
+            MemoryItem("copy of one layer's KV cache", gpu=cache // size.layers),
+            MemoryItem("sampling tokens", gpu=rows * size.vocabulary * SAMPLER_BYTES),
         ]
-        return max(reading, drawing, key=lambda lines: sum(line.gpu for line in lines))
+        return max(prefill, last_token, key=lambda items: sum(item.gpu for item in items))
 
     # -- phases ------------------------------------------------------------------------------------------------------
 
-    def load(self) -> list[Line]:
-        """Weights pass through the host, one copy a process that reads them."""
-        whole = self.shapes.parameters * self.shapes.weight_bytes
-        return [Line("weights on their way", host=whole if self.on_gpu else 0), *self._engine(sampling=False)]
+    def load(self) -> list[MemoryItem]:
+        """Weights are read on the host, one copy in every process that reads them."""
+        whole = self.size.parameters * self.size.weight_bytes
+        return [MemoryItem("weights being loaded", host=whole if self.on_gpu else 0), *self._vllm(sampling=False)]
 
-    def rollout(self) -> list[Line]:
-        """Sampling."""
-        kind = self.settings.engine.kind
-        lines = self._embedded() if kind == "embedded" else self._engine(sampling=True)
-        return [*lines, *(self._gathered() if kind == "embedded" else [])]
+    def rollout(self) -> list[MemoryItem]:
+        """The engine samples."""
+        if self.engine.kind == "embedded":
+            return [*self._embedded(), *self._gathered()]
+        return self._vllm(sampling=True)
 
-    def reference(self) -> list[Line]:
-        """Log-probs without gradients: old policy, reference, values."""
-        return [Line("activations", gpu=self.steps.scoring), *self._gathered(), *self._engine(sampling=False)]
+    def logprobs(self) -> list[MemoryItem]:
+        """Log-probs and values without gradients, of old policy and reference."""
+        return [MemoryItem("activations", gpu=self.step.logprobs), *self._gathered(), *self._vllm(sampling=False)]
 
-    def update(self) -> list[Line]:
-        """Forward and backward of one micro-batch, behind others where there are several."""
-        place, kept = self.placement, self.placement.gradients == "gpu"
-        gradients = self._cut("gradients", self._gradients) if kept else 0
-        if place.streams or self.settings.accumulates:
-            work = self.steps.streamed
-        else:  # gradients appear as activations go
-            gradients, work = 0, self.steps.kept
+    def update(self) -> list[MemoryItem]:
+        """Forward and backward of one micro-batch, after others if there are several."""
+        place, on_gpu = self.placement, self.placement.gradients == "gpu"
+        if place.streams_gradients or self.settings.accumulates:
+            gradients = self._shard("gradients", self.gradient_bytes) if on_gpu else 0
+            activations = MemoryItem("activations and temporaries", gpu=self.step.update)
+        else:  # gradients appear while activations are freed
+            gradients = 0
+            activations = MemoryItem("activations and gradients", gpu=self.step.update_with_gradients)
         return [
-            Line("gradients", gpu=gradients),
-            Line("activations and temporaries" if gradients or not kept else "activations and gradients", gpu=work),
-            Line("gradients in buckets", gpu=round(place.gradient_copies * self._gradients)),
+            MemoryItem("gradients", gpu=gradients),
+            activations,
+            MemoryItem("gradients in buckets", gpu=round(place.gradient_copies * self.gradient_bytes)),
             *self._gathered(),
-            *self._engine(sampling=False),
+            *self._vllm(sampling=False),
         ]
 
-    def optimizer_step(self) -> list[Line]:
-        """The step; on the host it works in small pieces."""
-        gradients = self._cut("gradients", self._gradients) if self.placement.gradients == "gpu" else 0
-        scratch = self._cut("states", self.optimizer.scratch_bytes) if self.placement.states == "gpu" else 0
+    def optimizer_step(self) -> list[MemoryItem]:
+        """The optimizer step; temporaries of a step on the host are negligible."""
+        gradients = self._shard("gradients", self.gradient_bytes) if self.placement.gradients == "gpu" else 0
+        scratch = self._shard("states", self.optimizer.scratch_bytes) if self.placement.states == "gpu" else 0
         return [
-            Line("gradients", gpu=gradients),
-            Line("gradients in buckets", gpu=round(self.placement.gradient_copies * self._gradients)),
-            Line("temporaries of the step", gpu=scratch),
-            *self._engine(sampling=False),
+            MemoryItem("gradients", gpu=gradients),
+            MemoryItem("gradients in buckets", gpu=round(self.placement.gradient_copies * self.gradient_bytes)),
+            MemoryItem("temporaries of the step", gpu=scratch),
+            *self._vllm(sampling=False),
         ]
 
-    def sync(self) -> list[Line]:
-        """Weights on their way to the engine: one tensor, and one layer that the engine takes apart."""
-        if self.settings.engine.kind == "embedded":
+    def sync(self) -> list[MemoryItem]:
+        """Weights are sent to the engine: one tensor at a time, and one layer that the engine repacks."""
+        if self.engine.kind == "embedded":
             return []
-        largest = self.shapes.largest * self.shapes.weight_bytes
-        lines = [Line("tensor on its way", gpu=largest)]
-        if self.settings.engine.kind == "server":
-            return [*lines, Line("tensor as bytes", host=2 * largest)]
-        layer = max(self.shapes.layer * self.shapes.weight_bytes, largest)
-        return [*lines, Line("layer the engine repacks", gpu=layer), *self._engine(sampling=False), *self._woken()]
+        largest = self.size.largest * self.size.weight_bytes
+        items = [MemoryItem("tensor being sent", gpu=largest)]
+        if self.engine.kind == "server":
+            return [*items, MemoryItem("tensor as bytes", host=2 * largest)]
+        layer = max(self.size.layer * self.size.weight_bytes, largest)
+        items += [MemoryItem("layer that vLLM repacks", gpu=layer), *self._vllm(sampling=False)]
+        if self.engine.memory in ("sleep", "discard"):
+            items.append(MemoryItem("vLLM's weights", gpu=self.engine_weights))
+        return items
 
-    def _woken(self) -> list[Line]:
-        asleep = self.settings.engine.memory in ("sleep", "discard")
-        return [Line("vLLM's weights", gpu=self._engine_weights())] if asleep else []
-
-    def save(self) -> list[Line]:
-        """Tensors stream to disk one at a time."""
-        largest = self.shapes.largest * max(4, self.shapes.weight_bytes)
-        return [Line("tensor on its way", host=largest if self.on_gpu else 0), *self._engine(sampling=False)]
+    def save(self) -> list[MemoryItem]:
+        """Tensors are written to disk one at a time."""
+        largest = self.size.largest * max(4, self.size.weight_bytes)
+        return [MemoryItem("tensor being written", host=largest if self.on_gpu else 0), *self._vllm(sampling=False)]

@@ -1,8 +1,8 @@
-"""Memory of a computation that is never carried out.
+"""Peak memory of a computation that is not carried out.
 
-Weights, activations and gradients are fake tensors: shape, dtype and a storage that is counted, but no bytes behind it.
-Token ids, masks, image grids and positions are real, because models read their values to decide on shapes. So the
-package's own forward runs as it is, images included, for a model of any size on any machine.
+Weights, activations and gradients are fake tensors: they have a shape, a dtype and a storage that is counted, but no
+memory. Token ids, masks, image grids and positions are real, because models read their values to decide on shapes. So
+the package's own forward and backward run unchanged, images included, for a model of any size on any machine.
 """
 
 from __future__ import annotations
@@ -19,42 +19,44 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 REAL_LIMIT = 1 << 20
-"""Tensors of floating-point numbers made from nothing are fake above this many bytes."""
-Moment = tuple[str, str, int]
-"""Pass (``score``, ``forward``, ``backward``), what is running (``text``, ``vision``, ``rest``), and which of them."""
+"""Factory functions return fake tensors for floating-point results above this number of bytes."""
 _aten = torch.ops.aten
 _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index_put}
 
 
 class FakeMemory(TorchDispatchMode):
-    """Counts live bytes while fake tensors are computed with; ``with memory: ...`` around what is to be counted.
+    """Runs operators on fake tensors and counts the bytes that are alive; use it as ``with memory: ...``.
 
     Attributes:
-        peaks: Largest number of live bytes at each moment, without and with the gradients that are kept in ``.grad``.
-        moment: What is going on; the caller names it.
+        fake: The mode in which fake tensors are made.
+        peaks: Largest number of live bytes in each interval, without and with the gradients in ``.grad``; ``mark``
+            begins an interval.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.moment: Moment = ("", "rest", 0)
-        self.peaks: dict[Moment, tuple[int, int]] = {}
+        self.peaks: list[tuple[int, int]] = [(0, 0)]
         self._sizes: dict[int, int] = {}
-        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._kept: set[int] = set()
-        self._live = 0
-        self._gradients = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._gradients: set[int] = set()
+        self._live_bytes = 0
+        self._gradient_bytes = 0
 
     def ignore(self, model: torch.nn.Module) -> None:
-        """Leave weights and buffers out of the count: where they live is the strategy's affair."""
+        """Leave weights and buffers out of the count: where they are kept depends on the strategy."""
         for tensor in (*model.parameters(), *model.buffers()):
-            self._watch(tensor, count=False)
+            self._track(tensor, count=False)
+
+    def mark(self, *_: object) -> None:
+        """Begin an interval of ``peaks``; also serves as a hook of modules and tensors."""
+        self.peaks.append((self._live_bytes, self._live_bytes + self._gradient_bytes))
 
     @contextmanager
-    def gradients_kept(self, model: torch.nn.Module) -> Iterator[None]:
-        """Count gradients apart from the moment they are complete; they are dropped at the end."""
+    def separate_gradients(self, model: torch.nn.Module) -> Iterator[None]:
+        """Count gradients separately as soon as they are complete; they are dropped at the end."""
         trained = [p for p in model.parameters() if p.requires_grad]
-        handles = [p.register_post_accumulate_grad_hook(self._keep) for p in trained]
+        handles = [p.register_post_accumulate_grad_hook(self._count_as_gradient) for p in trained]
         try:
             yield
         finally:
@@ -63,12 +65,12 @@ class FakeMemory(TorchDispatchMode):
             for p in trained:
                 p.grad = None
 
-    def _keep(self, parameter: Tensor) -> None:
+    def _count_as_gradient(self, parameter: Tensor) -> None:
         key = parameter.grad.untyped_storage()._cdata
-        if key in self._sizes and key not in self._kept:
-            self._kept.add(key)
-            self._live -= self._sizes[key]
-            self._gradients += self._sizes[key]
+        if key in self._sizes and key not in self._gradients:
+            self._gradients.add(key)
+            self._live_bytes -= self._sizes[key]
+            self._gradient_bytes += self._sizes[key]
 
     def __torch_dispatch__(
         self,
@@ -76,12 +78,15 @@ class FakeMemory(TorchDispatchMode):
         types: object,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - whatever it gives
-        """Run one operator, fake if any of its tensors is, and count what it made."""
+    ) -> Any:  # noqa: ANN401 - any result
+        """Run one operator, as a fake one if any of its tensors is fake, and count its results."""
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if any(isinstance(x, FakeTensor) for x in tensors):
-            out = self._run_fake(func, args, kwargs)
+            if func.overloadpacket in _INDEXING:  # the number of rows that a mask selects must be known
+                args = (args[0], [part for index in args[1] for part in _as_positions(index)], *args[2:])
+            with self.fake:
+                out = func(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
             if not tensors and isinstance(out, Tensor) and out.is_floating_point() and out.nbytes > REAL_LIMIT:
@@ -89,45 +94,39 @@ class FakeMemory(TorchDispatchMode):
                     out = torch.empty_strided(out.size(), out.stride(), dtype=out.dtype)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._watch(tensor)
+                self._track(tensor)
         return out
 
-    def _run_fake(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-        if func.overloadpacket in _INDEXING:  # how many rows a mask selects must be known
-            args = (args[0], [part for index in args[1] for part in _as_positions(index)], *args[2:])
-        with self.fake:
-            return func(*args, **kwargs)
-
-    def _watch(self, tensor: Tensor, *, count: bool = True) -> None:
+    def _track(self, tensor: Tensor, *, count: bool = True) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._watched:
+        if key in self._storages:
             return
-        self._watched[key] = weakref.ref(storage, self._forgetter(key))
-        if not count:
-            return
-        self._sizes[key] = storage.nbytes()
-        self._live += storage.nbytes()
-        without, with_gradients = self.peaks.get(self.moment, (0, 0))
-        self.peaks[self.moment] = (max(without, self._live), max(with_gradients, self._live + self._gradients))
+        self._storages[key] = weakref.ref(storage, self._on_free(key))
+        if count:
+            self._sizes[key] = storage.nbytes()
+            self._live_bytes += storage.nbytes()
+            alone, with_gradients = self.peaks[-1]
+            live = self._live_bytes
+            self.peaks[-1] = (max(alone, live), max(with_gradients, live + self._gradient_bytes))
 
-    def _forgetter(self, key: int) -> Callable[[object], None]:
-        def forget(_: object) -> None:
-            del self._watched[key]
+    def _on_free(self, key: int) -> Callable[[object], None]:
+        def free(_: object) -> None:
+            del self._storages[key]
             size = self._sizes.pop(key, 0)
-            if key in self._kept:
-                self._kept.remove(key)
-                self._gradients -= size
+            if key in self._gradients:
+                self._gradients.remove(key)
+                self._gradient_bytes -= size
             else:
-                self._live -= size
+                self._live_bytes -= size
 
-        return forget
+        return free
 
 
 def _as_positions(index: Tensor | None) -> list[Tensor | None]:
-    """A mask as the positions it selects, one tensor an axis; anything else as it is.
+    """A mask as the positions it selects, one tensor an axis; any other index unchanged.
 
-    A mask that depends on pixels or weights is fake itself: it is taken to select everything.
+    A mask that depends on pixels or weights is itself fake; it is taken to select everything.
     """
     if index is None or index.dtype not in (torch.bool, torch.uint8):
         return [index]

@@ -1,4 +1,4 @@
-"""What the memory of a run depends on, as one process of it sees it."""
+"""What the memory of a run depends on, from the point of view of one of its processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EngineMemory = Literal["resident", "release_kv", "sleep", "discard"]
 
 
 @dataclass(frozen=True)
-class Source:
+class PlannedModel:
     """What is loaded and what of it is trained; the fields are those of ``VLM``."""
 
     path: str
@@ -31,99 +31,99 @@ class Source:
     share_prompt: bool = True
 
     @classmethod
-    def of(cls, vlm: VLM) -> Source:
-        """The same of a policy of the config."""
+    def of(cls, vlm: VLM) -> PlannedModel:
+        """The same fields of a policy."""
         values = {field.name: getattr(vlm, field.name) for field in dataclasses.fields(cls)}
         return cls(**values | {"freeze": tuple(vlm.freeze)})
 
 
 @dataclass(frozen=True)
-class Engine:
-    """Where rollouts come from."""
+class PlannedEngine:
+    """What samples the rollouts."""
 
     kind: EngineKind = "embedded"
     memory: EngineMemory = "resident"
-    """What vLLM hands back while the policy is updated."""
+    """What vLLM frees while the policy is updated; see ``VLLMRollout``."""
     kv_bytes: int = 0
-    """vLLM's cache; the embedded engine's follows from the batch."""
+    """Size of vLLM's KV cache; that of the embedded engine follows from the batch."""
     batch_prompts: int = 64
-    """Prompts the embedded engine samples at a time."""
+    """Prompts that the embedded engine samples at a time."""
     dtype_bytes: int = 2
-    """Of vLLM's weights and cache."""
+    """Bytes of one number in vLLM's weights and cache."""
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """How large a prompt is taken to be."""
+class PromptSize:
+    """The size of every prompt of the plan."""
 
     tokens: int = 1024
-    """Image tokens included."""
+    """Including image tokens."""
     images: int = 1
     image_tokens: int = 256
-    """Tokens one image becomes."""
+    """Tokens of one image."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything the plan needs to know."""
+class PlanSettings:
+    """All inputs of the plan."""
 
-    source: Source
+    model: PlannedModel
     precision: str = "32-true"
-    group: int = 8
-    """Rows of a prompt: completions, and what stands beside them."""
+    group_rows: int = 8
+    """Rows of a prompt: completions, and demonstrations beside them."""
     max_tokens: int = 256
     batch_prompts: int = 32
     """Prompts of a rollout on this rank."""
-    minibatches: int = 1
+    num_minibatches: int = 1
     micro_batch_size: int = 0
     """Rows in one forward and backward; 0: all of a mini-batch."""
-    prompts: Prompts = Prompts()
+    prompt: PromptSize = PromptSize()
     critic: Literal["none", "shared", "head", "separate"] = "none"
     reference: bool = False
     """Whether a frozen copy of the policy is loaded."""
-    evaluates: bool = False
-    """Whether log-probs are computed before the update."""
+    computes_logprobs: bool = False
+    """Whether log-probs or values are computed before the update."""
     entropy_loss: bool = False
     placement: Placement = SINGLE
     ranks: int = 1
-    engine: Engine = Engine()
+    engine: PlannedEngine = PlannedEngine()
     device: Literal["cuda", "cpu"] = "cuda"
 
     @property
-    def loaded(self) -> Source:
-        """The source in the dtype its weights have in this run."""
+    def loaded_model(self) -> PlannedModel:
+        """The model in the dtype of its weights in this run."""
         casts = "rl_deepspeed" in self.placement.name and self.precision == "bf16-mixed"  # DeepSpeed keeps fp32 masters
         bfloat16 = casts or self.precision == "bf16-true"
-        return dataclasses.replace(self.source, dtype="bfloat16") if bfloat16 else self.source
+        return dataclasses.replace(self.model, dtype="bfloat16") if bfloat16 else self.model
 
     @property
     def autocast(self) -> bool:
         """Whether weights are cast layer by layer while they are used."""
-        return self.precision == "bf16-mixed" and self.loaded.dtype == "float32"
+        return self.precision == "bf16-mixed" and self.loaded_model.dtype == "float32"
 
     @property
     def minibatch_rows(self) -> int:
         """Rows of one optimizer step."""
-        return max(1, self.batch_prompts // self.minibatches) * self.group
+        return max(1, self.batch_prompts // self.num_minibatches) * self.group_rows
 
     @property
-    def micro_rows(self) -> int:
+    def micro_batch_rows(self) -> int:
         """Rows of one forward and backward."""
         return min(self.micro_batch_size or self.minibatch_rows, self.minibatch_rows)
 
     @property
     def accumulates(self) -> bool:
-        """Whether an update has more than one micro-batch, so that gradients are there when a forward begins."""
-        return self.micro_rows < self.minibatch_rows
+        """Whether an update has several micro-batches, so that gradients exist when a forward begins."""
+        return self.micro_batch_rows < self.minibatch_rows
 
-    def replace(self, **changes: object) -> Settings:
+    def replace(self, **changes: object) -> PlanSettings:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
-    def with_source(self, **changes: object) -> Settings:
-        """A copy with some fields of ``source`` changed."""
-        return self.replace(source=dataclasses.replace(self.source, **changes))  # type: ignore[arg-type]
+    def with_model(self, **changes: object) -> PlanSettings:
+        """A copy with some fields of ``model`` changed."""
+        return self.replace(model=dataclasses.replace(self.model, **changes))  # type: ignore[arg-type]
 
-    def with_engine(self, **changes: object) -> Settings:
+    def with_engine(self, **changes: object) -> PlanSettings:
         """A copy with some fields of ``engine`` changed."""
         return self.replace(engine=dataclasses.replace(self.engine, **changes))  # type: ignore[arg-type]

@@ -1,43 +1,36 @@
-"""Sizes of a model from its config, of an optimizer from a step of its own."""
+"""Sizes of a model from its config, and of an optimizer from one of its steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from rllava_pl.memory.budget import OptimizerCost, Shapes
-from rllava_pl.memory.fake_policy import layers_of, phantom_model
-from rllava_pl.memory.settings import Source
-from rllava_pl.models.architectures import config_of
+from rllava_pl.memory.budget import ModelSize, OptimizerCost
+from rllava_pl.memory.fake_policy import layers_of, meta_model
+from rllava_pl.memory.settings import PlannedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 PROBE_ELEMENTS = 1 << 16
 
 
 @lru_cache(maxsize=32)
-def shapes_of(source: Source) -> Shapes:
-    """Sizes of the full model, which is built without memory (``meta``); frozen parts and adapters as in the run."""
-    return measured(phantom_model(source, config_of(source.path, source.revision)))
-
-
-def measured(model: PreTrainedModel) -> Shapes:
-    """Sizes of a model; ``model.parameters()`` has tied weights once."""
+def model_size(planned: PlannedModel) -> ModelSize:
+    """Sizes of the model with its adapters and frozen parts; it is built without memory, tied weights count once."""
+    model = meta_model(planned)
     parameters, text = list(model.parameters()), model.config.get_text_config()
-    layers = [_count(layer.parameters()) for kind in layers_of(model).values() for layer in kind]
+    layers = [_count(layer.parameters()) for layer in layers_of(model)]
     total, weight_bytes = _count(parameters), parameters[0].element_size()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return Shapes(
+    return ModelSize(
         parameters=total,
         trained=_count(p for p in parameters if p.requires_grad),
         largest=max(p.numel() for p in parameters),
@@ -51,26 +44,22 @@ def measured(model: PreTrainedModel) -> Shapes:
     )
 
 
-def optimizer_cost(make: MakeOptimizer, dtype: torch.dtype, shapes: Shapes, *, on_gpu: bool) -> OptimizerCost:
-    """What an optimizer keeps, counted after one step of it on a small parameter of the same dtype.
+def optimizer_cost(make: MakeOptimizer, dtype: torch.dtype, size: ModelSize, *, on_gpu: bool) -> OptimizerCost:
+    """States that an optimizer holds after one step on a small parameter of the same dtype, and its temporaries.
 
-    On a GPU torch's optimizers update all parameters at once (``foreach``) and hold temporaries as large as they are,
-    unless they are fused; on a CPU they go one by one.
+    On a GPU torch's optimizers update all parameters at once (``foreach``) and hold temporaries of the same size,
+    unless they are fused; on a CPU they update one parameter after the other.
     """
     probe = nn.Parameter(torch.zeros(PROBE_ELEMENTS, dtype=dtype))
     optimizer = make([probe])
     probe.grad = torch.zeros_like(probe)
     optimizer.step()
-    kept = sum(x.nbytes for x in _tensors(optimizer.state_dict()["state"].values()) if x.numel() > 1)
+    states = [x for x in tree_leaves(optimizer.state_dict()["state"]) if isinstance(x, Tensor) and x.numel() > 1]
     fused = bool(optimizer.defaults.get("fused"))
     together = on_gpu and optimizer.defaults.get("foreach") is not False
-    scratch = shapes.trained if together else min(2 * shapes.largest, 2 * shapes.trained)
-    return OptimizerCost(kept / PROBE_ELEMENTS, 0.0 if fused else scratch * float(probe.element_size()))
-
-
-def _tensors(states: Iterable[Any]) -> Iterable[Tensor]:
-    leaves = [x.tensors() if callable(getattr(x, "tensors", None)) else x for x in states]
-    return [x for x in tree_leaves(leaves) if isinstance(x, Tensor)]
+    scratch = size.trained if together else min(2 * size.largest, 2 * size.trained)
+    moment_bytes = sum(x.nbytes for x in states) / PROBE_ELEMENTS
+    return OptimizerCost(moment_bytes, 0.0 if fused else scratch * float(probe.element_size()))
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
