@@ -1,7 +1,22 @@
-"""Losses that treat apart the few tokens which cost a policy its entropy; public through ``functional.losses``.
+"""Losses that treat the few tokens of highest covariance separately; public through ``functional.losses``.
 
-Entropy falls by about the covariance of log-prob and advantage (arXiv 2505.22617), and a handful of tokens carries most
-of it. Which ones is a statement about the whole mini-batch: select once, before micro-batches are cut, and pass slices.
+Entropy falls by about the covariance of log-prob and advantage (arXiv 2505.22617), and few tokens carry most of it.
+They are selected in the whole mini-batch, before it is split into micro-batches, which then pass slices. All functions
+take (N, T) tensors:
+
+=============== ====================================================================================================
+``logp``        log-probs under the policy being trained. The selections take no gradient through it: before the first
+                update of a mini-batch ``old_logp`` serves, without a forward
+``old_logp``    log-probs under the policy that sampled
+``advantages``  credit of every token
+``mask``        bool, True at trainable tokens
+``ratio``       share of the trainable tokens to select, 0 to 1; never fewer than one token
+``selected_NT`` bool: the slice of what the selection chose in the whole mini-batch; None: select among these tokens
+returned        losses in at least fp32, 0 where masked; selections as bool, False where masked
+raised          ValueError: an option out of its range, a mask that is not boolean or of another shape
+=============== ====================================================================================================
+
+The covariance of a token is ``(A - mean A) * (logp - mean logp)``, means over all trainable tokens.
 """
 
 from __future__ import annotations
@@ -30,26 +45,10 @@ def clip_cov(
 ) -> Tensor:
     """Clip-Cov: the clipped surrogate, with 0 at a few random tokens of high covariance (arXiv 2505.22617).
 
-    Args:
-        logp: (N, T), log-probs under the policy being trained.
-        old_logp: (N, T), under the policy that sampled.
-        advantages: (N, T), credit of every token.
-        mask: bool (N, T), True at trainable tokens.
+    Options:
         clip_low: How far the ratio may fall below 1.
         clip_high: How far it may rise above 1.
-        ratio: See :func:`clip_cov_select`, as ``lower``, ``upper`` and ``generator``; none is used if tokens are given.
-        lower: Covariance above which a token can be selected.
-        upper: Covariance below which it can.
-        generator: Source of the draw.
-        selected_NT: bool (N, T), tokens to silence: a slice of what :func:`clip_cov_select` chose in the whole
-            mini-batch. None: choose among the tokens given here.
-
-    Returns:
-        (N, T), in at least fp32; 0 where masked or selected.
-
-    Raises:
-        ValueError: a negative clip range; arguments that :func:`clip_cov_select` refuses; ``mask`` or ``selected_NT``
-            that is not boolean or of another shape.
+        ratio: As ``lower``, ``upper`` and ``generator`` for :func:`clip_cov_select`; unused if tokens are given.
 
     >>> logp, mask = torch.tensor([[0.5, -0.5]]), torch.ones(1, 2, dtype=torch.bool)
     >>> selected_NT = torch.tensor([[False, True]])
@@ -88,32 +87,18 @@ def clip_cov_select(
     upper: float = 5.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Tokens that :func:`clip_cov` silences: a uniform random draw among those of high covariance (arXiv 2505.22617).
+    """Tokens that :func:`clip_cov` sets to 0: drawn uniformly among those of high covariance (arXiv 2505.22617).
 
-    ``cov = (A - mean A) * (logp - mean logp)``, means over all trainable tokens. A trainable token can be drawn if
-    ``lower < cov < upper`` and the surrogate does not clip it anyway. ``max(1, int(ratio * trainable tokens))`` are
-    drawn, or all that can be if those are fewer. With less than 1 / ratio trainable tokens (5,000 by default) the one
-    token is a larger share than ``ratio``.
+    A trainable token can be drawn if ``lower < covariance < upper`` and the surrogate does not clip it already.
+    ``max(1, int(ratio * trainable tokens))`` are drawn, or all that can be if those are fewer. With fewer than
+    1 / ratio trainable tokens (5,000 by default) the one token is a larger share than ``ratio``.
 
-    Args:
-        logp: (N, T), log-probs under the policy being trained; no gradient flows. Before the first update of a
-            mini-batch ``old_logp`` serves, without a forward.
-        old_logp: (N, T), under the policy that sampled.
-        advantages: (N, T), credit of every token.
-        mask: bool (N, T), True at trainable tokens.
+    Options:
         clip_low: How far the ratio may fall below 1 before the surrogate clips.
         clip_high: How far it may rise above 1.
-        ratio: Share of the trainable tokens to silence, 0 to 1; never fewer than one token.
-        lower: Covariance above which a token can be drawn.
-        upper: Covariance below which it can: the extremes are left alone.
+        lower: Covariance above which a token can be selected.
+        upper: Covariance below which it can: the extremes are excluded.
         generator: Source of the draw, on any device; equal states select equal tokens. None: torch's global one.
-
-    Returns:
-        bool (N, T), False where masked.
-
-    Raises:
-        ValueError: a negative clip range; ``ratio`` outside of 0 to 1; ``lower`` not below ``upper``; a mask that is
-            not boolean or of another shape.
 
     >>> logp, advantages = torch.tensor([[-1.0, -3.0, -2.0, -2.0]]), torch.tensor([[3.0, -1.0, 0.0, -2.0]])
     >>> clip_cov_select(logp, logp, advantages, torch.ones(1, 4, dtype=torch.bool), ratio=0.25)  # cov 3, 1, 0, 0
@@ -140,27 +125,13 @@ def kl_cov(
     beta: float = 1.0,
     selected_NT: Tensor | None = None,
 ) -> Tensor:
-    """KL-Cov: the unclipped surrogate ``-A * ratio``, held back where covariance is highest (arXiv 2505.22617).
+    """KL-Cov: the unclipped surrogate ``-A * ratio``, with a penalty at the highest covariance (arXiv 2505.22617).
 
     Selected tokens add ``beta * abs(logp - old_logp)``, with the log-ratio unbounded. Its gradient is 0 at exactly
-    ``logp = old_logp``: it only acts from the second update on a rollout batch on.
+    ``logp = old_logp``: it has no effect before the second update of a rollout batch.
 
-    Args:
-        logp: (N, T), log-probs under the policy being trained.
-        old_logp: (N, T), under the policy that sampled.
-        advantages: (N, T), credit of every token.
-        mask: bool (N, T), True at trainable tokens.
-        ratio: Share of the trainable tokens to hold back, see :func:`kl_cov_select`; not used if tokens are given.
+    Options:
         beta: Weight of the penalty.
-        selected_NT: bool (N, T), tokens to hold back: a slice of what :func:`kl_cov_select` chose in the whole
-            mini-batch. None: choose among the tokens given here.
-
-    Returns:
-        (N, T), in at least fp32; 0 where masked.
-
-    Raises:
-        ValueError: ``beta`` negative; ``ratio`` outside of 0 to 1; ``mask`` or ``selected_NT`` that is not boolean or
-            of another shape.
 
     >>> logp, old_logp = torch.tensor([[-1.0, -3.0, -2.0, -2.0]]), torch.tensor([[-1.5, -3.0, -2.0, -2.0]])
     >>> advantages, mask = torch.tensor([[3.0, -1.0, 0.0, -2.0]]), torch.ones(1, 4, dtype=torch.bool)
@@ -180,23 +151,9 @@ def kl_cov(
 
 
 def kl_cov_select(logp: Tensor, advantages: Tensor, mask: Tensor, *, ratio: float = 2e-3) -> Tensor:
-    """Tokens that :func:`kl_cov` holds back: the trainable ones of largest covariance (arXiv 2505.22617).
+    """Tokens that :func:`kl_cov` penalises: the trainable ones of largest covariance (arXiv 2505.22617).
 
-    ``cov = (A - mean A) * (logp - mean logp)``, means over all trainable tokens. There are
-    ``max(1, int(ratio * trainable tokens))`` of them, none if nothing is trainable. Of equal ones the first is taken.
-
-    Args:
-        logp: (N, T), log-probs under the policy being trained; no gradient flows. Before the first update of a
-            mini-batch ``old_logp`` serves, without a forward.
-        advantages: (N, T), credit of every token.
-        mask: bool (N, T), True at trainable tokens.
-        ratio: Share of the trainable tokens to select, 0 to 1; never fewer than one token.
-
-    Returns:
-        bool (N, T), False where masked.
-
-    Raises:
-        ValueError: ``ratio`` outside of 0 to 1; a mask that is not boolean or of another shape.
+    There are ``max(1, int(ratio * trainable tokens))`` of them, none if no token is trainable; ties go to the first.
 
     >>> logp, advantages = torch.tensor([[-1.0, -3.0, -2.0, -2.0]]), torch.tensor([[3.0, -1.0, 0.0, -2.0]])
     >>> kl_cov_select(logp, advantages, torch.ones(1, 4, dtype=torch.bool), ratio=0.5)  # cov 3, 1, 0, 0
@@ -210,14 +167,9 @@ def kl_cov_select(logp: Tensor, advantages: Tensor, mask: Tensor, *, ratio: floa
 
 
 def _covariance(logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """fp64 (N, T): each trainable token's term of the covariance of log-prob and advantage; anything where masked."""
-    return _centered(advantages, mask) * _centered(logp, mask)
-
-
-def _centered(x: Tensor, mask: Tensor) -> Tensor:
-    """fp64, detached: ``x`` minus its mean over all trainable tokens."""
-    values = x.detach().double()
-    return values - masked_mean(values, mask)
+    """fp64, detached: each trainable token's covariance; arbitrary where masked."""
+    a, b = advantages.detach().double(), logp.detach().double()
+    return (a - masked_mean(a, mask)) * (b - masked_mean(b, mask))
 
 
 def _budget(ratio: float, mask: Tensor) -> int:

@@ -12,7 +12,7 @@ from rllava_pl.functional._numerics import raised
 
 @dataclass(frozen=True)
 class Groups:
-    """Which sample belongs to which of K groups.
+    """The assignment of N samples to K groups.
 
     Example: ids (7, 3, 7) give ``index_N = (1, 0, 1)`` and ``sizes_K = (1, 2)``.
     """
@@ -58,10 +58,10 @@ class Groups:
     def max_of_others(self, values_N: Tensor) -> Tensor:
         """(N,): largest value among the other samples of each sample's group; -inf for a group of one."""
         highest_N = self.max(values_N)
-        on_top_N = values_N == highest_N
-        second_N = self.max(values_N.masked_fill(on_top_N, -torch.inf))
-        alone_on_top_N = on_top_N & (self.sum(on_top_N.long()) == 1)
-        return torch.where(alone_on_top_N, second_N, highest_N)
+        is_highest_N = values_N == highest_N
+        second_N = self.max(values_N.masked_fill(is_highest_N, -torch.inf))
+        only_highest_N = is_highest_N & (self.sum(is_highest_N.long()) == 1)
+        return torch.where(only_highest_N, second_N, highest_N)
 
     def unequal(self, values_N: Tensor) -> Tensor:
         """Boolean (N,): the sample's group has max > min; False for a group of one."""

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 LOG_RATIO_BOUND = 20.0
-"""exp(20) = 4.9e8: far beyond any ratio that still says something, far below the overflow of fp32."""
+"""exp(20) = 4.9e8: far above any meaningful ratio, far below the overflow of fp32."""
 
 
 def raised(x: Tensor) -> Tensor:
-    """``x`` in fp32, or in fp64 if it is fp64 already; no copy where nothing changes."""
+    """``x`` in fp32, or in fp64 if it is fp64; no copy if the dtype stays."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 

@@ -1,7 +1,7 @@
-"""Advantages of every token, from returns: what is public here is read as ``rllava_pl.functional.advantages``.
+"""Advantages of every token, from returns; public through ``rllava_pl.functional.advantages``.
 
-Only trainable tokens are steps in time. Tokens of a tool or an environment between them are skipped: the return is
-carried over them without a discount, and nothing that stands there counts.
+Only trainable tokens are time steps. Tokens of a tool or an environment between them are skipped: the return is carried
+over them without a discount, and rewards and values there are ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def reinforce_pp(token_rewards_NT: Tensor, mask_NT: Tensor, *, gamma: float = 1.
     REINFORCE++ (arXiv 2501.03262), which needs neither a critic nor groups.
 
     Args:
-        token_rewards_NT: Reward of every token; what stands at masked tokens is ignored.
+        token_rewards_NT: Reward of every token; ignored at masked tokens.
         mask_NT: bool, True at trainable tokens.
         gamma: Discount of one trainable token, 0 to 1.
 
@@ -51,8 +51,7 @@ def reinforce_pp_baseline(rewards_N: Tensor, group_N: Tensor, mask_NT: Tensor) -
     """Group-centred rewards ``r - mean_g`` on every token, whitened over the trainable tokens of the whole batch.
 
     REINFORCE++ with baseline (arXiv 2501.03262): the scale comes from the batch, not from the few samples of a group.
-    A group of one, or of equal rewards, enters the whitening with 0; it comes out as 0 minus the mean of the batch,
-    over its std.
+    A group of one, or of equal rewards, enters the whitening with 0.
 
     Args:
         rewards_N: One reward a sample.
@@ -97,7 +96,7 @@ def gae(
     error of one step.
 
     Args:
-        token_rewards_NT: Reward of every token; what stands at masked tokens is ignored, here and in the values.
+        token_rewards_NT: Reward of every token; ignored at masked tokens, as the values are.
         values_NT: The critic's value of the state in which each token was drawn.
         mask_NT: bool, True at trainable tokens.
         gamma: Discount of one trainable token, 0 to 1.
@@ -130,14 +129,14 @@ def gae(
 
 
 def _steps(mask_NT: Tensor) -> Tensor:
-    """int64 (N, T): how many trainable tokens of the row stand before this one; T for a token that is not trainable."""
+    """int64 (N, T): number of trainable tokens before this one in its row; T for a token that is not trainable."""
     return (mask_NT.cumsum(1) - 1).masked_fill(~mask_NT, mask_NT.shape[1])
 
 
 def _gather(values_NT: Tensor, step_NT: Tensor) -> Tensor:
     """fp64 (N, T) without gradient: the values of the trainable tokens moved to the front of their row, then 0.
 
-    Time then has no holes. Values of all other tokens meet in column T, which is cut off.
+    Values of all other tokens are written to column T, which is dropped.
     """
     rows, tokens = step_NT.shape
     front = values_NT.new_zeros((rows, tokens + 1), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Losses whose ratio belongs to a whole response; public through :mod:`rllava_pl.functional.losses`."""
+"""Losses with one ratio per response; public through :mod:`rllava_pl.functional.losses`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The clipped surrogate of PPO, in the pieces that its descendants share."""
+"""Parts of PPO's clipped surrogate that several losses share."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Log-probs over a large vocabulary, one tile of it at a time, forward and backward.
+"""Log-probs over a large vocabulary, tile by tile, forward and backward.
 
 With z = W·h / temperature over V tokens, p = softmax(z), E the entropy of p and y the target:
 
     log p(y) = z_y - norm                        d log p(y) / dz_v = 1[v = y] - p_v
     norm = log Σ_v exp(z_v)                      dE / dz_v = -p_v · (log p_v + E)
 
-Everything but ``norm`` is known tile by tile, and ``norm`` comes from a maximum and a sum that are carried from tile to
-tile (online softmax, arXiv 1805.02867). The backward makes each tile's probabilities again from z and ``norm``, which
-costs one more multiplication with the head; what is kept in between does not grow with V. Where the head takes no
+Each tile gives its share of everything but ``norm``, which comes from a maximum and a sum that are updated tile by tile
+(online softmax, arXiv 1805.02867). The backward recomputes each tile's probabilities from z and ``norm``, which costs
+one more multiplication with the head; what is saved in between does not grow with V. Where the head takes no
 gradient (frozen, or LoRA elsewhere), d log p(y) / dh = (W_y - Σ_v p_v W_v) / temperature is summed up in the same
 pass as ``norm``, and the backward is one multiplication by the upstream gradient.
 
@@ -30,7 +30,7 @@ BANNED_LOGIT = -1e30
 
 @dataclass(frozen=True)
 class Tiling:
-    """The distribution over the vocabulary, and how it is cut."""
+    """The distribution over the vocabulary, and its tiles."""
 
     temperature: float
     banned_ids: tuple[int, ...]
@@ -77,7 +77,7 @@ class OnlineSoftmax:
         self._scratch = _like(hidden_MH, len(hidden_MH), columns) if entropy else None
 
     def add(self, z_MK: Tensor, weight_KH: Tensor) -> None:
-        """Take in a tile; its logits are used up."""
+        """Add a tile; its logits are overwritten."""
         top_M = torch.maximum(self.top_M, z_MK.amax(1))
         drop_M = self.top_M - top_M
         shrink_M = drop_M.exp()
@@ -123,7 +123,7 @@ class TiledLogProbs(torch.autograd.Function):
         ctx.tiling = tiling  # type: ignore[attr-defined]
         if not entropy:
             ctx.mark_non_differentiable(entropy_M)
-        ctx.set_materialize_grads(False)  # an entropy that only is a metric costs nothing in the backward
+        ctx.set_materialize_grads(False)  # an entropy that is only a metric costs nothing in the backward
         return target_M - sums.top_M - log_mass_M, entropy_M
 
     @staticmethod
@@ -131,7 +131,7 @@ class TiledLogProbs(torch.autograd.Function):
     def backward(
         ctx: FunctionCtx, logp_grad_M: Tensor | None, entropy_grad_M: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        """A second pass; none where the gradient was made ready and the entropy is only looked at."""
+        """A second pass; none if the gradient was prepared and the entropy has no gradient."""
         hidden_MH, weight_VH, ids_M, norm_M, entropy_M, slope_MH = ctx.saved_tensors  # type: ignore[attr-defined]
         if logp_grad_M is None:
             logp_grad_M = torch.zeros_like(norm_M)
@@ -170,7 +170,7 @@ def _targets(ids_M: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def _logit_gradient(logp_MK: Tensor, logp_grad_M: Tensor, entropy_grad_M: Tensor | None, entropy_M: Tensor) -> Tensor:
-    """Gradient of the logits but for the target's own; in the place of ``logp_MK``."""
+    """Gradient of the logits except the target's term; written into ``logp_MK``."""
     if entropy_grad_M is None:
         return logp_MK.exp_().mul_(-logp_grad_M[:, None])
     p_MK = logp_MK.exp()
@@ -179,7 +179,7 @@ def _logit_gradient(logp_MK: Tensor, logp_grad_M: Tensor, entropy_grad_M: Tensor
 
 
 def _add_product(total_MH: Tensor, factor_MK: Tensor, weight_KH: Tensor) -> None:
-    """``total += factor @ weight``, summed in the precision of ``total``: a rounding a tile would add up."""
+    """``total += factor @ weight``, summed in the precision of ``total``: rounding errors of the tiles would add up."""
     if weight_KH.dtype == total_MH.dtype or not total_MH.is_cuda:
         total_MH.addmm_(factor_MK, weight_KH.to(total_MH.dtype))
     else:

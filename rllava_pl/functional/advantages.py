@@ -1,8 +1,8 @@
-"""From rewards to advantages: how much better a sample was than what the policy does on that prompt anyway.
+"""From rewards to advantages: how much better a sample was than the policy usually is on that prompt.
 
 Every function takes the rollout batch gathered from all ranks. Statistics are taken in fp64: in fp32, fifteen equal
-rewards of 0.98 would get an advantage of 0.19 instead of 0. A group of one, and a group of equal rewards, carry no
-information and get exactly 0; a raw reward never becomes an advantage.
+rewards of 0.98 would get an advantage of 0.19 instead of 0. A group of one and a group of equal rewards carry no
+information and get exactly 0.
 
 One advantage a sample: :func:`grpo`, :func:`rloo`, :func:`opo`, :func:`gpg`, :func:`pass_at_k`, :func:`remax`.
 One a token: :func:`reinforce_pp`, :func:`reinforce_pp_baseline`, :func:`gae`.
@@ -23,8 +23,8 @@ __all__ = ["gae", "gpg", "grpo", "opo", "pass_at_k", "reinforce_pp", "reinforce_
 def grpo(rewards_N: Tensor, group_N: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
     """Group-relative advantages: ``(r - mean_g) / (std_g + eps)``, std unbiased (n - 1).
 
-    GRPO (arXiv 2402.03300); without the division Dr. GRPO (arXiv 2503.20783), which does not favour groups that are
-    almost solved or almost hopeless.
+    GRPO (arXiv 2402.03300); without the division Dr. GRPO (arXiv 2503.20783), which does not favour groups with
+    almost equal rewards.
 
     Args:
         rewards_N: One reward a sample.
@@ -106,11 +106,11 @@ def opo(rewards_N: Tensor, group_N: Tensor, lengths_N: Tensor) -> Tensor:
 
 
 def gpg(rewards_N: Tensor, group_N: Tensor, *, f_norm: float = 1.0) -> Tensor:
-    """Centred rewards, rescaled for the groups that say nothing: ``alpha * (r - mean_g) / f_norm``.
+    """Centred rewards, rescaled for the uninformative groups: ``alpha * (r - mean_g) / f_norm``.
 
-    GPG (arXiv 2504.02546). ``alpha = N / (samples in groups with unequal rewards)`` undoes that groups solved always or
-    never add zeros to the mean over the batch. A group counts by its spread, not by a reward of 0: with a bonus that
-    every sample gets, alpha is the same.
+    GPG (arXiv 2504.02546). ``alpha = N / (samples in groups with unequal rewards)`` corrects for the zeros that groups
+    of equal rewards add to the mean over the batch. Groups count by their spread, so a bonus for every sample leaves
+    alpha unchanged.
 
     Args:
         rewards_N: One reward a sample.
@@ -134,7 +134,7 @@ def gpg(rewards_N: Tensor, group_N: Tensor, *, f_norm: float = 1.0) -> Tensor:
 
 
 def pass_at_k(rewards_N: Tensor, group_N: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
-    """Only the best sample of a group is credited, by its lead: ``(r_best - r_second) / (std_g + eps)``.
+    """Credit for the best sample of a group only, by its lead: ``(r_best - r_second) / (std_g + eps)``.
 
     The gain of the group's maximum over its maximum without the sample (arXiv 2503.19595, there without the division),
     which trains pass@k, k = size of the group. The std is unbiased (n - 1). A tie at the top gives 0 to all.
@@ -165,7 +165,7 @@ def pass_at_k(rewards_N: Tensor, group_N: Tensor, *, scale_by_std: bool = True, 
 def remax(rewards_N: Tensor, greedy_rewards_N: Tensor) -> Tensor:
     """Reward minus the reward of the greedy response to the same prompt: ``r - r_greedy``.
 
-    ReMax (arXiv 2310.10505). The greedy response must pay the same penalties and KL as the samples, and is not trained.
+    ReMax (arXiv 2310.10505). The greedy response gets the same penalties and KL as the samples, and is not trained.
 
     Args:
         rewards_N: One reward a sample.

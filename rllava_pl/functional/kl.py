@@ -1,4 +1,4 @@
-"""KL divergence between policy and reference, estimated from sampled tokens, and the coefficient in front of it.
+"""KL divergence between policy and reference, estimated from sampled tokens, and its coefficient.
 
 ``d = logp - ref_logp`` of tokens drawn from the policy. After J. Schulman's note "Approximating KL divergence".
 """

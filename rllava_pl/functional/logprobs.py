@@ -1,6 +1,6 @@
 """Log-probs and entropies of tokens under the distribution they are sampled from.
 
-That distribution is the softmax of logits / temperature over the allowed tokens; engine and trainer must mean the
+That distribution is the softmax of logits / temperature over the allowed tokens; engine and trainer must use the
 same one, hence temperature and bans are arguments here.
 """
 
@@ -83,9 +83,9 @@ def chunked_token_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """:func:`token_log_probs` of ``hidden @ head.T`` without ever holding N * T * V logits.
 
-    The vocabulary is gone through in tiles, all rows at once, and the backward makes each tile's probabilities again
-    (``_tiles.py``): memory that does not grow with the vocabulary, for one more multiplication with the head. A head
-    that takes no gradient needs no second pass. Heads with a bias, a logit scale or a soft-cap do not fit; give their
+    The vocabulary is processed in tiles, all rows at once, and the backward recomputes each tile's probabilities
+    (``_tiles.py``): memory does not grow with the vocabulary, at the cost of one more multiplication with the head. A
+    head without gradient needs no second pass. Heads with a bias, a logit scale or a soft-cap do not fit; give their
     logits to :func:`token_log_probs`.
 
     Args:
@@ -99,8 +99,8 @@ def chunked_token_log_probs(
         entropy: False skips the entropies; they are then 0.
 
     Returns:
-        ``(logp_NT, entropy_NT)`` as :func:`token_log_probs`; gradients reach hidden states and weight. An entropy that
-        is only looked at costs nothing in the backward.
+        ``(logp_NT, entropy_NT)`` as :func:`token_log_probs`; gradients reach hidden states and weight. An entropy
+        without gradient costs nothing in the backward.
 
     Raises:
         ValueError: ``temperature`` or ``chunk_tokens`` not positive; shapes that do not fit.

@@ -2,19 +2,19 @@
 
 =================================== ================================================================================
 :func:`reinforce`                   the policy gradient itself; with advantage 1, the loss of supervised fine-tuning
-:func:`clipped`                     nothing to gain beyond a range of the token's ratio: PPO, GRPO, DAPO
-:func:`cispo`                       every token keeps its gradient, with a weight that is bounded
-:func:`sapo`                        a gate that closes smoothly away from ratio 1
+:func:`clipped`                     no gradient beyond a range of the token's ratio: PPO, GRPO, DAPO
+:func:`cispo`                       every token keeps its gradient, with a bounded weight
+:func:`sapo`                        a gate that falls smoothly away from ratio 1
 :func:`gspo`, :func:`gmpo`          one ratio a response: the geometric mean of those of its tokens
-:func:`clip_cov`, :func:`kl_cov`    spare or hold back the tokens that cost entropy; chosen by ``..._select``
+:func:`clip_cov`, :func:`kl_cov`    exclude or penalise tokens that reduce entropy; chosen by ``..._select``
 :func:`value_clipped`               for a critic
 :func:`importance_weights`          factors in front of a policy loss, against the mismatch between engine and trainer
 =================================== ================================================================================
 
-Nothing here is reduced: :func:`rllava_pl.functional.reduce.reduce_loss` does that, and removes what stands at padding.
+All are per token: :func:`rllava_pl.functional.reduce.reduce_loss` reduces them, and ignores padding.
 ``ratio = exp(clamp(logp - old_logp, -20, 20))`` throughout. At ``logp = old_logp``, with advantages constant along each
-row, every policy loss has the gradient of :func:`reinforce` (:func:`clip_cov`: but for its silenced tokens); they
-differ in how they let go of it as the ratio moves.
+row, every policy loss has the gradient of :func:`reinforce` (:func:`clip_cov`: except at its selected tokens); they
+differ in how the gradient changes with the ratio.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ WeightMode = Literal["truncate", "mask"]
 def reinforce(logp: Tensor, advantages: Tensor) -> Tensor:
     """The policy gradient: ``-A * logp`` (R. J. Williams 1992). With A = 1, the token loss of supervised fine-tuning.
 
-    It has no ratio and therefore suits exactly one update on what was sampled.
+    It has no ratio and is therefore valid for one update on each rollout batch.
 
     Args:
         logp: Log-probs under the policy being trained, any shape.
@@ -81,8 +81,8 @@ def clipped(
     """PPO's clipped surrogate: ``max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 + clip_high))``.
 
     arXiv 1707.06347; with two ranges, "clip higher" of DAPO (arXiv 2503.14476). ``clip_low=1.0, clip_high=inf`` does
-    not clip. ``dual_clip = c`` bounds the loss by ``-A * c`` where A < 0 (arXiv 1912.09729), against ratios that
-    explode on a bad token.
+    not clip. ``dual_clip = c`` bounds the loss by ``-A * c`` where A < 0 (arXiv 1912.09729), against very large
+    ratios of bad tokens.
 
     Args:
         logp: Log-probs under the policy being trained, any shape.
@@ -125,7 +125,7 @@ def cispo(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_low: float
         clip_high: How far it may rise above 1.
 
     Returns:
-        The shape of the inputs, in at least fp32. The value says little; the gradient is what counts.
+        The shape of the inputs, in at least fp32. Only its gradient has a meaning.
 
     Raises:
         ValueError: a negative clip range.
@@ -149,7 +149,7 @@ def sapo(
 ) -> Tensor:
     """A soft gate in place of the clip: ``-A * 4 / temperature * sigmoid(temperature * (ratio - 1))``.
 
-    SAPO (arXiv 2511.20347). The gradient with respect to the ratio is A at ratio 1 and fades smoothly on both sides of
+    SAPO (arXiv 2511.20347). The gradient with respect to the ratio is A at ratio 1 and falls smoothly on both sides of
     it, the faster the higher the temperature.
 
     Args:
@@ -180,8 +180,8 @@ def sapo(
 def value_clipped(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float = 0.5) -> Tensor:
     """A critic's loss: ``max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2``.
 
-    There is nothing to gain from moving further than ``clip`` from the value the advantages were computed with. It
-    comes from OpenAI's PPO code; the paper (arXiv 1707.06347) has the plain square, which is ``clip=inf``.
+    Moving further than ``clip`` from the value at the time of the rollout does not lower the loss. The clip comes from
+    OpenAI's PPO code; the paper (arXiv 1707.06347) has the plain square, which is ``clip=inf``.
 
     Args:
         values: Values under the critic being trained, any shape.
@@ -214,12 +214,12 @@ def importance_weights(
     mode: WeightMode = "truncate",
     cap: float = 2.0,
 ) -> Tensor:
-    """Weights that undo the mismatch between the engine that sampled and the trainer: ``exp(old - engine)``, bounded.
+    """Weights that correct the mismatch between engine and trainer: ``exp(old - engine)``, bounded.
 
     They multiply the policy loss of every token before it is reduced; neither the denominator nor the KL term changes.
     Level ``"sequence"`` sums the differences over a row's trainable tokens first and gives them all the same weight.
-    Mode ``"truncate"`` takes ``min(w, cap)`` (truncated importance sampling, F. Yao et al. 2025), ``"mask"`` drops what
-    lies above the cap (J. Liu et al. 2025).
+    Mode ``"truncate"`` takes ``min(w, cap)`` (truncated importance sampling, F. Yao et al. 2025), ``"mask"`` sets
+    weights above the cap to 0 (J. Liu et al. 2025).
 
     Args:
         old_logp: (N, T), log-probs of the sampled tokens in the trainer's arithmetic.

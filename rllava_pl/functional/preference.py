@@ -30,7 +30,7 @@ def dpo(
         rejected_logp_N: (N,), of the worse one.
         ref_chosen_logp_N: (N,), of the better one under the reference.
         ref_rejected_logp_N: (N,), of the worse one under the reference.
-        beta: How dearly a distance from the reference is paid; the smaller, the farther the policy goes.
+        beta: Strength of the pull towards the reference; the smaller, the farther the policy moves.
         label_smoothing: Share of labels assumed wrong, in [0, 0.5].
 
     Returns:

@@ -1,8 +1,8 @@
-"""Masked statistics, and the one place where per-token losses become a number.
+"""Masked statistics, and the reduction of per-token losses to one number.
 
-Losses are divided by counts of the whole mini-batch over all ranks, never of a micro-batch: only then do micro-batch
-size, packing and number of ranks leave the gradient as it is. Values at masked-out positions influence nothing,
-NaN and infinities included, neither here nor in the gradient.
+Losses are divided by counts of the whole mini-batch over all ranks, never of a micro-batch: only then is the gradient
+independent of micro-batch size, packing and number of ranks. Values at masked-out positions, NaN and infinities
+included, influence neither value nor gradient.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def reduce_loss(
 
     The numerator is the sum over selected tokens; for ``"sequence-mean-token-mean"`` the sum over rows of the row's
     mean (rows must then stay whole when a mini-batch is split). For a micro-batch pass the ``denominator`` of the whole
-    mini-batch summed over all ranks, and multiply the result by the number of ranks: DDP and its relatives average
-    gradients.
+    mini-batch summed over all ranks, and multiply the result by the number of ranks: data-parallel strategies
+    average gradients.
 
     Args:
         loss_NT: Loss of every token.

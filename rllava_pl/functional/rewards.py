@@ -1,4 +1,4 @@
-"""Rewards on their way to advantages: where they stand in time, and which of them can teach something."""
+"""Rewards before they become advantages: placed on tokens, penalised for length, and which groups are informative."""
 
 from __future__ import annotations
 

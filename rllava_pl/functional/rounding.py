@@ -1,9 +1,9 @@
-"""Fewer bits a number, rounded at random so that sums stay right on average: bf16, and 8 bits in blocks.
+"""Stochastic rounding of fp32 to bf16, and to 8 bits in blocks.
 
 A value between two representable ones becomes either, with the probability that makes its expectation exact. At RL
-learning rates this is what lets a bf16 weight move at all: an update is a hundredth of the distance to its neighbour.
+learning rates bf16 weights would not change otherwise: an update is a hundredth of the distance to the next value.
 
-Noise comes from a shuffled deck that is read from an offset, so rounding is a function of counters as all randomness
+Noise comes from a fixed table that is read from an offset, so rounding is a function of counters, like all randomness
 here, and adding it costs one pass over a buffer that stays in cache.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rllava_pl.functional.seeds import seed_from
 
-DECK = 2**18
-"""Cards of a deck; every so many numbers of a tensor the offset is drawn anew."""
+TABLE_SIZE = 2**18
+"""Entries of a noise table; every so many numbers of a tensor have another offset into it."""
 BLOCK = 256
 """Numbers that share a scale."""
 _FRACTION_BITS_LOST = 19  # of fp32's 23, where 4 are kept
@@ -27,47 +27,47 @@ _TINY = 2.0**-100
 
 
 @cache
-def deck(bits: int) -> Tensor:
-    """A fixed shuffle of evenly spread integers below ``2**bits``, int32 (2 * DECK,): all cards, and all once more.
+def noise_table(bits: int) -> Tensor:
+    """A fixed shuffle of evenly spaced integers below ``2**bits``, int32 (2 * TABLE_SIZE,): all entries, twice.
 
-    Each value is there equally often (beyond 18 bits every 2nd or 4th value), so the mean over all offsets is exact.
+    Every value is equally frequent (beyond 18 bits every 2nd or 4th value), so the mean over all offsets is exact.
     """
     generator = torch.Generator().manual_seed(seed_from("rounding deck"))
-    cards = torch.randperm(DECK, generator=generator, device="cpu").to(torch.int32)
-    shift = bits - DECK.bit_length() + 1
-    cards = cards << shift if shift > 0 else cards >> -shift
-    return torch.cat([cards, cards])
+    table = torch.randperm(TABLE_SIZE, generator=generator, device="cpu").to(torch.int32)
+    shift = bits - TABLE_SIZE.bit_length() + 1
+    table = table << shift if shift > 0 else table >> -shift
+    return torch.cat([table, table])
 
 
 @cache
-def unit_deck() -> Tensor:
-    """The deck as fp32 in [0, 1)."""
-    return deck(16) * 2.0**-16
+def unit_noise_table() -> Tensor:
+    """The table as fp32 in [0, 1)."""
+    return noise_table(16) * 2.0**-16
 
 
-def draw(deck: Tensor, start: int, count: int, *counters: int | str) -> Tensor:
-    """The cards of a stretch of a tensor: each a function of the counters and of its position, however it is cut.
+def sample_noise(table: Tensor, start: int, count: int, *counters: int | str) -> Tensor:
+    """Noise for consecutive numbers of a tensor: a function of the counters and of their positions only.
 
     Args:
-        deck: Of any kind.
+        table: A noise table.
         start: Position of the first number in its tensor.
-        count: Of numbers; they must not cross a multiple of ``DECK``.
-        *counters: What the noise is to depend on.
+        count: Of numbers; they must not cross a multiple of ``TABLE_SIZE``.
+        *counters: What the noise depends on.
     """
-    page, inside = divmod(start, DECK)
-    first = seed_from(*counters, page) % DECK + inside
-    return deck[first : first + count]
+    page, inside = divmod(start, TABLE_SIZE)
+    first = seed_from(*counters, page) % TABLE_SIZE + inside
+    return table[first : first + count]
 
 
 def on_bfloat16_grid(x: Tensor, noise: Tensor) -> Tensor:
-    """Round fp32 to one of the two bf16 neighbours: the 16 bits that go are added to noise, and carry or do not.
+    """Round fp32 to one of the two bf16 neighbours: noise is added to the 16 bits that are dropped, and may carry.
 
     Args:
         x: fp32 (n,), contiguous, finite.
-        noise: int32 (n,), of ``deck(16)``.
+        noise: int32 (n,), of ``noise_table(16)``.
 
     Returns:
-        Numbers of bf16, in fp32 still, with mean ``x`` over the noise; those that were some before are unchanged.
+        bf16 numbers, as fp32, with mean ``x`` over the noise; bf16 numbers are unchanged.
 
     >>> x = torch.full((4,), 1.0 + 2**-8)  # half-way: bf16 has 1 and 1 + 2**-7 there
     >>> on_bfloat16_grid(x, torch.tensor([0, 0x7FFF, 0x8000, 0xFFFF], dtype=torch.int32)).tolist()
@@ -81,7 +81,7 @@ def to_int8(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         x: fp32 (n,), finite.
-        noise: fp32 (n padded to whole blocks,), of ``unit_deck()``.
+        noise: fp32 (n padded to whole blocks,), of ``unit_noise_table()``.
 
     Returns:
         Codes int8 (blocks * 256,) and scales fp32 (blocks,); ``from_int8`` has mean ``x`` over the noise.
@@ -98,20 +98,19 @@ def to_int8(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_int8(codes: Tensor, scales: Tensor) -> Tensor:
-    """What ``to_int8`` stands for, code * scale / 127, fp32 (blocks * 256,)."""
+    """The numbers of ``to_int8``: code * scale / 127, fp32 (blocks * 256,)."""
     return (codes.view(-1, BLOCK) * (scales / 127.0)[:, None]).view(-1)
 
 
 def to_float8(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers at least 0 as floats of 4 exponent and 4 fraction bits, relative to the largest of their block.
 
-    Steps are 3 to 6 % of the value over a range of 2**16, where even steps would lose whatever is small. What is
-    smaller still is raised to the lowest code: a second moment that became 0 would turn a small gradient into a huge
-    update.
+    Steps are 3 to 6 % of the value over a range of 2**16; even steps would round small values to 0. Still smaller ones
+    are raised to the lowest code: a second moment of 0 would turn a small gradient into a huge update.
 
     Args:
         x: fp32 (n,), finite, >= 0.
-        noise: int32 (n padded to whole blocks,), of ``deck(19)``.
+        noise: int32 (n padded to whole blocks,), of ``noise_table(19)``.
 
     Returns:
         Codes uint8 (blocks * 256,) and scales fp32 (blocks,); ``from_float8`` has mean ``x`` over the noise, within
@@ -129,7 +128,7 @@ def to_float8(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_float8(codes: Tensor, scales: Tensor) -> Tensor:
-    """What ``to_float8`` stands for, fp32 (blocks * 256,); blocks of scale 0 are 0."""
+    """The numbers of ``to_float8``, fp32 (blocks * 256,); blocks of scale 0 are 0."""
     parts = codes.to(torch.int32).add_(_LOWEST).bitwise_left_shift_(_FRACTION_BITS_LOST).view(torch.float32)
     return parts.view(-1, BLOCK).mul_(scales[:, None]).view(-1)
 
@@ -140,6 +139,6 @@ def padded(n: int) -> int:
 
 
 def _blocks(x: Tensor) -> Tensor:
-    """``x`` as rows of ``BLOCK``, the last filled up with zeros."""
+    """``x`` as rows of ``BLOCK``, the last padded with zeros."""
     missing = padded(len(x)) - len(x)
     return (torch.nn.functional.pad(x, (0, missing)) if missing else x).view(-1, BLOCK)

@@ -1,6 +1,6 @@
-"""Randomness as a function of counters: equal counters, equal numbers, whatever ran before, beside or on which device.
+"""Randomness as a function of counters: equal counters give equal numbers, on every device and in any order of calls.
 
-A run can then be resumed bit by bit without any state of a random-number generator.
+A run can therefore be resumed bit by bit without the state of a random-number generator.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def seed_from(*counters: int | str) -> int:
     ``"1"``.
 
     Args:
-        *counters: What the random numbers are to depend on.
+        *counters: What the random numbers depend on.
 
     Returns:
         0 <= seed < 2**63, the same on every machine.

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rllava_pl.functional.rounding import DECK, deck, draw, on_bfloat16_grid
+from rllava_pl.functional.rounding import TABLE_SIZE, noise_table, on_bfloat16_grid, sample_noise
 from rllava_pl.optim.gradients import HostGradients
 from rllava_pl.optim.states import BFloat16, Float8, Float32, Int8, Stored
 from rllava_pl.optim.transfer import lane_to, spans
 
-STRETCH = DECK
+STRETCH = TABLE_SIZE
 """Numbers updated at a time: few enough to stay in the cache of a core, many enough for the start not to count."""
 Precision = Literal["float32", "bfloat16", "int8"]
 _MOMENTS: dict[str, tuple[Callable[[int], Stored], Callable[[int], Stored]]] = {
@@ -173,7 +173,8 @@ class HostAdamW(Optimizer):
             for name, part in state.parts.items():
                 part.write(span, parts[name], (name, *seed))
             if "master" not in parts and p.dtype == torch.bfloat16:
-                weight = on_bfloat16_grid(weight, draw(deck(16), span.start, len(weight), "weight", *seed))
+                noise = sample_noise(noise_table(16), span.start, len(weight), "weight", *seed)
+                weight = on_bfloat16_grid(weight, noise)
             lane.deliver(weight, target)
 
     def _state(self, p: Tensor) -> HostState:

@@ -64,7 +64,7 @@ class BFloat16(Stored):
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
         """Round."""
         self.tensors[""][span] = rounding.on_bfloat16_grid(
-            x, rounding.draw(rounding.deck(16), span.start, len(x), *seed)
+            x, rounding.sample_noise(rounding.noise_table(16), span.start, len(x), *seed)
         )
 
 
@@ -104,7 +104,7 @@ class Int8(Blocks):
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
         """Code with new scales."""
-        noise = rounding.draw(rounding.unit_deck(), span.start, rounding.padded(len(x)), *seed)
+        noise = rounding.sample_noise(rounding.unit_noise_table(), span.start, rounding.padded(len(x)), *seed)
         self._keep(span, rounding.to_int8(x, noise))
 
 
@@ -120,5 +120,5 @@ class Float8(Blocks):
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
         """Code with new scales."""
-        noise = rounding.draw(rounding.deck(19), span.start, rounding.padded(len(x)), *seed)
+        noise = rounding.sample_noise(rounding.noise_table(19), span.start, rounding.padded(len(x)), *seed)
         self._keep(span, rounding.to_float8(x, noise))

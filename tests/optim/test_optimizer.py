@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LinearLR
 
-from rllava_pl.functional.rounding import DECK
+from rllava_pl.functional.rounding import TABLE_SIZE
 from rllava_pl.optim import HostAdamW
 from rllava_pl.optim import optimizer as module
 from rllava_pl.optim.transfer import StagedLane
-from rllava_pl.strategies.adapter import check_optimizer, clip_gradients, discard_gradients
+from rllava_pl.strategies.adapter import adapter_for
 
 Make = Callable[[list[dict[str, object]]], Optimizer]
 MODES = ("float32", "bfloat16", "int8")
@@ -27,7 +27,7 @@ MODES = ("float32", "bfloat16", "int8")
 @pytest.fixture
 def staged(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of an accelerator, worker thread and all, with buffers so small that tensors go in pieces."""
-    monkeypatch.setattr(module, "lane_to", partial(StagedLane, stage_bytes=4 * DECK))
+    monkeypatch.setattr(module, "lane_to", partial(StagedLane, stage_bytes=4 * TABLE_SIZE))
 
 
 class Net(nn.Module):
@@ -37,8 +37,8 @@ class Net(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(11, 64)
         nn.init.normal_(self.embedding.weight, std=0.2)
-        self.wide = nn.Linear(64, DECK // 64 + 33)
-        self.back = nn.Linear(DECK // 64 + 33, 64)
+        self.wide = nn.Linear(64, TABLE_SIZE // 64 + 33)
+        self.back = nn.Linear(TABLE_SIZE // 64 + 33, 64)
         self.unused = nn.Linear(3, 3)
         self.frozen = nn.Linear(64, 64).requires_grad_(False)
 
@@ -75,7 +75,7 @@ def train(model: Net, optimizer: Optimizer, steps: int, seed: int = 1, max_norm:
         parts = [loss(model, part) / 2 for part in ids_NT.to(model.unused.weight.device).chunk(2)]
         for part in parts:
             part.backward()
-        norm = clip_gradients(SingleDeviceStrategy(), optimizer, max_norm)
+        norm = adapter_for(SingleDeviceStrategy()).clip_grad_norm(optimizer, max_norm)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -173,9 +173,9 @@ def test_how_a_batch_is_split_changes_nothing(states: str) -> None:
 def test_rounding_does_not_depend_on_how_a_tensor_is_cut(monkeypatch: pytest.MonkeyPatch, states: str) -> None:
     """A run may be resumed with a later version that cuts otherwise."""
     ends = []
-    for stretch in (DECK, DECK // 2, DECK // 16):
+    for stretch in (TABLE_SIZE, TABLE_SIZE // 2, TABLE_SIZE // 16):
         monkeypatch.setattr(module, "STRETCH", stretch)
-        weight = nn.Parameter(torch.linspace(-1, 1, DECK + 999).bfloat16())
+        weight = nn.Parameter(torch.linspace(-1, 1, TABLE_SIZE + 999).bfloat16())
         optimizer = host([weight], states=states)
         for _ in range(2):
             weight.square().sum().backward()
@@ -192,8 +192,8 @@ def test_gradients_can_be_discarded() -> None:
     train(disturbed, ours, 2), train(quiet, theirs, 2)
     for ids_NT in batches(2):
         (loss(disturbed, ids_NT) * float("nan")).backward()
-    assert not clip_gradients(SingleDeviceStrategy(), ours, 1.0).isfinite()
-    discard_gradients(SingleDeviceStrategy(), ours)
+    assert not adapter_for(SingleDeviceStrategy()).clip_grad_norm(ours, 1.0).isfinite()
+    adapter_for(SingleDeviceStrategy()).discard_gradients(ours)
     ours.step()  # nothing to do
     assert train(disturbed, ours, 2, seed=2) == train(quiet, theirs, 2, seed=2)
     assert equal(disturbed, quiet)
@@ -208,7 +208,7 @@ def test_a_backward_pass_that_fails_half_way_leaves_no_trace(staged: None) -> No
         loss(disturbed, next(batches(1))).backward()
     assert ours._sums.get(disturbed.back.weight) is not None
     handle.remove()
-    discard_gradients(SingleDeviceStrategy(), ours)
+    adapter_for(SingleDeviceStrategy()).discard_gradients(ours)
     assert train(disturbed, ours, 2) == train(quiet, theirs, 2)
     assert equal(disturbed, quiet)
 
@@ -233,7 +233,7 @@ def test_weights_in_fp32_on_the_host_are_not_copied() -> None:
 
 @pytest.mark.parametrize(("states", "size"), [("float32", 12.0), ("bfloat16", 8.0), ("int8", 2 + 8 / 256)])
 def test_bytes_a_parameter(states: str, size: float) -> None:
-    weight = nn.Parameter(torch.zeros(2, 3 * DECK // 2, dtype=torch.bfloat16))
+    weight = nn.Parameter(torch.zeros(2, 3 * TABLE_SIZE // 2, dtype=torch.bfloat16))
     optimizer = host([weight], states=states)
     weight.sum().backward()
     optimizer.step()
@@ -298,7 +298,7 @@ def test_the_host_stays_the_host_whatever_the_default_device_is(staged: None, st
 
 def test_weights_without_master_follow_updates_far_below_their_spacing() -> None:
     """Near 1 the next bf16 numbers are 2**-8 below and 2**-7 above; 40 updates of 1e-5 move the mean by 4e-4."""
-    weight = nn.Parameter(torch.ones(DECK, dtype=torch.bfloat16))
+    weight = nn.Parameter(torch.ones(TABLE_SIZE, dtype=torch.bfloat16))
     optimizer = HostAdamW([weight], lr=1e-5, weight_decay=0.0, states="int8")
     for _ in range(40):
         weight.sum().backward()
@@ -382,7 +382,7 @@ def test_an_unknown_precision_is_refused() -> None:
 
 def test_strategies_that_exchange_gradients_are_refused() -> None:
     optimizer = host([nn.Parameter(torch.zeros(1))])
-    check_optimizer(SingleDeviceStrategy(), optimizer)
-    check_optimizer(DDPStrategy(), plain([nn.Parameter(torch.zeros(1))]))
+    adapter_for(SingleDeviceStrategy()).check_optimizer(optimizer)
+    adapter_for(DDPStrategy()).check_optimizer(plain([nn.Parameter(torch.zeros(1))]))
     with pytest.raises(ValueError, match="HostAdamW takes gradients away before DDPStrategy can exchange them"):
-        check_optimizer(DDPStrategy(), optimizer)
+        adapter_for(DDPStrategy()).check_optimizer(optimizer)
