@@ -1,4 +1,4 @@
-"""Rewards that misbehave on command: the response says how. Importable, so that they can be built in a worker."""
+"""Rewards that fail on request: the response names the fault. Importable, so that a worker process can build them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _flood() -> Score:
 
 
 def _leave_child(*, own_session: bool) -> Score:
-    """A child that outlives the worker, as a daemon if asked."""
+    """A child process that outlives the worker, as a daemon if it has a session."""
     if os.fork() == 0:
         if own_session:
             os.setsid()
@@ -40,7 +40,7 @@ def _leave_child(*, own_session: bool) -> Score:
     return Score(1.0)
 
 
-def _come_back_twice() -> Score:
+def _return_twice() -> Score:
     os.fork()
     return Score(1.0)
 
@@ -50,8 +50,8 @@ def _close_everything() -> Score:
     return Score(1.0)
 
 
-def _babble() -> Score:
-    """Bytes that are no frame, to whatever is open."""
+def _write_garbage() -> Score:
+    """Bytes that are not a frame, to every open descriptor."""
     for line in range(3, 100):
         try:
             os.write(line, b"\xff" * 64)
@@ -79,19 +79,19 @@ FAULTS = {
     "floods its output": (_flood, ""),
     "leaves a child": (lambda: _leave_child(own_session=False), ""),
     "leaves a daemon": (lambda: _leave_child(own_session=True), ""),
-    "forks and comes back twice": (_come_back_twice, ""),
+    "forks and returns twice": (_return_twice, ""),
     "closes everything": (_close_everything, "crash"),
-    "babbles": (_babble, "crash"),
+    "writes garbage": (_write_garbage, "crash"),
 }
-"""What the response asks for: the deed, and the cause under which it is counted; none if it is scored all the same."""
+"""By response: what the reward does, and the cause under which the sample is counted; "" if it is scored."""
 
 
 class Faulty(BaseReward):
-    """1.0, or the fault that the response names.
+    """Length of the response times weight and scale, or the fault that the response names.
 
     Args:
         weight: Factor in the sum of rewards.
-        scale: Multiplies the length of a response that names none.
+        scale: Factor of the length; its first item counts.
     """
 
     def __init__(self, weight: float = 1.0, scale: tuple[float, ...] = (1.0,)) -> None:
@@ -112,6 +112,8 @@ class Grader(Faulty):
     text_at_fault = True
 
     def score(self, rollout: Rollout) -> Score:
+        if rollout.text == "does not apply":
+            return Score.not_applicable()
         score = super().score(rollout)
         return Score(score.value, {"accuracy": score.value})
 
@@ -139,15 +141,16 @@ class Redness(BaseReward):
         return Score(sum(image.getchannel("R").tobytes()) / (image.width * image.height))
 
 
-class Blind(BaseReward):
-    """Wants images and did not say so."""
+class ImageCount(BaseReward):
+    """Reads images without declaring needs_images."""
 
     def score(self, rollout: Rollout) -> Score:
-        return Score(float(len(rollout.prompt.images)))
+        images = [*rollout.prompt.images, *(image for segment in rollout.segments for image in segment.images)]
+        return Score(float(len(images)))
 
 
 class Unbuildable(BaseReward):
-    """Its constructor fails everywhere but in the process of the test."""
+    """Its constructor fails in every process but that of the test."""
 
     home = 0
 
@@ -161,28 +164,29 @@ class Unbuildable(BaseReward):
 
 
 class Echo(BaseReward):
-    """Whether the rollout arrived as it was sent; the test fills in what that is."""
+    """Whether the rollout arrived as it was sent, and sums over what it consists of."""
 
     def score(self, rollout: Rollout) -> Score:
         prompt = rollout.prompt
         seen = {
             "ids": float(rollout.response_ids.sum()),
-            "mask": float(rollout.response_mask.sum()),
+            "sampled": float(rollout.sampled_mask.sum()),
             "logp": float(rollout.engine_logprobs.sum()),
-            "demo": -1.0 if rollout.demo_mask is None else float(rollout.demo_mask.sum()),
-            "prompt": float(rollout.prompt_ids.sum()),
-            "turns": float(sum(turn.stop for turn in rollout.turns)),
+            "given": float(sum(segment.origin == "given" for segment in rollout.segments)),
+            "prompt": float(rollout.inputs.input_ids_S.sum()),
+            "version": float(sum(rollout.weight_versions)),
+            "steps": float(sum(rollout.step_rewards)),
             "slots": float(sum(message.image_slots for message in prompt.messages)),
         }
-        same = (prompt.metadata["note"], prompt.answer, rollout.finish_reason) == ("\ud800 é", "4", "length")
-        return Score(float(same), seen)
+        expected = ({"note": "\ud800 \u00e9", "boxes": [[1, 2.5]]}, {"text": "4"}, "length")
+        return Score(float((prompt.metadata, prompt.answer, rollout.finish_reason) == expected), seen)
 
 
 class Unlucky(BaseReward):
-    """Crashes over the prompts that it is told.
+    """Ends its process over some prompts.
 
     Args:
-        uids: Of these prompts.
+        uids: Uids of these prompts.
     """
 
     def __init__(self, uids: list[str]) -> None:

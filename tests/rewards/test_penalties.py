@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from rllava_pl.rewards import RepetitionPenalty, judge
+from rllava_pl.rewards import RepetitionPenalty, compute_rewards
 
 
 @pytest.mark.parametrize(
@@ -18,18 +18,18 @@ from rllava_pl.rewards import RepetitionPenalty, judge
         ((), 0.0),
     ],
 )
-def test_share_of_repeated_pairs(rollout, ids, expected):
+def test_value_is_fraction_of_repeated_pairs(rollout, ids, expected):
     assert RepetitionPenalty(ngram_tokens=2).score(rollout(ids=ids)).value == expected
 
 
-def test_tokens_the_policy_did_not_sample_cost_nothing(rollout):
+def test_tokens_of_observations_cost_nothing(rollout):
     # pairs 78, 89 (sampled) | 99 99 99 touch the observation | 12 (sampled)
     ids, sampled = (7, 8, 9, 9, 9, 9, 1, 2), (True, True, True, False, False, False, True, True)
     assert RepetitionPenalty(ngram_tokens=2).score(rollout(ids=ids, sampled=sampled)).value == 0.0
     assert RepetitionPenalty(ngram_tokens=2).score(rollout(ids=ids)).value == pytest.approx(5 / 7 - 1)
 
 
-def test_no_window_reaches_over_an_observation(rollout):
+def test_no_window_spans_an_observation(rollout):
     reward = RepetitionPenalty(ngram_tokens=2)
     # were the observation (5) cut out, the pair 78 would occur twice
     assert reward.score(rollout(ids=(7, 8, 7, 5, 8), sampled=(True, True, True, False, True))).value == 0.0
@@ -37,10 +37,10 @@ def test_no_window_reaches_over_an_observation(rollout):
     assert reward.score(rollout(ids=(7, 5, 7, 5), sampled=(True, False, True, False))).value == 0.0
 
 
-def test_it_is_logged_under_its_name(rollout):
-    judgement = judge([RepetitionPenalty(ngram_tokens=2, weight=0.5)], [rollout(ids=(7, 8, 7, 8, 7))])
-    assert judgement.rewards == [-0.25]
-    assert judgement.components == {"repetition_penalty": [-0.5]}
+def test_component_has_the_name_of_the_reward(rollout):
+    output = compute_rewards([RepetitionPenalty(ngram_tokens=2, weight=0.5)], [rollout(ids=(7, 8, 7, 8, 7))])
+    assert output.rewards == [-0.25]
+    assert output.components == {"repetition_penalty": [-0.5]}
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def test_it_is_logged_under_its_name(rollout):
         ({"weight": -1.0}, "weight is -1.0; a negative one would reward repetition"),
     ],
 )
-def test_options_that_make_no_sense(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RepetitionPenalty(**options)
 
 
 @pytest.mark.parametrize("bits", [1, 18, 31, 40])
 @pytest.mark.parametrize("ngram_tokens", [1, 3, 8, 21])
-def test_windows_are_told_apart_whatever_their_ids(rollout, bits, ngram_tokens):
+def test_windows_are_distinguished_for_ids_of_any_size(rollout, bits, ngram_tokens):
     rng = random.Random(bits)
     alphabet = [rng.getrandbits(bits) for _ in range(3)]
     ids = tuple(rng.choices(alphabet, k=400))

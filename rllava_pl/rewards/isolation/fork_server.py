@@ -1,9 +1,9 @@
-"""The process beside the trainer that rewards are built in, and of which their workers are copies.
+"""The process that builds the rewards and whose copies are the workers, from both sides.
 
-Starting Python and importing torch takes seconds, a copy of a process that has done so a few milliseconds: that makes
-it cheap to kill a worker. The nursery does nothing but copy itself and bury its dead, so it always answers. It adopts
-whatever its workers leave behind (``PR_SET_CHILD_SUBREAPER``) and ends it; and when the trainer is gone, however it
-ended, the line to it breaks and the nursery ends everything, itself included.
+Starting Python and importing torch takes seconds, forking a process that has done so a few milliseconds. The fork
+server only forks and reaps workers, so it stays responsive. It adopts processes that workers leave behind
+(``PR_SET_CHILD_SUBREAPER``) and kills them. When the trainer ends, in whatever way, the connection breaks, and the fork
+server kills all workers and exits.
 """
 
 from __future__ import annotations
@@ -11,170 +11,244 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import json
 import os
 import select
 import signal
 import socket
 import struct
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 
-from rllava_pl.rewards.base import BaseReward
-from rllava_pl.rewards.isolation import protocol as wire
+from rllava_pl.rewards.base import BaseReward, RewardError
+from rllava_pl.rewards.isolation.protocol import frame, read_frames
 from rllava_pl.rewards.isolation.spec import RewardSpec
-from rllava_pl.rewards.scoring import error_score as failed, is_samplewise as scores_one_by_one, score_rollouts as scored
-from rllava_pl.types import Rollout, Score
+from rllava_pl.rewards.isolation.worker import Worker, close_connection, serve_scores
+from rllava_pl.rewards.scoring import error_score
+from rllava_pl.types import Json
 
-ORDER = struct.Struct("!cq")
-"""What the trainer says: ``FORK`` with a line for the worker, or ``END`` with the number of a worker."""
-FORK, END = b"F", b"E"
+START_SECONDS = 120.0
+"""Longest time to import torch and to build all rewards."""
+REPLY_SECONDS = 10.0
+"""Longest time to fork or to kill a worker, which takes milliseconds on an idle machine."""
+POLL_SECONDS = 1.0
+"""Pause between checks whether the trainer still runs."""
 
-REPLY = struct.Struct("!q")
-"""The number of the worker that was made or ended."""
+_FORK, _KILL = b"F", b"K"
+_ORDER, _REPLY = struct.Struct("!cq"), struct.Struct("!q")
+"""Trainer to server: ``_FORK`` with a socket for the worker, or ``_KILL`` with its pid; the reply is the pid."""
 
-LOOK_UP_SECONDS = 1.0
-"""Pause between looks whether the trainer is still there."""
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_COMMAND = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "from rllava_pl.rewards.isolation import fork_server; fork_server.serve(int(sys.argv[1]))"
+)
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # a forked process has no threads, and workers share the cores
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",  # the devices belong to the trainer
+}
 
-_DIE_WITH_PARENT, _ADOPT_ORPHANS = 1, 36
-"""Of prctl(2): PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER."""
+
+class ForkServerLostError(RuntimeError):
+    """The fork server does not answer any more."""
 
 
-def main(line: int) -> None:
-    """Serve the trainer at the other end of a socket until it hangs up.
+class ForkServer:
+    """The trainer's side; starts the process and returns at once.
 
     Args:
-        line: File descriptor of the socket.
+        specs: Rewards to build.
+        memory_bytes: Memory a worker may allocate on top of what it starts with.
     """
-    trainer = socket.socket(fileno=line)
+
+    def __init__(self, specs: Sequence[RewardSpec], memory_bytes: int) -> None:
+        self._connection, theirs = socket.socketpair()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
+        self._ready = False
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _COMMAND, str(theirs.fileno()), json.dumps(sys.path)],
+                pass_fds=[theirs.fileno()],
+                env=os.environ | _ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._stderr,
+                start_new_session=True,  # Ctrl-C is for the trainer
+            )
+        setup: Json = {"specs": [vars(spec) for spec in specs], "memory_bytes": memory_bytes}
+        self._connection.sendall(frame(setup))
+
+    def wait_until_ready(self) -> None:
+        """Return when all rewards are built.
+
+        Raises:
+            RewardError: They cannot be built there.
+        """
+        if self._ready:
+            return
+        self._connection.settimeout(START_SECONDS)
+        try:
+            answer = next((message for message, _ in read_frames(self._connection)), None)
+        except TimeoutError:
+            answer = {"error": f"not ready after {START_SECONDS:g} seconds"}
+        except OSError:
+            answer = None
+        if answer != {"ready": True}:
+            error = cast("dict[str, str]", answer)["error"] if answer else self._read_stderr()
+            raise RewardError(
+                "the rewards cannot be built in another process; correct this, or let them run in the trainer "
+                f'(isolation = "none" in the class, or scoring.isolation: none). The error there:\n{error}'
+            )
+        self._connection.settimeout(REPLY_SECONDS)
+        self._ready = True
+
+    def fork(self) -> Worker:
+        """A new worker.
+
+        Raises:
+            ForkServerLostError: The server has ended.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            return Worker(self._send(_FORK, 0, theirs), ours)
+
+    def kill(self, worker: Worker) -> None:
+        """Kill a worker and every process that it has started.
+
+        Raises:
+            ForkServerLostError: The server has ended, and the worker with it; processes it has started may live.
+        """
+        close_connection(worker.connection)
+        self._send(_KILL, worker.pid)
+
+    def close(self) -> None:
+        """End the server and all workers."""
+        close_connection(self._connection)
+        if not self._ready:
+            self._process.kill()
+        try:
+            self._process.wait(REPLY_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._stderr.close()
+
+    def _send(self, order: bytes, pid: int, *sockets: socket.socket) -> int:
+        try:
+            socket.send_fds(self._connection, [_ORDER.pack(order, pid)], [s.fileno() for s in sockets])
+            reply = self._connection.recv(_REPLY.size, socket.MSG_WAITALL)
+        except OSError as error:
+            raise ForkServerLostError(str(error)) from error
+        if len(reply) < _REPLY.size:
+            raise ForkServerLostError("it closed the connection")
+        return int(_REPLY.unpack(reply)[0])
+
+    def _read_stderr(self) -> str:
+        self._process.wait(REPLY_SECONDS)
+        self._stderr.seek(0)
+        return self._stderr.read().decode(errors="replace")[-2000:].strip() or f"exit {self._process.returncode}"
+
+
+# -- in the fork server ------------------------------------------------------------------------------------------------
+
+
+def serve(descriptor: int) -> None:
+    """Build the rewards, then fork and kill workers until the trainer closes the connection or ends.
+
+    Args:
+        descriptor: File descriptor of the socket to the trainer.
+    """
+    trainer = socket.socket(fileno=descriptor)
     torch.set_num_threads(1)
-    _prctl(_ADOPT_ORPHANS, 1)
-    _prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # while a constructor may hang; from then on, whatever hangs is a worker
-    plan, _ = next(wire.frames(trainer))
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # for a constructor that hangs
+    setup = cast("dict[str, list[dict[str, str]]]", next(read_frames(trainer))[0])
     try:
-        body = cast("dict[str, wire.Json]", plan)
-        rewards = [RewardSpec(**fields).build() for fields in cast("list[dict]", body["recipes"])]  # type: ignore[type-arg]
+        rewards = [RewardSpec(**spec).build() for spec in setup["specs"]]
         for reward in rewards:
             reward.load()
     except BaseException as error:
-        trainer.sendall(wire.frame({"error": failed(error).detail}))
+        trainer.sendall(frame({"error": error_score(error).detail}))
         return
-    _prctl(_DIE_WITH_PARENT, 0)
-    trainer.sendall(wire.frame({"ready": True}))
-    gc.freeze()  # what is there now is never collected, so that copies keep sharing its memory
+    _prctl(_PR_SET_PDEATHSIG, 0)  # from here on the loop below notices the end, and kills the workers first
+    trainer.sendall(frame({"ready": True}))
+    gc.freeze()  # never collect what exists now, so that workers keep sharing its memory
     workers: set[int] = set()
     try:
-        for order, number, lines in _orders(trainer):
-            if order == END:
-                _end(number, workers)
-            else:
-                number = _fork(lines[0], [trainer], lambda own: _work(own, rewards, cast(int, body["memory_bytes"])))
-                workers.add(number)
-                os.close(lines[0])
-            trainer.sendall(REPLY.pack(number))
+        for order, pid, descriptors in _orders(trainer):
+            if order == _FORK:
+                pid = _fork(descriptors[0], trainer, rewards, cast(int, setup["memory_bytes"]))
+                workers.add(pid)
+                os.close(descriptors[0])
+            elif pid in workers:
+                _kill(pid, workers)
+            trainer.sendall(_REPLY.pack(pid))
     finally:
-        for worker in list(workers):
-            _end(worker, workers)
+        while workers:
+            _kill(next(iter(workers)), workers)
 
 
 def _orders(trainer: socket.socket) -> Iterator[tuple[bytes, int, list[int]]]:
-    """What the trainer wants, until it hangs up, or is gone and only copies of it hold the line."""
+    """Orders until the trainer closes the connection, or has ended while copies of it hold the connection open."""
     parent = os.getppid()
     with contextlib.suppress(ConnectionError):
         while True:
-            while not select.select([trainer], [], [], LOOK_UP_SECONDS)[0]:
+            while not select.select([trainer], [], [], POLL_SECONDS)[0]:
                 if os.getppid() != parent:
                     return
-            message, lines, _, _ = socket.recv_fds(trainer, ORDER.size, 1)
-            while message and len(message) < ORDER.size:
-                message += trainer.recv(ORDER.size - len(message))
+            message, descriptors, _, _ = socket.recv_fds(trainer, _ORDER.size, 1)
+            while message and len(message) < _ORDER.size:
+                message += trainer.recv(_ORDER.size - len(message))
             if not message:
                 return
-            yield *ORDER.unpack(message), lines
+            yield *_ORDER.unpack(message), descriptors
 
 
-def _fork(line: int, not_theirs: list[socket.socket], work: Callable[[socket.socket], None]) -> int:
-    parent = os.getpid()
-    child = os.fork()
-    if child:
-        return child
+def _fork(descriptor: int, trainer: socket.socket, rewards: list[BaseReward], memory_bytes: int) -> int:
+    server = os.getpid()
+    if pid := os.fork():
+        return pid
     try:
-        os.setsid()  # a group of its own, to be killed with all that it starts
-        os.dup2(1, 2)  # nowhere; the nursery's own errors are kept, a worker's could fill a disk
-        _prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-        if os.getppid() == parent:  # else it was gone before the above
-            for connection in not_theirs:
-                connection.close()
-            own = socket.socket(fileno=line)
-            own.set_inheritable(False)
-            os.register_at_fork(after_in_child=own.close)  # what the worker starts must not keep its line open
-            work(own)
+        os.setsid()  # a process group, to be killed with all that the worker starts
+        os.dup2(1, 2)  # /dev/null: the file that keeps the server's errors could grow without limit
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == server:  # else the server ended before the line above
+            trainer.close()
+            connection = socket.socket(fileno=descriptor)
+            connection.set_inheritable(False)
+            os.register_at_fork(after_in_child=connection.close)  # processes that a reward starts must not hold it
+            serve_scores(connection, rewards, memory_bytes)
     finally:
-        os._exit(0)  # never back into the code of the nursery
+        os._exit(0)  # never return into the server's code
 
 
-def _end(worker: int, workers: set[int]) -> None:
-    """Kill a worker with its group, and then everything that it had started and that lost its parent by that."""
-    if worker not in workers:
-        return
+def _kill(worker: int, workers: set[int]) -> None:
+    """Kill a worker with its group, and then every process that it had started, which now is a child of the server."""
     workers.remove(worker)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
-        os.kill(worker, signal.SIGKILL)  # had it not yet its own group
+        os.kill(worker, signal.SIGKILL)  # if it had no group yet
     os.waitpid(worker, 0)
     while strays := _children() - workers:  # each may leave more behind
         for stray in strays:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(stray, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
                 os.waitpid(stray, 0)
 
 
 def _children() -> set[int]:
-    """Processes whose parent this one is."""
     try:
         with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
             return {int(pid) for pid in file.read().split()}
-    except OSError:  # not Linux: there, nobody is adopted
+    except OSError:  # not Linux, where the server adopts no processes
         return set()
-
-
-# -- in the worker -----------------------------------------------------------------------------------------------------
-
-
-def _work(line: socket.socket, rewards: list[BaseReward], memory_bytes: int) -> None:
-    """Answer requests, a score at a time, until the trainer hangs up."""
-    _limit_memory(memory_bytes)
-    for message, rest in wire.frames(line):
-        number, rollouts = wire.read_request(message, rest)
-        reward = rewards[number]
-        calls = [[rollout] for rollout in rollouts] if scores_one_by_one(reward) else [rollouts]
-        for call in calls:
-            line.sendall(wire.score_answer(_guarded(reward, call)))
-
-
-def _guarded(reward: BaseReward, rollouts: list[Rollout]) -> list[Score]:
-    """Checked scores, whatever is raised, ``SystemExit`` included."""
-    try:
-        return scored(reward, rollouts)
-    except BaseException as error:
-        return [failed(error)] * len(rollouts)
-
-
-def _limit_memory(headroom_bytes: int) -> None:
-    """Bound what this process may have on top of what it has, which is mostly torch and shared."""
-    import resource  # of Unix alone, as fork is; the file is imported everywhere
-
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            now = int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:  # not Linux
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (now + headroom_bytes, now + headroom_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _prctl(option: int, value: int) -> None:

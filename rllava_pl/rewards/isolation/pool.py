@@ -1,8 +1,4 @@
-"""Rewards in processes that can be killed.
-
-What a reward does to its process (hang, crash, eat memory, flood its output, start others) ends with that process. A
-sample has a deadline; when it has passed, the worker and all that it started are killed, and another takes over.
-"""
+"""A pool of worker processes: deadlines, retries, replacements."""
 
 from __future__ import annotations
 
@@ -11,48 +7,56 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from rllava_pl.rewards.isolation import protocol as wire
+from rllava_pl.rewards.isolation.fork_server import ForkServer, ForkServerLostError
+from rllava_pl.rewards.isolation.protocol import MAX_ANSWER_BYTES, ProtocolError, read_scores, score_request
 from rllava_pl.rewards.isolation.spec import RewardSpec
-from rllava_pl.rewards.isolation.workers import Call, Nursery, NurseryGone, Worker
+from rllava_pl.rewards.isolation.worker import Call, Worker, close_connection
 from rllava_pl.rewards.scoring import Scoring
 from rllava_pl.types import Rollout, Score
 
-AT_ONCE = 16
-"""Most samples a worker is given at a time; it still answers one by one, and what it did not get to is not lost."""
+MAX_CALLS = 16
+"""Calls sent to a worker at a time; it answers one by one, and what it has not answered is not lost with it."""
+
+_FAULTS = {
+    "timeout": "no score within timeout_seconds of the reward, or scoring.timeout_seconds",
+    "crash": "its process ended without a score, twice",
+    "pool": "the processes of the pool were killed from outside, twice",
+}
 
 
 class RewardPool:
     """Workers that score rollouts with rewards built in another process; not to be shared by threads.
 
+    A sample has a deadline. When it has passed, its worker and every process that the worker started are killed, and
+    another worker takes over the samples that were left.
+
     Args:
-        recipes: The rewards.
-        workers: Processes that score at a time.
-        memory_bytes: What each may take on top of what it starts with.
-        recycle_after: Samples after which a worker makes room for a fresh one.
+        specs: How to build the rewards.
+        scoring: Number of workers, their memory and their recycling.
     """
 
-    def __init__(self, recipes: Sequence[RewardSpec], scoring: Scoring) -> None:
-        self.recipes = recipes
-        self.most_workers = scoring.workers
-        self.memory_bytes = int(scoring.memory_gib * 2**30)
-        self.recycle_after = scoring.recycle_after
+    def __init__(self, specs: Sequence[RewardSpec], scoring: Scoring) -> None:
         self.restarts = 0
-        """Processes replaced after a fault; whoever reads it may set it back."""
-        self.workers: list[Worker] = []
-        self._nursery: Nursery | None = None
+        """Processes replaced after a fault; the reader may reset it."""
+        self._specs = specs
+        self._scoring = scoring
+        self._workers: list[Worker] = []
+        self._server: ForkServer | None = None
 
-    def start(self) -> None:
-        """Start the process that builds the rewards; returns at once, so that the trainer can load its model."""
-        self._nursery = self._nursery or Nursery(self.recipes, self.memory_bytes)
+    def start(self) -> ForkServer:
+        """Start the fork server if there is none; returns at once, so that the trainer can load its model."""
+        if self._server is None:
+            self._server = ForkServer(self._specs, int(self._scoring.memory_gib * 2**30))
+        return self._server
 
     def close(self) -> None:
         """End all processes; idempotent, and ``score`` starts them again."""
-        for worker in self.workers:
-            worker.close()
-        self.workers.clear()
-        if self._nursery is not None:
-            self._nursery.close()
-            self._nursery = None
+        for worker in self._workers:
+            close_connection(worker.connection)
+        self._workers.clear()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     def score(
         self,
@@ -63,128 +67,135 @@ class RewardPool:
         images: bool = False,
         together: bool = False,
     ) -> tuple[list[Score], list[float]]:
-        """Scores of every sample and the seconds it took, in order.
+        """Scores of all samples and the seconds they took, in order.
 
         Args:
-            reward: Position in ``recipes``.
+            reward: Position in ``specs``.
             rollouts: Any number.
             timeout_seconds: For one sample, or for all if ``together``.
-            images: Send the prompts' images.
-            together: Give all rollouts to one worker in one call.
+            images: Send the images of prompts and observations.
+            together: Score all rollouts in one call of one worker.
 
         Raises:
             RewardError: The rewards cannot be built in another process.
         """
         groups = [range(len(rollouts))] if together and rollouts else [[n] for n in range(len(rollouts))]
-        calls = [Call(group, [rollouts[n] for n in group], timeout_seconds) for group in groups]
-        shift = _Shift(self, reward, images, calls, len(rollouts))
-        for _ in range(2):  # a nursery that was killed is replaced once
-            self.start()
-            self._nursery.wait_until_ready()
-            try:
-                shift.work()
-                break
-            except NurseryGone:
-                shift.take_back(self.workers)
-                for worker in self.workers:
-                    worker.kill_group()
-                self.close()
-                self.restarts += 1
-            except BaseException:  # Ctrl-C: what workers still answer would be taken for answers to the next questions
-                self.close()
-                raise
-        return shift.scores, shift.seconds
+        calls = [Call(group, timeout_seconds) for group in groups]
+        max_calls = 1 if images else max(1, min(MAX_CALLS, len(calls) // (2 * self._scoring.workers)))
+        batch = _Batch(reward, rollouts, images, calls, max_calls)
+        try:
+            for _ in range(2):  # a fork server that was killed is replaced once
+                self.start().wait_until_ready()
+                try:
+                    self._run(batch)
+                    break
+                except ForkServerLostError:
+                    for worker in self._workers:
+                        batch.take_back(worker)
+                        worker.kill_group()
+                    self.close()
+                    self.restarts += 1
+        except BaseException:  # Ctrl-C: outstanding answers would be read as those of the next call
+            self.close()
+            raise
+        return batch.scores, batch.seconds
 
-    def idle_worker(self) -> Worker | None:
-        """One that waits for work, made if need be; None if all are busy."""
-        for worker in [w for w in self.workers if not w.calls and w.samples >= self.recycle_after]:
-            self.end(worker)
-        idle = next((worker for worker in self.workers if not worker.calls), None)
-        if idle is None and len(self.workers) < self.most_workers:
-            idle = self._nursery.fork()
-            self.workers.append(idle)
+    def _run(self, batch: _Batch) -> None:
+        """Send calls and read answers until none is left."""
+        while batch.waiting or self._busy():
+            while batch.waiting and (worker := self._idle_worker()):
+                if not batch.send(worker):
+                    self._replace(worker, "crash", batch)
+            for worker in self._readable():
+                if fault := batch.receive(worker):
+                    self._replace(worker, fault, batch)
+            for worker in self._busy():
+                if time.perf_counter() >= worker.deadline:
+                    self._replace(worker, "timeout", batch)
+
+    def _busy(self) -> list[Worker]:
+        return [worker for worker in self._workers if worker.calls]
+
+    def _idle_worker(self) -> Worker | None:
+        """A worker without calls, forked if need be; None if all are busy."""
+        for worker in [w for w in self._workers if not w.calls and w.samples >= self._scoring.recycle_after]:
+            self._kill(worker)
+        idle = next((worker for worker in self._workers if not worker.calls), None)
+        if idle is None and len(self._workers) < self._scoring.workers:
+            idle = self.start().fork()
+            self._workers.append(idle)
         return idle
 
-    def end(self, worker: Worker) -> None:
-        """Kill a worker and what it started."""
-        self._nursery.end(worker)
-        self.workers.remove(worker)
-
-
-class _Shift:
-    """One call of ``RewardPool.score``: who works on what, and what has come of it."""
-
-    def __init__(self, pool: RewardPool, reward: int, images: bool, calls: Sequence[Call], samples: int) -> None:
-        self.pool, self.reward, self.images = pool, reward, images
-        self.left = deque(calls)
-        self.at_once = 1 if images else max(1, min(AT_ONCE, len(calls) // (2 * pool.most_workers)))
-        self.scores = [Score(None, reason="pool", detail="its processes were ended from outside, twice")] * samples
-        self.seconds = [0.0] * samples
-
-    @property
-    def busy(self) -> list[Worker]:
-        """Workers that have not answered everything."""
-        return [worker for worker in self.pool.workers if worker.calls]
-
-    def work(self) -> None:
-        """Hand out calls and take in answers until there is none left.
-
-        Raises:
-            NurseryGone: Workers can be neither made nor ended.
-        """
-        while self.left or self.busy:
-            while self.left and (worker := self.pool.idle_worker()):
-                self._hand_out(worker)
-            for worker in self._heard_from():
-                self._take_in(worker)
-            for worker in self.busy:
-                if time.perf_counter() >= worker.deadline:
-                    self._replace(worker, "timeout")
-
-    def take_back(self, workers: Sequence[Worker]) -> None:
-        """What these workers have not answered is to be done by others."""
-        for worker in workers:
-            self.left.extendleft(reversed(worker.calls))
-            worker.calls.clear()
-
-    def _hand_out(self, worker: Worker) -> None:
-        calls = [self.left.popleft() for _ in range(min(self.at_once, len(self.left)))]
-        worker.calls.extend(calls)
-        worker.since = time.perf_counter()
-        rollouts = [rollout for call in calls for rollout in call.rollouts]
-        worker.reader.limit_bytes = wire.MAX_ANSWER_BYTES * len(calls[0].rollouts)
-        worker.line.settimeout(calls[0].seconds_left)
-        try:
-            worker.line.sendall(wire.rollout_request(self.reward, rollouts, images=self.images))
-        except OSError:
-            self._replace(worker, "crash")
-
-    def _heard_from(self) -> list[Worker]:
+    def _readable(self) -> list[Worker]:
         """Workers with something to read, waited for until the next deadline."""
+        busy = self._busy()
         with selectors.DefaultSelector() as selector:
-            for worker in self.busy:
-                selector.register(worker.line, selectors.EVENT_READ, worker)
-            wait = min((worker.deadline for worker in self.busy), default=0.0) - time.perf_counter()
+            for worker in busy:
+                selector.register(worker.connection, selectors.EVENT_READ, worker)
+            wait = min((worker.deadline for worker in busy), default=0.0) - time.perf_counter()
             return [key.data for key, _ in selector.select(max(wait, 0.0))]
 
-    def _take_in(self, worker: Worker) -> None:
-        scores: list[Score] = []
-        try:
-            piece = worker.line.recv(1 << 16)
-            for message, _ in worker.reader.feed(piece):
-                if not worker.calls:
-                    raise wire.WireError("an answer to no question")
-                scores = wire.read_scores(message, len(worker.calls[0].positions))
-                self._settle(worker, scores)
-        except (OSError, wire.WireError):
-            piece = b""
-        if not piece:
-            self._replace(worker, "crash")
-        elif any(score.reason == "memory" for score in scores):
-            self._replace(worker, "memory")
+    def _replace(self, worker: Worker, fault: str, batch: _Batch) -> None:
+        """Kill a worker. Its first call is to blame for a timeout or its second crash; the others are sent again."""
+        if worker.calls and fault != "memory":  # which has been answered
+            call = worker.calls[0]
+            call.crashes += 1
+            call.seconds_left = max(worker.deadline - time.perf_counter(), 0.1)
+            if fault == "timeout" or call.crashes > 1:
+                batch.settle(worker, [Score(None, reason=fault, detail=_FAULTS[fault])] * len(call.positions))
+        batch.take_back(worker)
+        self.restarts += 1
+        self._kill(worker)
 
-    def _settle(self, worker: Worker, scores: Sequence[Score]) -> None:
-        """The first call of the worker is done, and it goes on with the next."""
+    def _kill(self, worker: Worker) -> None:
+        self.start().kill(worker)
+        self._workers.remove(worker)
+
+
+class _Batch:
+    """The samples of one ``RewardPool.score``: calls that wait for a worker, and the scores so far."""
+
+    def __init__(
+        self, reward: int, rollouts: Sequence[Rollout], images: bool, calls: Sequence[Call], max_calls: int
+    ) -> None:
+        self.reward, self.rollouts, self.images, self.max_calls = reward, rollouts, images, max_calls
+        self.waiting = deque(calls)
+        self.scores = [Score(None, reason="pool", detail=_FAULTS["pool"])] * len(rollouts)
+        self.seconds = [0.0] * len(rollouts)
+
+    def send(self, worker: Worker) -> bool:
+        """Give the worker its next calls; False if it does not take them."""
+        calls = [self.waiting.popleft() for _ in range(min(self.max_calls, len(self.waiting)))]
+        worker.calls.extend(calls)
+        worker.since = time.perf_counter()
+        worker.reader.limit_bytes = MAX_ANSWER_BYTES * len(calls[0].positions)
+        worker.connection.settimeout(calls[0].seconds_left)
+        rollouts = [self.rollouts[position] for call in calls for position in call.positions]
+        request = score_request(self.reward, rollouts, images=self.images)
+        try:
+            worker.connection.sendall(request)
+        except OSError:
+            return False
+        return True
+
+    def receive(self, worker: Worker) -> str:
+        """Read answers of the worker; returns the fault for which it must be replaced, or ""."""
+        fault = ""
+        try:
+            data = worker.connection.recv(1 << 16)
+            for message, _ in worker.reader.feed(data):
+                if not worker.calls:
+                    raise ProtocolError("an answer without a call")
+                scores = read_scores(message, len(worker.calls[0].positions))
+                self.settle(worker, scores)
+                if any(score.reason == "memory" for score in scores):
+                    fault = "memory"
+        except (OSError, ProtocolError):
+            return "crash"
+        return fault if data else "crash"
+
+    def settle(self, worker: Worker, scores: Sequence[Score]) -> None:
+        """Note the scores of the worker's first call; it continues with the next."""
         call, now = worker.calls.popleft(), time.perf_counter()
         for position, score in zip(call.positions, scores, strict=True):
             self.scores[position] = score
@@ -192,21 +203,7 @@ class _Shift:
         worker.since = now
         worker.samples += len(scores)
 
-    def _replace(self, worker: Worker, cause: str) -> None:
-        """End a worker; its present call is to blame for a ``timeout`` or the second ``crash``, the others are not."""
-        if worker.calls and cause != "memory":
-            call = worker.calls[0]
-            call.lost += 1
-            call.seconds_left = max(worker.deadline - time.perf_counter(), 0.1)
-            if cause == "timeout" or call.lost > 1:
-                fault = Score(None, reason=cause, detail=_DETAILS[cause])
-                self._settle(worker, [fault] * len(call.positions))
-        self.take_back([worker])
-        self.pool.restarts += 1
-        self.pool.end(worker)
-
-
-_DETAILS = {
-    "timeout": "no score within its time (timeout_seconds of the reward, or judging.timeout_seconds)",
-    "crash": "its process ended without a score, twice",
-}
+    def take_back(self, worker: Worker) -> None:
+        """Calls that the worker has not answered wait for another one."""
+        self.waiting.extendleft(reversed(worker.calls))
+        worker.calls.clear()

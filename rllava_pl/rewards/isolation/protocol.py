@@ -1,55 +1,46 @@
-"""Rollouts and scores as bytes, for the way to a reward's process and back: JSON and raw numbers, never pickle.
+"""Messages between the trainer and its worker processes: JSON and the bytes of tensors, never pickle.
 
-A frame is two lengths, a JSON text, and the bytes of the tensors and pictures that the text tells of::
+A frame is two lengths, a JSON text, and the bytes of the tensors that the text refers to::
 
-    | length of JSON, 4 bytes | length of the rest, 4 bytes | JSON | rest |
+    | length of the JSON, 4 bytes | length of the payload, 4 bytes | JSON | payload |
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias, cast
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from rllava_pl.rewards.scoring import MAX_DETAIL, finite_float as number
-from rllava_pl.types import IMAGE, ImageSlot, Message, Prompt, PromptInputs, Rollout, Score, Segment
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
+from rllava_pl.checkpoint.codec import decode, encode
+from rllava_pl.rewards.scoring import MAX_DETAIL, finite_float
+from rllava_pl.types import Json, Prompt, PromptInputs, Rollout, Score
 
 MAX_REQUEST_BYTES = 512 * 1024 * 1024
-"""Of one frame to a worker: a few rollouts, with their pictures if the reward wants them."""
+"""Of one frame to a worker: a few rollouts, with their images if the reward needs them."""
 MAX_ANSWER_BYTES = 64 * 1024
 """Of one score on its way back; the process that sends it is not trusted."""
 
 _LENGTHS = struct.Struct("!II")
-_TENSORS = {
-    "prompt_ids": torch.int64,
-    "response_ids": torch.int64,
-    "engine_logprobs": torch.float32,
-    "response_mask": torch.bool,
-    "demo_mask": torch.bool,
-}
+_ALIGNMENT_BYTES = 8
 
 
-class WireError(RuntimeError):
-    """Bytes that are no frame, or a frame beyond the limit."""
+class ProtocolError(RuntimeError):
+    """Bytes that are not a frame, a frame above the limit, or a message of another form."""
 
 
-def frame(message: Json, rest: bytes = b"") -> bytes:
+def frame(message: Json, payload: bytes = b"") -> bytes:
     """Bytes of one message."""
     text = json.dumps(message, separators=(",", ":")).encode()
-    return _LENGTHS.pack(len(text), len(rest)) + text + rest
+    return _LENGTHS.pack(len(text), len(payload)) + text + payload
 
 
-class Reader:
+class FrameReader:
     """Cuts a stream of bytes into frames.
 
     Args:
@@ -60,159 +51,122 @@ class Reader:
         self.limit_bytes = limit_bytes
         self._bytes = bytearray()
 
-    def feed(self, piece: bytes) -> Iterator[tuple[Json, bytes]]:
-        """The frames that are complete with these bytes.
+    def feed(self, data: bytes) -> Iterator[tuple[Json, bytearray]]:
+        """The frames that are complete with these bytes, as message and payload.
 
         Raises:
-            WireError: They cannot be one.
+            ProtocolError: They cannot be a frame.
         """
-        self._bytes += piece
+        self._bytes += data
         while len(self._bytes) >= _LENGTHS.size:
-            text, rest = _LENGTHS.unpack_from(self._bytes)
-            stop = _LENGTHS.size + text + rest
+            text_bytes, payload_bytes = _LENGTHS.unpack_from(self._bytes)
+            start = _LENGTHS.size + text_bytes
+            stop = start + payload_bytes
             if stop > self.limit_bytes:
-                raise WireError(f"a frame of {stop} bytes; at most {self.limit_bytes} are taken")
+                raise ProtocolError(f"a frame has {stop} bytes; at most {self.limit_bytes} are accepted")
             if len(self._bytes) < stop:
                 return
-            with memoryview(self._bytes) as view:
-                head, tail = bytes(view[_LENGTHS.size : stop - rest]), bytes(view[stop - rest : stop])
+            text, payload = self._bytes[_LENGTHS.size : start], self._bytes[start:stop]
             del self._bytes[:stop]
             try:
-                message = json.loads(head)
+                message = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise WireError(f"a frame that is no JSON: {error}") from None
-            yield message, tail
+                raise ProtocolError(f"a frame does not hold JSON: {error}") from None
+            yield message, payload
 
 
-def frames(connection: socket.socket, limit_bytes: int = MAX_REQUEST_BYTES) -> Iterator[tuple[Json, bytes]]:
-    """Every frame until the other side hangs up."""
-    reader = Reader(limit_bytes)
-    while piece := connection.recv(1 << 20):
-        yield from reader.feed(piece)
+def read_frames(connection: socket.socket) -> Iterator[tuple[Json, bytearray]]:
+    """Every frame until the other side closes the connection."""
+    reader = FrameReader(MAX_REQUEST_BYTES)
+    while data := connection.recv(1 << 20):
+        yield from reader.feed(data)
 
 
-# -- rollouts ----------------------------------------------------------------------------------------------------------
+def score_request(reward: int, rollouts: Sequence[Rollout], *, images: bool) -> bytes:
+    """The frame that asks to score rollouts with the reward of this number.
 
-
-def rollout_request(reward: int, rollouts: Sequence[Rollout], *, images: bool) -> bytes:
-    """The frame that asks to score rollouts with the reward of this number; a picture that several have goes once.
+    Of the model's inputs only token ids are sent. Images are sent once, whatever number of rollouts shares them.
 
     Raises:
-        WireError: More than ``MAX_REQUEST_BYTES``.
+        ProtocolError: More than ``MAX_REQUEST_BYTES``.
     """
-    pictures = {id(image): image for rollout in rollouts for image in rollout.prompt.images} if images else {}
-    places = {key: place for place, key in enumerate(pictures)}
-    rest = bytearray()
-    for image in pictures.values():
-        rest += image.convert("RGB").tobytes()
-        if len(rest) > MAX_REQUEST_BYTES:
-            raise WireError(
-                f"{len(rollouts)} rollouts have more than {MAX_REQUEST_BYTES >> 20} MiB of pictures, the most "
-                "of one call; override score, which takes rollouts one by one, or lower data.resize_above_pixels"
-            )
-    sizes: list[Json] = [list(image.size) for image in pictures.values()]
-    rows: list[Json] = [_encoded(rollout, rest, places if images else None) for rollout in rollouts]
-    return frame({"reward": reward, "pictures": sizes, "rollouts": rows}, bytes(rest))
+    prompts = {id(rollout.prompt): _for_worker(rollout.prompt, images) for rollout in rollouts}
+    inputs = {id(rollout.inputs): PromptInputs(rollout.inputs.input_ids_S) for rollout in rollouts}
+    reduced = []
+    for rollout in rollouts:
+        segments = rollout.segments
+        if not images and any(segment.images for segment in segments):
+            segments = tuple(dataclasses.replace(segment, images=()) for segment in segments)
+        prompt, ids = prompts[id(rollout.prompt)], inputs[id(rollout.inputs)]
+        reduced.append(dataclasses.replace(rollout, prompt=prompt, inputs=ids, segments=segments))
+    encoded = encode(reduced)
+    payload = b"".join(map(_padded_bytes, encoded["tensors"]))
+    if len(payload) > MAX_REQUEST_BYTES:
+        raise ProtocolError(
+            f"{len(rollouts)} rollouts have more than {MAX_REQUEST_BYTES >> 20} MiB of images, the most of one call; "
+            "override score, which takes rollouts one by one, or lower data.resize_above_pixels"
+        )
+    tensors: list[Json] = [[str(x.dtype).removeprefix("torch."), list(x.shape)] for x in encoded["tensors"]]
+    rows: Json = {"objects": encoded["objects"], "value": encoded["value"]}
+    return frame({"reward": reward, "images": images, "tensors": tensors, "rollouts": rows}, payload)
 
 
-def read_request(message: Json, rest: bytes) -> tuple[int, list[Rollout]]:
-    """Number of the reward, and the rollouts as they were, but for the model's inputs, of which the ids alone come."""
+def read_request(message: Json, payload: bytearray) -> tuple[int, list[Rollout]]:
+    """Number of the reward, and the rollouts."""
     body = cast("dict[str, Json]", message)
-    view, rollouts = memoryview(rest), []
-    sizes = cast("list[list[int]]", body["pictures"])
-    pictures = list(_images(sizes, view))
-    start = sum(3 * width * height for width, height in sizes)
-    for row in cast("list[dict[str, Json]]", body["rollouts"]):
-        size = cast(int, row["bytes"])
-        rollouts.append(_decoded(row, view[start : start + size], pictures))
-        start += size
+    data = torch.frombuffer(payload, dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
+    tensors, start = [], 0
+    for name, shape in cast("list[tuple[str, list[int]]]", body["tensors"]):
+        dtype: torch.dtype = getattr(torch, name)
+        stop = start + dtype.itemsize * torch.Size(shape).numel()
+        tensors.append(data[start:stop].view(dtype).view(shape))
+        start = stop + -stop % _ALIGNMENT_BYTES
+    rollouts = cast("list[Rollout]", decode(cast("dict[str, Json]", body["rollouts"]) | {"tensors": tensors}))
+    if not body["images"]:
+        rollouts = [_without_images(rollout) for rollout in rollouts]
     return cast(int, body["reward"]), rollouts
 
 
-def _encoded(rollout: Rollout, rest: bytearray, places: Mapping[int, int] | None) -> dict[str, Json]:
-    """``places``: of each picture by its id; None: pictures stay here."""
-    start, lengths = len(rest), {}
-    for name, dtype in _TENSORS.items():
-        x: Tensor | None = getattr(rollout, name)
-        if x is not None:
-            lengths[name] = len(x)
-            rest += x.detach().to("cpu", dtype).numpy().tobytes()
-    prompt = rollout.prompt
-    return {
-        "prompt": {
-            "uid": prompt.uid,
-            "messages": [
-                [m.role, *(None if isinstance(p, ImageSlot) else p for p in m.parts)] for m in prompt.messages
-            ],
-            "answer": prompt.answer,
-            "target": prompt.target,
-            "rejected": prompt.rejected,
-            "metadata": dict(prompt.metadata),
-            "source": prompt.source,
-        },
-        "pictures": [] if places is None else [places[id(image)] for image in prompt.images],
-        "withheld": len(prompt.images) if places is None else 0,
-        "lengths": cast(Json, lengths),
-        "bytes": len(rest) - start,
-        "group": rollout.group,
-        "finish_reason": rollout.finish_reason,
-        "weight_version": rollout.weight_version,
-        "text": rollout.text,
-        "turns": [[turn.start, turn.stop] for turn in rollout.turns],
-    }
+def _for_worker(prompt: Prompt, images: bool) -> Prompt:
+    return prompt if images or not prompt.images else dataclasses.replace(prompt, images=())
 
 
-def _decoded(row: dict, rest: memoryview, pictures: Sequence[Image]) -> Rollout:  # type: ignore[type-arg]
-    tensors, start = {}, 0
-    for name, length in row["lengths"].items():
-        dtype = _TENSORS[name]
-        stop = start + length * dtype.itemsize
-        whole = bytearray(rest[start:stop])  # a copy: torch wants memory that may be written
-        tensors[name] = torch.frombuffer(whole, dtype=dtype) if whole else torch.empty(0, dtype=dtype)
-        start = stop
-    images: tuple[Image, ...] = Withheld() if row["withheld"] else tuple(pictures[place] for place in row["pictures"])
-    prompt = row["prompt"]
-    messages = tuple(Message(m[0], tuple(IMAGE if p is None else p for p in m[1:])) for m in prompt.pop("messages"))
-    return Rollout(
-        prompt=Prompt(messages=messages, images=images, **prompt),
-        group=row["group"],
-        inputs=PromptInputs(tensors["prompt_ids"]),
-        finish_reason=row["finish_reason"],
-        weight_version=row["weight_version"],
-        text=row["text"],
-        turns=tuple(Turn(*turn) for turn in row["turns"]),
-        **tensors,
+def _padded_bytes(x: Tensor) -> bytes:
+    data = x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return data + bytes(-len(data) % _ALIGNMENT_BYTES)
+
+
+def _without_images(rollout: Rollout) -> Rollout:
+    """The rollout with ``WithheldImages`` wherever images may have been."""
+    if any(message.image_slots for message in rollout.prompt.messages):
+        rollout = dataclasses.replace(rollout, prompt=dataclasses.replace(rollout.prompt, images=WithheldImages()))
+    if all(segment.origin != "observation" for segment in rollout.segments):
+        return rollout
+    segments = (
+        dataclasses.replace(segment, images=WithheldImages()) if segment.origin == "observation" else segment
+        for segment in rollout.segments
     )
+    return dataclasses.replace(rollout, segments=tuple(segments))
 
 
-def _images(sizes: list[list[int]], rest: memoryview) -> Iterator[Image]:
-    from PIL import Image
-
-    start = 0
-    for width, height in sizes:
-        stop = start + 3 * width * height
-        yield Image.frombytes("RGB", (width, height), bytes(rest[start:stop]))
-        start = stop
-
-
-class Withheld(tuple):  # type: ignore[type-arg]
-    """Stands for images that were not sent, and says so instead of looking like a prompt without any."""
+class WithheldImages(tuple):  # type: ignore[type-arg]
+    """Stands for images that were not sent; reading it raises, so that it is not taken for a prompt without images."""
 
     __slots__ = ()
 
     def _refuse(self, *_: object) -> object:
-        raise RuntimeError("images stay in the trainer unless the reward's class says needs_images = True")
+        raise RuntimeError("images are not sent to the reward's process unless its class sets needs_images = True")
 
     __getitem__ = __iter__ = __len__ = __bool__ = __contains__ = _refuse  # type: ignore[assignment]
 
 
-# -- scores ------------------------------------------------------------------------------------------------------------
-
-
 def score_answer(scores: Sequence[Score]) -> bytes:
-    """The frame with the scores of one call."""
+    """The frame with the scores of one call; a score that does not apply is ``null``."""
     rows: list[Json] = [
-        [score.value, dict(score.components), score.reason, score.detail, list(score.flags)] for score in scores
+        [score.value, dict(score.components), score.reason, score.detail, list(score.flags)]
+        if score.applicable
+        else None
+        for score in scores
     ]
     answer = frame(rows)
     if len(answer) <= MAX_ANSWER_BYTES * len(scores):
@@ -221,22 +175,24 @@ def score_answer(scores: Sequence[Score]) -> bytes:
 
 
 def read_scores(message: Json, number_of_scores: int) -> list[Score]:
-    """What a worker answered; nothing in it is taken on trust.
+    """The scores in a worker's answer, every field checked.
 
     Raises:
-        WireError: It is no answer to a question of so many samples.
+        ProtocolError: It is not the answer to a call with so many samples.
     """
     if not isinstance(message, list) or len(message) != number_of_scores:
-        raise WireError(f"an answer that is no list of {number_of_scores} scores")
+        raise ProtocolError(f"the answer is not a list of {number_of_scores} scores")
     return [_score(row) for row in message]
 
 
 def _score(row: Json) -> Score:
     match row:
+        case None:
+            return Score.not_applicable()
         case [None, dict(), str(reason), str(detail), list()]:
             return Score(None, reason=reason, detail=detail[: 2 * MAX_DETAIL])
-        case [float() | int() as value, dict(components), str(), str(), list(flags)] if number(value) is not None:
-            parts = {name: x for name, x in components.items() if isinstance(x, float | int) and number(x) is not None}
-            if len(parts) == len(components):
+        case [float() | int() as value, dict(components), str(), str(), list(flags)] if finite_float(value) is not None:
+            if all(isinstance(x, float | int) and finite_float(x) is not None for x in components.values()):
+                parts = cast("dict[str, float]", components)
                 return Score(float(value), parts, flags=tuple(map(str, flags)))
-    raise WireError("an answer that is no score")
+    raise ProtocolError("the answer holds something else than a score")

@@ -1,9 +1,11 @@
-"""Rewards in processes of their own: every fault costs its sample, is counted, and leaves no process behind."""
+"""Rewards in worker processes: every fault costs its sample alone, is counted, and leaves no process behind."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -16,42 +18,57 @@ import pytest
 import torch
 from PIL import Image
 
-from rllava_pl.rewards import AnswerTagReward, BaseReward, Judging, Panel, RewardError, judge
-from rllava_pl.rewards.isolation.spec import NotIsolable, recipe
-from rllava_pl.types import IMAGE, Message, Reward, Rollout, Score, Turn
+from rllava_pl.rewards import AnswerTagReward, BaseReward, RewardError, RewardRunner, Scoring
+from rllava_pl.rewards.isolation.spec import NotIsolableError, RewardSpec
+from rllava_pl.types import IMAGE, Message, Rollout, Score, Segment
 from tests.rewards import faults
-from tests.rewards.faults import FAULTS, Blind, ByRank, Echo, Faulty, Grader, Redness, Unbuildable
+from tests.rewards.faults import FAULTS, ByRank, Echo, Faulty, Grader, ImageCount, Redness, Unbuildable
 
 MARK = f"POOL_TEST={os.getpid()}-{time.monotonic_ns()}"
-"""In the environment of all that is started here: other runs may be on this machine."""
+"""In the environment of all processes started here: other test runs may be on this machine."""
 TIMEOUT = 1.5
-LIMITS = Judging(isolation="process", timeout_seconds=TIMEOUT, memory_gib=0.25, workers=2)
+LIMITS = Scoring(isolation="process", timeout_seconds=TIMEOUT, memory_gib=0.25, workers=2)
+
+
+def started(rewards: list[BaseReward], scoring: Scoring = LIMITS) -> RewardRunner:
+    runner = RewardRunner(rewards, scoring)
+    runner.start()
+    return runner
 
 
 def family() -> set[int]:
-    """Every process of this test run that is a nursery or a copy of one, with everything that copies have started."""
+    """Every process of this test run that is a fork server or a copy of one, with everything that copies started."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             ours = MARK.encode() in (entry / "environ").read_bytes()
-            if ours and b"import nursery" in (entry / "cmdline").read_bytes():
+            if ours and b"import fork_server" in (entry / "cmdline").read_bytes():
                 found.add(int(entry.name))
     return found
 
 
-def gone(processes: set[int], seconds: float = 10.0) -> bool:
-    """Whether they end; zombies that nobody has collected yet have ended."""
+def fork_servers() -> set[int]:
+    return {pid for pid in family() if int(stat(pid)[1]) == os.getpid()}
+
+
+def stat(pid: int) -> list[str]:
+    """State, parent and further fields of a process."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def have_ended(processes: set[int], seconds: float = 10.0) -> bool:
+    """Whether they end in time; zombies that are not reaped yet have ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if not any(alive(process) for process in processes):
+        if not any(is_alive(process) for process in processes):
             return True
         time.sleep(0.02)
     return False
 
 
-def alive(process: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return stat(pid)[0] not in "ZX"
     except OSError:
         return False
 
@@ -65,168 +82,222 @@ def marked() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def panel() -> Iterator[Panel]:
+def runner() -> Iterator[RewardRunner]:
     before = family()
-    panel = Panel([Faulty(2.0, scale=(0.5,))], LIMITS)
-    yield panel
+    runner = started([Faulty(2.0, scale=(0.5,))])
+    yield runner
     ours = family() - before
-    panel.close()
-    assert ours and gone(ours)
+    runner.close()
+    runner.close()
+    assert ours and have_ended(ours)
 
 
-def faults_one_by_one(panel: Panel, rollout, times: int) -> None:
-    panel([rollout("warm")])
+def check_faults(runner: RewardRunner, rollout, times: int) -> None:
+    runner([rollout("warm")])
     for name, (_, cause) in FAULTS.items():
         for _ in range(times):
             start = time.monotonic()
-            judgement = panel([rollout("ab"), rollout(name), rollout("abcd")])
+            output = runner([rollout("ab"), rollout(name), rollout("abcd")])
             assert time.monotonic() - start < TIMEOUT + 1, name
-            assert judgement.rewards == [2.0, None if cause else 2.0, 4.0], name
-            assert judgement.causes == ({cause: 1} if cause else {}), name
+            assert output.rewards == [2.0, None if cause else 2.0, 4.0], name
+            assert output.causes == ({cause: 1} if cause else {}), name
 
 
 @pytest.mark.slow
-def test_every_fault_costs_its_sample_alone(panel, rollout):
-    faults_one_by_one(panel, rollout, times=1)
+def test_every_fault_costs_its_sample_alone(runner, rollout):
+    check_faults(runner, rollout, times=1)
 
 
 @pytest.mark.soak
-def test_every_fault_ten_times(panel, rollout):
-    faults_one_by_one(panel, rollout, times=10)
+def test_every_fault_ten_times_costs_its_sample_alone(runner, rollout):
+    check_faults(runner, rollout, times=10)
 
 
-def test_order_is_kept_whatever_happens(panel, rollout):
+def test_scores_keep_their_order_beside_faults(runner, rollout):
     texts = ["a" * (k % 7) for k in range(200)]
     texts[3], texts[50], texts[51] = "exits hard", "segfaults", "raises"
-    judgement = panel([rollout(text) for text in texts])
-    expected = [None if text in FAULTS else float(len(text)) for text in texts]
-    assert judgement.rewards == expected
-    assert judgement.causes == {"crash": 2, "exception": 1}
+    output = runner([rollout(text) for text in texts])
+    assert output.rewards == [None if text in FAULTS else float(len(text)) for text in texts]
+    assert output.causes == {"crash": 2, "exception": 1}
 
 
-def test_nothing_to_score(panel):
-    assert panel([]).rewards == []
+def test_no_rollouts_give_no_scores(runner):
+    assert runner([]).rewards == []
 
 
-def test_workers_are_replaced_and_replacements_counted(panel, rollout):
-    panel.take_respawns()
-    panel([rollout("exits hard")])
-    assert panel.take_respawns() == 2  # the sample was tried once more
-    panel([rollout("raises")])
-    assert panel.take_respawns() == 0
+def test_restarts_count_replaced_workers_since_last_call(runner, rollout):
+    runner.restarts()
+    runner([rollout("exits hard")])
+    assert runner.restarts() == 2  # the sample was sent to a second worker
+    runner([rollout("raises")])
+    assert runner.restarts() == 0
 
 
-def test_latencies_are_those_since_the_last_look(panel, rollout):
-    panel.latencies()
-    panel([rollout("a")] * 9)
-    latencies = panel.latencies()
-    assert latencies.keys() == {"faulty/p50_seconds", "faulty/p99_seconds"}
-    assert 0 < latencies["faulty/p50_seconds"] <= latencies["faulty/p99_seconds"] < TIMEOUT
-    assert panel.latencies() == {}
+def test_latencies_cover_samples_since_last_call(runner, rollout):
+    runner.latencies()
+    runner([rollout("a")] * 9)
+    latencies = runner.latencies()
+    assert latencies.keys() == {"faulty_p50_seconds", "faulty_p99_seconds"}
+    assert 0 < latencies["faulty_p50_seconds"] <= latencies["faulty_p99_seconds"] < TIMEOUT
+    assert runner.latencies() == {}
 
 
-def test_an_interrupted_call_leaves_no_answers_to_the_next(panel, rollout, monkeypatch):
+def test_interrupted_call_leaves_no_answers_to_the_next(runner, rollout):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr("rllava_pl.rewards.isolation.pool._Shift._heard_from", interrupt)
+    runner([rollout("a")])
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, TIMEOUT / 3)
+    try:
         with pytest.raises(KeyboardInterrupt):
-            panel([rollout("a" * 8)])
-    assert panel([rollout("ab")]).rewards == [2.0]
+            runner([rollout("a" * 8), rollout("sleeps"), rollout("a" * 9)])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert runner([rollout("ab")]).rewards == [2.0]
 
 
-def test_a_killed_nursery_is_replaced(panel, rollout):
-    panel([rollout("a")])
-    nursery = panel.pool._nursery._process.pid
-    os.kill(nursery, signal.SIGKILL)
-    assert gone({nursery})
-    assert panel([rollout("ab")] * 3).rewards == [2.0] * 3
+def test_killed_fork_server_is_replaced(runner, rollout):
+    runner([rollout("a")])
+    servers = fork_servers()
+    assert len(servers) == 1
+    os.kill(*servers, signal.SIGKILL)
+    assert have_ended(servers)
+    assert runner([rollout("ab")] * 3).rewards == [2.0] * 3
+
+
+def test_runner_that_is_not_started_scores_here_and_can_be_copied(rollout):
+    before = family()
+    runner = copy.deepcopy(RewardRunner([Faulty(2.0)], LIMITS))
+    assert runner([rollout("ab"), rollout("returns None")]).rewards == [4.0, None]
+    assert (runner.restarts(), runner.latencies(), family() - before) == (0, {}, set())
+    runner.close()
+
+
+class Loading(BaseReward):
+    isolation = "none"
+    loads = 0
+
+    def load(self):
+        self.loads += 1
+
+    def score(self, rollout):
+        return Score(float(self.loads))
+
+
+def test_reward_in_the_trainer_is_loaded_once(rollout):
+    runner = RewardRunner([Loading()], Scoring())
+    assert runner([rollout()]).rewards == [1.0]
+    runner.start()
+    assert runner([rollout()]).rewards == [1.0]
 
 
 # ----------------------------------------------------------------------------------------------- other kinds of rewards
 
+KINDS = [Grader(), ByRank(), Redness(), ImageCount(), Echo(), AnswerTagReward()]
+
 
 @pytest.fixture(scope="module")
-def kinds() -> Iterator[dict[str, Reward]]:
-    """Rewards of several kinds in one pool, by name; a start of its own would cost each of them seconds."""
-    rewards = [Grader(), ByRank(), Redness(), Blind(), Echo(), AnswerTagReward()]
-    panel = Panel(rewards, dataclasses.replace(LIMITS, isolation="auto", recycle_after=2))
-    yield {type(reward).__name__: member for reward, member in zip(rewards, panel.members, strict=True)}
-    panel.close()
+def kinds() -> Iterator[RewardRunner]:
+    """Rewards of several kinds in one pool; a start for each would cost seconds."""
+    runner = started(KINDS, dataclasses.replace(LIMITS, isolation="auto", recycle_after=2))
+    yield runner
+    runner.close()
+
+
+def scores_of(kind: type[BaseReward], kinds: RewardRunner, rollouts: list[Rollout]) -> list[Score]:
+    return kinds.scores(rollouts)[[type(reward) for reward in KINDS].index(kind)]
 
 
 def with_picture(rollout: Rollout) -> Rollout:
     picture = Image.new("RGB", (3, 2), (200, 10, 10))
-    return dataclasses.replace(rollout, prompt=dataclasses.replace(rollout.prompt, images=(picture,)))
+    prompt = dataclasses.replace(rollout.prompt, messages=(Message("user", (IMAGE,)),), images=(picture,))
+    return dataclasses.replace(rollout, prompt=prompt)
 
 
-def test_a_text_that_hangs_its_grader_is_wrong_and_flagged(kinds, rollout):
-    judgement = judge([kinds["Grader"]], [rollout("sleeps"), rollout("segfaults"), rollout("abc"), rollout("raises")])
-    assert judgement.rewards == [0.0, 0.0, 3.0, None]
-    assert judgement.components["accuracy"][:3] == [0.0, 0.0, 3.0]
-    assert judgement.flags == {"grader_timeout": 1, "grader_crash": 1}
-    assert judgement.causes == {"exception": 1}
+def test_text_that_hangs_its_grader_is_wrong_and_flagged(rollout):
+    runner = started([Grader()])
+    output = runner([rollout("sleeps"), rollout("segfaults"), rollout("abc"), rollout("raises")])
+    runner.close()
+    assert output.rewards == [0.0, 0.0, 3.0, None]
+    assert output.components["accuracy"][:3] == [0.0, 0.0, 3.0]
+    assert output.flags == {"grader_timeout": 1, "grader_crash": 1}
+    assert output.causes == {"exception": 1}
 
 
-def test_samples_that_are_compared_are_scored_in_one_call(kinds, rollout):
-    assert judge([kinds["ByRank"]], [rollout("a" * k) for k in (1, 3, 2)]).rewards == [0.0, 1.0, 0.0]
-    assert judge([kinds["ByRank"]], [rollout("short"), rollout("ab")]).causes == {"bad_length": 2}
+def test_reward_with_its_own_call_scores_all_samples_at_once(kinds, rollout):
+    scores = scores_of(ByRank, kinds, [rollout("a" * k) for k in (1, 3, 2)])
+    assert [score.value for score in scores] == [0.0, 1.0, 0.0]
+    scores = scores_of(ByRank, kinds, [rollout("short"), rollout("ab")])
+    assert [score.reason for score in scores] == ["bad_length"] * 2
 
 
-def test_images_travel_where_they_are_wanted(kinds, rollout):
-    assert judge([kinds["Redness"]], [with_picture(rollout())] * 3).rewards == [200.0] * 3
+def test_score_that_does_not_apply_arrives_as_such(kinds, rollout):
+    scores = scores_of(Grader, kinds, [rollout("does not apply"), rollout("ab")])
+    assert scores == [Score.not_applicable(), Score(2.0, {"accuracy": 2.0})]
 
 
-def test_images_that_did_not_travel_say_so(kinds, rollout, caplog):
-    judgement = judge([kinds["Blind"]], [with_picture(rollout()), rollout()])
-    assert (judgement.rewards, judgement.causes) == ([None, 0.0], {"exception": 1})
-    assert "images stay in the trainer unless the reward's class says needs_images = True" in caplog.text
+def test_images_are_sent_where_they_are_needed(kinds, rollout):
+    assert scores_of(Redness, kinds, [with_picture(rollout())] * 3) == [Score(200.0)] * 3
 
 
-def test_a_rollout_arrives_as_it_was(kinds, rollout):
-    sent = rollout("x", ids=(7, 11, 13), sampled=(True, False, True))
+def test_images_that_were_not_sent_cannot_be_read(kinds, rollout):
+    picture = Image.new("RGB", (2, 2))
+    observation = Segment(torch.tensor([5]), "observation", images=(picture,))
+    episode = dataclasses.replace(rollout(), segments=(*rollout().segments, observation))
+    withheld, none, observed = scores_of(ImageCount, kinds, [with_picture(rollout()), rollout(), episode])
+    assert (withheld.reason, none, observed.reason) == ("exception", Score(0.0), "exception")
+    assert "images are not sent to the reward's process unless its class sets needs_images = True" in withheld.detail
+
+
+def test_rollout_arrives_as_it_was(kinds, rollout):
+    sent = rollout("x", answer={"text": "4"}, ids=(7, 11, 13), sampled=(True, False, True))
     messages = (Message("system", ("be brief",)), Message("user", (IMAGE, "Which?", IMAGE)))
-    prompt = dataclasses.replace(sent.prompt, metadata={"note": "\ud800 é"}, messages=messages)
-    turns, logp = (Turn(0, 1), Turn(2, 3)), torch.tensor([-0.5, 0.0, -0.25])
-    sent = dataclasses.replace(sent, prompt=prompt, finish_reason="length", turns=turns, engine_logprobs=logp)
-    given = dataclasses.replace(sent, demo_mask=torch.tensor([False, True, True]))
-    empty = dataclasses.replace(
-        rollout(ids=(), sampled=()), prompt=prompt, finish_reason="length", engine_logprobs=torch.empty(0)
+    metadata = {"note": "\ud800 \u00e9", "boxes": [[1, 2.5]]}
+    prompt = dataclasses.replace(sent.prompt, metadata=metadata, messages=messages)
+    first, between, last = sent.segments
+    first = dataclasses.replace(first, logprobs_T=torch.tensor([-0.5]), weight_version=3)
+    last = dataclasses.replace(last, logprobs_T=torch.tensor([-0.25]), weight_version=4)
+    episode = dataclasses.replace(
+        sent, prompt=prompt, segments=(first, between, last), finish_reason="length", step_rewards=(0.5, 1.0)
     )
-    seen = {"ids": 31.0, "mask": 2.0, "logp": -0.75, "demo": -1.0, "prompt": 3.0, "turns": 4.0, "slots": 2.0}
-    nothing = seen | {"ids": 0.0, "mask": 0.0, "logp": 0.0, "turns": 0.0}
-    assert kinds["Echo"]([sent, given, empty]) == [
+    hinted = dataclasses.replace(episode, segments=(Segment(torch.tensor([7]), "given"), between, last))
+    empty = dataclasses.replace(episode, segments=(Segment(torch.empty(0, dtype=torch.int64)),), step_rewards=())
+    seen = {"ids": 31.0, "sampled": 2.0, "logp": -0.75, "given": 0.0, "prompt": 3.0}
+    seen |= {"version": 7.0, "steps": 1.5, "slots": 2.0}
+    assert scores_of(Echo, kinds, [episode, hinted, empty]) == [
         Score(1.0, seen),
-        Score(1.0, seen | {"demo": 2.0}),
-        Score(1.0, nothing),
+        Score(1.0, seen | {"sampled": 1.0, "logp": -0.25, "given": 1.0, "version": 4.0}),
+        Score(1.0, seen | {"ids": 0.0, "sampled": 0.0, "logp": 0.0, "version": -1.0, "steps": 0.0}),
     ]
 
 
-def test_rewards_of_the_package_stay_in_the_trainer(kinds):
-    assert type(kinds["AnswerTagReward"]) is AnswerTagReward
+def test_rewards_without_isolation_stay_in_the_trainer(kinds, rollout):
+    kinds.latencies()
+    kinds([rollout()])
+    names = {name.removesuffix("_p50_seconds") for name in kinds.latencies() if name.endswith("_p50_seconds")}
+    assert names == {"grader", "by_rank", "redness", "image_count", "echo"}
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 
-def test_a_constructor_that_fails_elsewhere_ends_the_run_with_its_traceback(monkeypatch, rollout):
+def test_constructor_that_fails_in_another_process_ends_the_run_with_its_error(monkeypatch, rollout):
     monkeypatch.setattr(Unbuildable, "home", os.getpid())
-    panel = Panel([Unbuildable()], LIMITS)
-    with pytest.raises(
-        RewardError, match=r"(?s)cannot be built in a process of their own.*OSError: no vocabulary here"
-    ):
-        panel([rollout()])
-    panel.close()
+    runner = started([Unbuildable()])
+    with pytest.raises(RewardError, match=r"(?s)cannot be built in another process.*OSError: no vocabulary here"):
+        runner([rollout()])
+    runner.close()
 
 
-class Local(BaseReward):
+class Constant(BaseReward):
     def score(self, rollout):
         return Score(1.0)
 
 
-def test_what_cannot_be_built_elsewhere_says_why(monkeypatch):
-    class Inner(Local):
+def test_reward_that_cannot_be_built_elsewhere_is_refused_with_the_reason(monkeypatch):
+    class Inner(Constant):
         pass
 
     class NoBase:
@@ -235,25 +306,26 @@ def test_what_cannot_be_built_elsewhere_says_why(monkeypatch):
         def __call__(self, rollouts):
             return []
 
-    with pytest.raises(NotIsolable, match="Inner is written in a script or a function; move it to a file"):
-        recipe(Inner())
-    with pytest.raises(NotIsolable, match=r"NoBase is no subclass of rllava_pl.rewards.BaseReward"):
-        recipe(NoBase())
-    with pytest.raises(NotIsolable, match=r"Faulty was made with <object .*; only numbers, texts, lists"):
-        recipe(Faulty(scale=(object(),)))
-    monkeypatch.setattr(faults, "Blind", Faulty)
-    with pytest.raises(NotIsolable, match=r"faults.Blind is another class"):
-        recipe(Blind())
+    with pytest.raises(NotIsolableError, match="Inner is defined in a script or a function; move it to a module"):
+        RewardSpec.of(Inner())
+    with pytest.raises(NotIsolableError, match=r"NoBase is no subclass of rllava_pl.rewards.BaseReward"):
+        RewardSpec.of(NoBase())
+    for argument in (object(), torch.ones(1), {1: "key"}):
+        with pytest.raises(NotIsolableError, match=r"(?s)Faulty was made with .*; only numbers, strings, lists"):
+            RewardSpec.of(Faulty(scale=(argument,)))
+    monkeypatch.setattr(faults, "ImageCount", Faulty)
+    with pytest.raises(NotIsolableError, match=r"faults.ImageCount is another class"):
+        RewardSpec.of(ImageCount())
 
 
-def test_such_a_reward_runs_in_the_trainer_with_a_warning_unless_processes_are_demanded(caplog, rollout):
-    class Inner(Local):
+def test_such_a_reward_runs_in_the_trainer_with_a_warning_unless_processes_are_required(caplog, rollout):
+    class Inner(Constant):
         pass
 
-    assert Panel([Inner()], Judging())([rollout()]).rewards == [1.0]
-    assert "it runs in the trainer, which it can hang or end" in caplog.text
-    with pytest.raises(NotIsolable):
-        Panel([Inner()], Judging(isolation="process"))
+    assert started([Inner()], Scoring())([rollout()]).rewards == [1.0]
+    assert "it runs in the trainer, where a hang or a crash ends the run" in caplog.text
+    with pytest.raises(NotIsolableError):
+        started([Inner()], Scoring(isolation="process"))
 
 
 def test_isolation_is_not_inherited():
@@ -263,22 +335,23 @@ def test_isolation_is_not_inherited():
     assert (AnswerTagReward.isolation, Mine.isolation) == ("none", "process")
 
 
-def test_a_recipe_builds_an_equal_reward():
-    kept = recipe(AnswerTagReward(("think", "answer"), lenient=True, weight=0.5)).build()
-    assert vars(kept) == vars(AnswerTagReward(("think", "answer"), lenient=True, weight=0.5))
+def test_reward_spec_builds_an_equal_reward():
+    built = RewardSpec.of(AnswerTagReward(("think", "answer"), lenient=True, weight=0.5)).build()
+    assert vars(built) == vars(AnswerTagReward(("think", "answer"), lenient=True, weight=0.5))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"timeout_seconds": 0.0}, r"judging.timeout_seconds is 0.0; it must be above 0"),
-        ({"workers": 0}, r"judging.workers is 0"),
-        ({"max_unscored": 2.0}, r"judging.max_unscored is 2.0; it is a part of the samples"),
+        ({"timeout_seconds": 0.0}, r"scoring.timeout_seconds is 0.0; it must be above 0"),
+        ({"memory_gib": math.nan}, r"scoring.memory_gib is nan; it must be above 0"),
+        ({"workers": 0}, r"scoring.workers is 0"),
+        ({"max_unscored": 2.0}, r"scoring.max_unscored is 2.0; it is a fraction of the samples, 0 to 1"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Judging(**options)
+        Scoring(**options)
 
 
 # ----------------------------------------------------------------------------------------------------------- the ending
@@ -287,17 +360,18 @@ TRAINER = """\
 import os, sys, time
 from tests.rewards.conftest import make_rollout
 from tests.rewards.faults import Faulty
-from rllava_pl.rewards import Judging, Panel
-panel = Panel([Faulty()], Judging(isolation="process"))
-print(panel([make_rollout("leaves a child"), make_rollout("leaves a daemon")]).rewards, flush=True)
-if os.fork() == 0:  # like a worker of a data loader: it keeps every line of its parent open
+from rllava_pl.rewards import RewardRunner, Scoring
+runner = RewardRunner([Faulty()], Scoring(isolation="process"))
+runner.start()
+print(runner([make_rollout("leaves a child"), make_rollout("leaves a daemon")]).rewards, flush=True)
+if os.fork() == 0:  # like a worker of a data loader: it keeps every connection of its parent open
     time.sleep(1000)
-panel([make_rollout("sleeps")])
+runner([make_rollout("sleeps")])
 """
 
 
 @pytest.mark.slow
-def test_nothing_outlives_a_killed_trainer(tmp_path):
+def test_no_process_outlives_a_killed_trainer(tmp_path):
     before = family()
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -307,6 +381,6 @@ def test_nothing_outlives_a_killed_trainer(tmp_path):
     assert len(ours) >= 4
     trainer.kill()
     trainer.wait()
-    assert gone(ours, seconds=20)
+    assert have_ended(ours, seconds=20)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(trainer.pid, signal.SIGKILL)  # its own copy
+        os.killpg(trainer.pid, signal.SIGKILL)  # its copy

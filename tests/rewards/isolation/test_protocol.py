@@ -1,37 +1,48 @@
-"""What is sent to a reward's process: pictures that rollouts share go once."""
+"""Requests to a worker process: shared images are sent once, the model's inputs not at all."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import pytest
+import torch
 from PIL import Image
 
-from rllava_pl.rewards.isolation import protocol as wire
+from rllava_pl.rewards.isolation import protocol
+from rllava_pl.types import PromptInputs, Rollout
 
 
-def sent(rollouts) -> bytes:
-    return wire.rollout_request(0, rollouts, images=True)
+def with_images(rollout: Rollout, *images: Image.Image) -> Rollout:
+    return dataclasses.replace(rollout, prompt=dataclasses.replace(rollout.prompt, images=images))
 
 
-def test_the_picture_of_a_group_is_sent_once_and_arrives_at_each(rollout):
+def received(request: bytes) -> list[Rollout]:
+    ((message, payload),) = protocol.FrameReader(1 << 30).feed(request)
+    return protocol.read_request(message, payload)[1]
+
+
+def test_image_of_a_group_is_sent_once_and_arrives_in_every_rollout(rollout):
     shared, other = Image.new("RGB", (256, 128), "red"), Image.new("L", (8, 8), 7)
-    with_shared = dataclasses.replace(rollout(), prompt=dataclasses.replace(rollout().prompt, images=(shared,)))
-    with_both = dataclasses.replace(rollout(), prompt=dataclasses.replace(rollout().prompt, images=(other, shared)))
-    content = sent([with_shared] * 16 + [with_both])
-    assert len(content) < 2 * 3 * 256 * 128
-    ((message, rest),) = wire.Reader(1 << 30).feed(content)
-    _, rollouts = wire.read_request(message, rest)
+    sent = [with_images(rollout(), shared) for _ in range(16)] + [with_images(rollout(), other, shared)]
+    request = protocol.score_request(0, sent, images=True)
+    assert len(request) < 2 * 3 * 256 * 128
+    rollouts = received(request)
     assert [len(r.prompt.images) for r in rollouts] == [1] * 16 + [2]
-    for picture in (rollouts[0].prompt.images[0], rollouts[-1].prompt.images[1]):
-        assert picture.tobytes() == shared.tobytes()
+    for image in (rollouts[0].prompt.images[0], rollouts[-1].prompt.images[1]):
+        assert image.tobytes() == shared.tobytes()
     assert rollouts[-1].prompt.images[0].getpixel((0, 0)) == (7, 7, 7)
     assert [r.response_ids.tolist() for r in rollouts] == [rollout().response_ids.tolist()] * 17
 
 
-def test_too_many_pictures_for_one_call_are_refused_where_they_stand(rollout, monkeypatch):
-    monkeypatch.setattr(wire, "MAX_REQUEST_BYTES", 1 << 20)
-    large = Image.new("RGB", (1024, 512))
-    picture = dataclasses.replace(rollout(), prompt=dataclasses.replace(rollout().prompt, images=(large,)))
-    with pytest.raises(wire.WireError, match="1 rollouts have more than 1 MiB of pictures"):
-        sent([picture])
+def test_pixels_of_the_model_inputs_are_not_sent(rollout):
+    inputs = PromptInputs(torch.tensor([1, 2, 3]), images={"pixel_values": torch.zeros(1000, 1000)})
+    request = protocol.score_request(0, [dataclasses.replace(rollout(), inputs=inputs)], images=True)
+    assert len(request) < 10_000
+    (arrived,) = received(request)
+    assert arrived.inputs.input_ids_S.tolist() == [1, 2, 3] and not arrived.inputs.images
+
+
+def test_request_with_too_many_images_is_refused(rollout, monkeypatch):
+    monkeypatch.setattr(protocol, "MAX_REQUEST_BYTES", 1 << 20)
+    with pytest.raises(protocol.ProtocolError, match="1 rollouts have more than 1 MiB of images"):
+        protocol.score_request(0, [with_images(rollout(), Image.new("RGB", (1024, 512)))], images=True)
