@@ -1,9 +1,9 @@
-"""Faults on purpose: what a run does when an engine or a reward fails can be tried before it happens.
+"""Injected faults: try what a run does when an engine or a reward fails.
 
 ============ ==========================================================================================
-``schedule`` which call meets which fault, a pure function of a seed and the call
-``engine``   an engine that fails, around any other, and the callback that puts it into a run
-``reward``   a reward that fails, beside the others
+``schedule`` which call has which fault, a pure function of a seed and the call
+``engine``   wraps an engine that then fails now and then, and the callback for it
+``reward``   a reward that fails now and then
 ============ ==========================================================================================
 """
 

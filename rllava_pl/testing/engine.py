@@ -13,16 +13,16 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from rllava_pl.rollout.callbacks import RolloutCallback, Samples, TransformersRollout
+from rllava_pl.rollout.callbacks import RolloutCallback, SamplingModule, TransformersRollout
 from rllava_pl.rollout.engine import ManagedEngine
 from rllava_pl.testing.schedule import Schedule
-from rllava_pl.types import Request, Rollout, RolloutEngine, Sampling
+from rllava_pl.types import Generation, Request, RolloutEngine, Sampling
 
 EngineFault = Literal[
     "dies",
     "times_out",
     "too_few",
-    "wrong_order",
+    "wrong_handle",
     "wrong_version",
     "nan_logprobs",
     "positive_logprobs",
@@ -30,20 +30,18 @@ EngineFault = Literal[
     "hangs",
 ]
 SURVIVED = get_args(EngineFault)[:-1]
-"""Faults after which an engine can be asked again; one that hangs is for the watchdog."""
-
-Spoil = Callable[[list[Rollout]], list[Rollout]]
+"""Faults after which a call can be retried; a call that hangs is for the watchdog."""
 
 
 class FaultyEngine:
-    """Any engine, failing at calls of ``generate`` that the schedule names; in all else it is that engine.
+    """Any engine, failing at calls of ``start`` that the schedule names; otherwise it is that engine.
 
     ========================= ==========================================================================
     ``dies``                  raises RuntimeError before it samples
     ``times_out``             raises TimeoutError
     ``hangs``                 never returns
     ``too_few``               the last sample is missing
-    ``wrong_order``           the samples come in reverse
+    ``wrong_handle``          one sample has a handle that was not started
     ``wrong_version``         one sample says it was drawn with older weights
     ``nan_logprobs``          a log-prob is not a number
     ``positive_logprobs``     a log-prob is above 0
@@ -51,8 +49,8 @@ class FaultyEngine:
     ========================= ==========================================================================
 
     Args:
-        engine: The one that does the work.
-        schedule: Asked with the number of the call, counted from 0.
+        engine: The one that samples.
+        schedule: Gives the fault of each call, counted from 0.
     """
 
     def __init__(self, engine: RolloutEngine, schedule: Schedule) -> None:
@@ -61,6 +59,7 @@ class FaultyEngine:
         self.calls = 0
         self.injected: Counter[str] = Counter()
         """Faults so far, by kind."""
+        self._fault = ""
 
     @property
     def exact(self) -> bool:
@@ -72,19 +71,28 @@ class FaultyEngine:
         """Of the wrapped engine."""
         return self.wrapped.version
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-        """What the wrapped engine answers, unless this call is to fail."""
-        fault = self.schedule.at(self.calls)
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> list[int]:
+        """Of the wrapped engine; draws the fault of the next ``advance``."""
+        self._fault = self.schedule.at(self.calls)
         self.calls += 1
-        self.injected.update([fault] if fault else [])
+        self.injected.update([self._fault] if self._fault else [])
+        return self.wrapped.start(requests, sampling)
+
+    def advance(self) -> list[Generation]:
+        """The samples of the wrapped engine, unless this call is to fail."""
+        fault, self._fault = self._fault, ""
         if fault == "dies":
-            raise RuntimeError(f"call {self.calls - 1}: the engine died, as was asked for")
+            raise RuntimeError(f"call {self.calls - 1}: the engine died, as scheduled")
         if fault == "times_out":
-            raise TimeoutError(f"call {self.calls - 1}: the engine did not answer, as was asked for")
+            raise TimeoutError(f"call {self.calls - 1}: the engine did not answer, as scheduled")
         if fault == "hangs":
             threading.Event().wait()
-        rollouts = self.wrapped.generate(requests, sampling)
-        return SPOILT[fault](list(rollouts)) if fault and rollouts else rollouts
+        generations = self.wrapped.advance()
+        if fault == "too_few":
+            return generations[:-1]
+        if fault and generations:
+            generations = [CORRUPT[fault](generations[0]), *generations[1:]]
+        return generations
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Of the wrapped engine."""
@@ -104,14 +112,14 @@ class FaultyEngine:
 
 
 class FaultyRollout(RolloutCallback):
-    """Rollouts from an engine that fails now and then, to see what a run makes of it.
+    """Rollouts from an engine that fails now and then, to see how a run handles it.
 
     Args:
-        rollout: The callback whose engine does the work; by default the embedded one.
+        rollout: The callback whose engine samples; by default the embedded one.
         faults: Kinds, see ``FaultyEngine``; by default all that can be survived.
-        rate: Part of the calls that fail, those that repeat a failed one included.
+        rate: Part of the calls that fail, retries included.
         seed: Of the schedule.
-        retries: Times a failed call is made again before the run stops.
+        retries: Further attempts at a failed call before the run stops.
     """
 
     def __init__(
@@ -132,7 +140,7 @@ class FaultyRollout(RolloutCallback):
         self.rollout.setup(trainer, pl_module, stage)
         super().setup(trainer, pl_module, stage)
 
-    def build(self, module: Samples) -> FaultyEngine:
+    def build(self, module: SamplingModule) -> FaultyEngine:
         """The wrapped callback's engine, made unreliable."""
         self.engine = FaultyEngine(self.rollout.build(module), self.schedule)
         return self.engine
@@ -142,24 +150,17 @@ class FaultyRollout(RolloutCallback):
         self.rollout.after_sync(managed)
 
 
-def _first(change: Callable[[Rollout], Rollout]) -> Spoil:
-    return lambda rollouts: [change(rollouts[0]), *rollouts[1:]]
+def _with_logprob(value: float) -> Callable[[Generation], Generation]:
+    return lambda g: dataclasses.replace(g, logprobs_T=torch.full_like(g.logprobs_T, value))
 
 
-def _with_logprob(value: float) -> Spoil:
-    return _first(lambda rollout: dataclasses.replace(rollout, engine_logprobs=rollout.engine_logprobs * 0 + value))
-
-
-SPOILT: Mapping[str, Spoil] = MappingProxyType(
+CORRUPT: Mapping[str, Callable[[Generation], Generation]] = MappingProxyType(
     {
-        "too_few": lambda rollouts: rollouts[:-1],
-        "wrong_order": lambda rollouts: rollouts[::-1],
-        "wrong_version": _first(lambda r: dataclasses.replace(r, weight_version=r.weight_version - 1)),
+        "wrong_handle": lambda g: dataclasses.replace(g, handle=-1),
+        "wrong_version": lambda g: dataclasses.replace(g, weight_version=g.weight_version - 1),
         "nan_logprobs": _with_logprob(float("nan")),
         "positive_logprobs": _with_logprob(0.5),
-        "other_prompt_ids": _first(
-            lambda r: dataclasses.replace(r, prompt_ids=torch.cat([r.prompt_ids, r.prompt_ids[-1:]]))
-        ),
+        "other_prompt_ids": lambda g: dataclasses.replace(g, prompt_ids=torch.cat([g.prompt_ids, g.prompt_ids[-1:]])),
     }
 )
-"""Answers that are not what was asked."""
+"""Changes to a sample that the check must find."""

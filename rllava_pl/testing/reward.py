@@ -13,20 +13,20 @@ from rllava_pl.types import Rollout, Score
 
 RewardFault = Literal["none", "nan", "inf", "wrong_type", "raises", "hangs", "exits", "eats_memory"]
 IN_PROCESS = get_args(RewardFault)[:-3]
-"""Faults that are survived without a process of one's own."""
+"""Faults that are survived without a separate process."""
 
 
 class FaultyReward(BaseReward):
-    """Adds 0 to the reward, but for the samples that the schedule names: those it cannot score, in the way asked for.
+    """Scores 0, and fails for the samples that the schedule selects.
 
     ``none``: returns None; ``nan``, ``inf``: not finite; ``wrong_type``: a text; ``raises``: an exception; ``hangs``:
-    never returns; ``exits``: ends its process; ``eats_memory``: until none is left. The last three need a process of
-    their own, which rewards have unless ``judging.isolation`` says otherwise.
+    never returns; ``exits``: ends its process; ``eats_memory``: allocates until none is left. The last three need a
+    separate process, which rewards have unless ``scoring.isolation`` is ``none``.
 
     Args:
         faults: Kinds.
-        rate: Part of the samples it cannot score.
-        seed: Of the schedule, which is asked with prompt, weights and tokens of the sample.
+        rate: Part of the samples that fail.
+        seed: Of the schedule, a function of prompt, weights and tokens of the sample.
     """
 
     def __init__(self, faults: list[RewardFault], rate: float = 0.05, seed: int = 0) -> None:
@@ -34,8 +34,8 @@ class FaultyReward(BaseReward):
         self.schedule = Schedule(faults, rate, seed, known=get_args(RewardFault))
 
     def fault(self, rollout: Rollout) -> str:
-        """The fault that this sample meets; empty for most."""
-        return self.schedule.at(rollout.prompt.uid, rollout.weight_version, *rollout.response_ids.tolist())
+        """The fault of this sample; empty for most."""
+        return self.schedule.at(rollout.prompt.uid, *rollout.weight_versions, *rollout.response_ids.tolist())
 
     def score(self, rollout: Rollout) -> Score:
         """0, or the fault."""
@@ -49,7 +49,7 @@ class FaultyReward(BaseReward):
             case "wrong_type":
                 return Score(cast(float, "1.0"))
             case "raises":
-                raise ArithmeticError("the reward failed, as was asked for")
+                raise ArithmeticError("the reward failed, as scheduled")
             case "hangs":
                 threading.Event().wait()
             case "exits":

@@ -1,4 +1,4 @@
-"""Which call meets which fault."""
+"""Which call has which fault."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from rllava_pl.functional.seeds import seed_from
 
 
 class Schedule:
-    """Faults at random, but always the same ones: a pure function of the seed and what identifies a call.
+    """Random but reproducible faults: a pure function of the seed and of what identifies a call.
 
     Example: ``Schedule(["dies", "hangs"], rate=0.05).at(17)`` is "dies", "hangs" or "", in any process.
 
     Args:
         kinds: Faults, all equally likely.
-        rate: Part of the calls that meet one.
+        rate: Part of the calls that have a fault.
         seed: Of the draws.
         known: All kinds there are.
 
     Raises:
-        ValueError: An unknown kind, no kind, or a rate that is no part.
+        ValueError: An unknown kind, no kind, or a rate outside of 0 to 1.
     """
 
     def __init__(self, kinds: Sequence[str], rate: float, seed: int = 0, known: Sequence[str] = ()) -> None:
         if unknown := [kind for kind in kinds if known and kind not in known]:
             raise ValueError(f"faults: there is no {unknown[0]!r}; there are {', '.join(known)}")
         if not kinds:
-            raise ValueError("faults is empty; name at least one, or leave the whole class out")
+            raise ValueError("faults is empty; name at least one kind, or remove the class")
         if not 0 <= rate <= 1:
             raise ValueError(f"rate is {rate}; it is the part of the calls that fail, from 0 to 1")
         self.kinds = tuple(kinds)

@@ -101,7 +101,7 @@ def test_every_phase_that_hangs_is_named_and_has_its_exit_code(tmp_path: Path) -
         said = log.read_text()
         assert code == EXIT_CODES[phase], (phase, code, said[-3000:])
         assert f"[watchdog] rank 0: phase '{phase}' of rollout " in said
-        assert re.search(r'(test_watchdog|testing/engine)\.py", line \d+ in (hang|generate)', said), (phase, said)
+        assert re.search(r'(test_watchdog|testing/engine)\.py", line \d+ in (hang|advance)', said), (phase, said)
         waited_for = "the engine has not answered for color-train:"
         assert (waited_for in said) == (phase in ("rollout", "sync")), phase
 

@@ -1,4 +1,4 @@
-"""What can be refused, and prepared, without an engine."""
+"""Options of the vLLM callback and files of adapters, without an engine."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from rllava_pl.rollout.vllm_adapter import AdapterFile, adapter_options, base_we
 
 REFUSED = {
     "kv_cache_gib is 0": {"kv_cache_gib": 0},
-    r"canary_every \(-1\) and canary_limit \(0.0\) must not be negative": {"canary_every": -1},
-    "memory discard leaves garbage wherever a sync misses a tensor; keep canary_every above 0": {
+    r"sync_check_every \(-1\) and sync_check_limit \(0.0\) must not be negative": {"sync_check_every": -1},
+    "memory discard leaves garbage wherever a sync misses a tensor; set sync_check_every: 1": {
         "memory": "discard",
-        "canary_every": 0,
+        "sync_check_every": 0,
     },
 }
 
 
 @pytest.mark.parametrize(("message", "options"), REFUSED.items(), ids=lambda x: str(x)[:20])
-def test_options_that_cannot_be_meant_are_refused(message: str, options: dict[str, object]) -> None:
+def test_invalid_options_are_refused(message: str, options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=message):
         VLLMRollout(**options)
 
 
-def test_weights_that_were_discarded_are_checked_after_every_wake() -> None:
-    assert VLLMRollout(memory="discard", canary_every=50).canary_every == 1
+def test_memory_mode_discard_checks_after_every_sync() -> None:
+    assert VLLMRollout(memory="discard", sync_check_every=50).sync_check_every == 1
 
 
-def test_adapters_alone_need_adapters_that_vllm_takes(load: Callable[..., Policy]) -> None:
+def test_adapters_that_vllm_cannot_load_are_refused(load: Callable[..., Policy]) -> None:
     with pytest.raises(ValueError, match="lora: adapter needs a policy with LoRA adapters"):
         adapter_options(load("idefics3"))
     everywhere = load("idefics3", lora=LoRA(r=4, target_modules=["*_proj"]))
@@ -43,7 +43,7 @@ def test_adapters_alone_need_adapters_that_vllm_takes(load: Callable[..., Policy
         adapter_options(load("idefics3", lora=LoRA(r=600)))
 
 
-def test_base_weights_are_those_without_adapters(load: Callable[..., Policy]) -> None:
+def test_base_weights_equal_the_model_without_adapters(load: Callable[..., Policy]) -> None:
     plain, adapted = load("idefics3").model.state_dict(), load("idefics3", lora=LoRA(r=4)).model
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -54,7 +54,7 @@ def test_base_weights_are_those_without_adapters(load: Callable[..., Policy]) ->
     assert all(torch.equal(streamed[name], plain[name]) for name in plain)
 
 
-def test_an_adapter_is_written_as_peft_would(load: Callable[..., Policy]) -> None:
+def test_adapter_files_are_in_peft_format(load: Callable[..., Policy]) -> None:
     from safetensors.torch import load_file
 
     model = load("idefics3", lora=LoRA(r=4)).model

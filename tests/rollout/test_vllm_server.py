@@ -24,10 +24,11 @@ from rllava_pl.cli.app import RLCLI
 from rllava_pl.models.encoding import unexpanded_ids
 from rllava_pl.models.policy import Policy
 from rllava_pl.rollout import vllm_http
-from rllava_pl.rollout.vllm_http import Limits, ServerError, base_url, check_host
+from rllava_pl.rollout.episodes import run_episodes
+from rllava_pl.rollout.vllm_http import RequestLimits, ServerError, base_url, check_host
 from rllava_pl.rollout.vllm_server import VLLMServerEngine, image_parts
 from rllava_pl.rollout.vllm_transfer import from_text
-from rllava_pl.types import Request, Sampling
+from rllava_pl.types import Request, Rollout, Sampling
 from tests.models.conftest import picture, prompts
 from tests.rollout.fake_vllm import GENERATE, FakeVLLM, error, fake_vllm
 
@@ -40,7 +41,7 @@ SERVE = ["/reset_prefix_cache", "/reset_encoder_cache", "/resume"]
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_http, "RETRY_SECONDS", 0.001)
     monkeypatch.setattr(vllm_http, "POLL_SECONDS", 0.05)
 
@@ -58,8 +59,8 @@ def policy(load: Callable[..., Policy]) -> Policy:
 
 @pytest.fixture
 def engine(server: FakeVLLM, policy: Policy) -> Iterator[VLLMServerEngine]:
-    """In step with the server."""
-    engine = VLLMServerEngine([server.url], policy, limits=Limits(silence_seconds=0.5))
+    """Synchronised with the server."""
+    engine = VLLMServerEngine([server.url], policy, limits=RequestLimits(silence_seconds=0.5))
     engine.sync(WEIGHTS, 3)
     server.asked.clear()
     yield engine
@@ -74,41 +75,45 @@ def requests(policy: Policy, images: list[int], samples: int = 2, **options: obj
     ]
 
 
+def generate(engine: VLLMServerEngine, batch: list[Request], sampling: Sampling = SAMPLING) -> list[Rollout]:
+    return run_episodes(engine, engine.policy, batch, sampling)
+
+
 # -- addresses --
 
 
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "http://user:key@127.0.0.1", "http://127.0.0.1:8000/?key=1"]
 )
-def test_what_is_no_address_of_a_server_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"{url!r} is no address of a server; write it as http://host:port")):
+def test_malformed_url_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{url!r} is no address of a server; write http://host:port")):
         VLLMServerRollout([url])
 
 
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "localhost", "10.1.2.3", "192.168.0.9", "172.16.0.1", "[::1]", "[fd00::1]"]
 )
-def test_this_machine_and_private_networks_are_allowed(host: str) -> None:
+def test_loopback_and_private_addresses_are_allowed(host: str) -> None:
     check_host(f"http://{host}:8000", allow_remote=False)
 
 
 @pytest.mark.parametrize("host", ["8.8.8.8", "[2001:4860:4860::8888]", "[::ffff:8.8.8.8]"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_public_address_is_refused_unless_it_is_asked_for(scheme: str, host: str) -> None:
+def test_public_address_is_refused_unless_allowed(scheme: str, host: str) -> None:
     url = f"{scheme}://{host}:8000"
     with pytest.raises(ValueError, match=r"is at the public address .*8\. Whoever reaches .* allow_remote: true"):
         check_host(url, allow_remote=False)
     check_host(url, allow_remote=True)
 
 
-def test_a_host_without_an_address_is_named() -> None:
+def test_host_name_that_does_not_resolve_is_named() -> None:
     with pytest.raises(
         ServerError, match=r"vLLM server http://nowhere\.invalid:1: the host name 'nowhere\.invalid' has no"
     ):
         check_host("http://nowhere.invalid:1", allow_remote=False)
 
 
-def test_a_slash_at_the_end_makes_no_difference() -> None:
+def test_trailing_slash_of_a_url_is_ignored() -> None:
     assert base_url("http://127.0.0.1:8000/") == "http://127.0.0.1:8000"
 
 
@@ -120,16 +125,18 @@ def test_a_slash_at_the_end_makes_no_difference() -> None:
         ({"concurrency": 0}, "concurrency is 0; a server must be given at least 1 request"),
         ({"max_retries": -1}, "max_retries is -1; use 0 for a single attempt"),
         ({"silence_seconds": 0.0}, "silence_seconds is 0 and request_seconds 1800; both must be positive"),
-        ({"canary_every": -1}, r"canary_every \(-1\) and canary_limit \(0.0\) must not be negative"),
+        ({"sync_check_every": -1}, r"sync_check_every \(-1\) and sync_check_limit \(0.0\) must not be negative"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_at_construction(options: dict[str, object], message: str) -> None:
+def test_invalid_options_are_refused_at_construction(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VLLMServerRollout(**({"urls": ["http://127.0.0.1:1"]} | options))
 
 
 @pytest.mark.parametrize("package", ["httpx", "tenacity"])
-def test_a_missing_client_says_what_to_install(package: str, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_http_client_says_what_to_install(
+    package: str, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
         ModuleNotFoundError, match=rf"need {package}, which is not .* pip install 'rllava-pl\[vllm-server\]'"
@@ -137,7 +144,7 @@ def test_a_missing_client_says_what_to_install(package: str, policy: Policy, mon
         VLLMServerEngine(["http://127.0.0.1:1"], policy)
 
 
-def test_the_overlay_adds_the_callback_to_those_of_the_config_below(
+def test_overlay_adds_the_callback_to_those_of_the_config_below(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(RLCLI, "fit", lambda self, **kwargs: None)
@@ -150,11 +157,12 @@ def test_the_overlay_adds_the_callback_to_those_of_the_config_below(
 # -- samples --
 
 
-def test_a_request_carries_ids_images_and_every_sampling_parameter(
+def test_request_carries_ids_images_and_every_sampling_parameter(
     engine: VLLMServerEngine, server: FakeVLLM, policy: Policy
 ) -> None:
     (asked,) = requests(policy, [2], samples=3)
-    engine.generate([asked], SAMPLING)
+    engine.start([asked], SAMPLING)
+    engine.advance()
     (body,) = server.posted(GENERATE)
     assert body["token_ids"] == unexpanded_ids(policy.processor, asked.prompt) != asked.inputs.input_ids_S.tolist()
     assert [part["type"] for part in body["content_parts"]] == ["image_url"] * 2
@@ -179,72 +187,75 @@ def test_a_request_carries_ids_images_and_every_sampling_parameter(
     }
 
 
-def test_images_arrive_pixel_by_pixel() -> None:
+def test_images_are_sent_losslessly() -> None:
     (part,) = image_parts([picture(3)])
     data = base64.b64decode(part["url"].removeprefix("data:image/png;base64,"))
     assert Image.open(io.BytesIO(data)).tobytes() == picture(3).tobytes()
 
 
-def test_an_answer_becomes_rollouts_in_the_order_of_the_seeds(
+def test_answer_becomes_rollouts_in_the_order_of_the_seeds(
     engine: VLLMServerEngine, server: FakeVLLM, policy: Policy
 ) -> None:
-    first, second = engine.generate(asked := requests(policy, [0]), SAMPLING)
+    first, second = generate(engine, asked := requests(policy, [0]))
     assert first.response_ids.tolist() == [7, 2] and first.engine_logprobs.tolist() == [-0.5, -1.0]
-    assert first.prompt_ids.tolist() == asked[0].inputs.input_ids_S.tolist() == server.posted(GENERATE)[0]["token_ids"]
-    assert (first.finish_reason, first.weight_version, first.group) == ("stop", 3, 0)
-    assert first.response_mask.tolist() == [True, True] and first.demo_mask is None
+    assert asked[0].inputs.input_ids_S.tolist() == server.posted(GENERATE)[0]["token_ids"]
+    assert (first.finish_reason, first.weight_versions, first.group) == ("stop", (3,), 0)
+    assert first.sampled_mask.tolist() == [True, True]
     assert first.text == policy.decode(torch.tensor([7, 2]))
     assert second.prompt is first.prompt
 
 
-def test_given_tokens_lead_the_response_and_are_marked(
+def test_given_tokens_are_sent_and_begin_the_response(
     engine: VLLMServerEngine, server: FakeVLLM, policy: Policy
 ) -> None:
-    rollout, _ = engine.generate(asked := requests(policy, [0], prefix_ids=(30, 31)), SAMPLING)
+    rollout, _ = generate(engine, asked := requests(policy, [0], prefix_ids=(30, 31)))
     prompt = asked[0].inputs.input_ids_S.tolist()
     assert server.posted(GENERATE)[0]["token_ids"] == [*prompt, 30, 31]
-    assert rollout.prompt_ids.tolist() == prompt and rollout.response_ids.tolist() == [30, 31, 7, 2]
+    assert rollout.response_ids.tolist() == [30, 31, 7, 2]
     assert rollout.engine_logprobs.tolist() == [0.0, 0.0, -0.5, -1.0]
-    assert rollout.demo_mask.tolist() == [True, True, False, False] and rollout.turns[0].start == 2
+    assert [segment.origin for segment in rollout.segments] == ["given", "sampled"]
+    assert rollout.sampled_mask.tolist() == [False, False, True, True]
 
 
-def test_the_most_likely_answer_is_computed_once(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
-    rollouts = engine.generate(requests(policy, [0], samples=3), Sampling(max_tokens=4, temperature=0.0))
+def test_greedy_sample_is_requested_once_a_group(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+    rollouts = generate(engine, requests(policy, [0], samples=3), Sampling(max_tokens=4, temperature=0.0))
     assert server.posted(GENERATE)[0]["sampling_params"]["n"] == 1 and len(rollouts) == 3
 
 
-def test_requests_go_round_also_over_calls(policy: Policy) -> None:
+def test_requests_alternate_between_servers_also_over_calls(policy: Policy) -> None:
     with fake_vllm() as one, fake_vllm() as two:
         engine = VLLMServerEngine([one.url, two.url], policy)
         engine.sync(WEIGHTS, 0)
         one.asked.clear(), two.asked.clear()
-        rollouts = engine.generate(requests(policy, [0] * 5), SAMPLING)
-        engine.generate(requests(policy, [0]), SAMPLING)
+        rollouts = generate(engine, requests(policy, [0] * 5))
+        generate(engine, requests(policy, [0]))
         engine.close()
         assert [rollout.prompt.uid for rollout in rollouts] == [f"test:{p}" for p in range(5) for _ in range(2)]
         assert [len(server.posted(GENERATE)) for server in (one, two)] == [3, 3]
 
 
 @pytest.mark.parametrize("status", sorted(vllm_http.BUSY))
-def test_a_busy_server_is_asked_again(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy, status: int) -> None:
+def test_request_to_a_busy_server_is_retried(
+    engine: VLLMServerEngine, server: FakeVLLM, policy: Policy, status: int
+) -> None:
     server.trouble[GENERATE] = [(status, error("busy"))] * 3
-    assert len(engine.generate(requests(policy, [0]), SAMPLING)) == 2
+    assert len(generate(engine, requests(policy, [0]))) == 2
     assert len(server.posted(GENERATE)) == 4
 
 
-def test_retries_end(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+def test_request_fails_after_its_retries(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
     server.trouble[GENERATE] = [(503, error("busy"))] * 9
     with pytest.raises(
         ServerError, match=rf"vLLM server {server.url} answered 503 at the 2 samples of prompt 'test:0': busy"
     ):
-        engine.generate(requests(policy, [0]), SAMPLING)
+        generate(engine, requests(policy, [0]))
     assert len(server.posted(GENERATE)) == 1 + 3
 
 
-def test_a_refusal_is_not_repeated(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+def test_refused_request_is_not_retried(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
     server.trouble[GENERATE] = [(400, error("Token id 9 is out of vocabulary"))]
     with pytest.raises(ServerError, match=r"answered 400 at .* prompt 'test:0': Token id 9 is out of vocabulary$"):
-        engine.generate(requests(policy, [0]), SAMPLING)
+        generate(engine, requests(policy, [0]))
     assert len(server.posted(GENERATE)) == 1
 
 
@@ -260,7 +271,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize(("change", "message"), SPOILT.values(), ids=SPOILT.keys())
-def test_an_answer_that_cannot_be_trusted_names_server_and_prompt(
+def test_invalid_answer_names_server_and_prompt(
     engine: VLLMServerEngine, server: FakeVLLM, policy: Policy, change: dict[str, object], message: str
 ) -> None:
     answer = server.samples({"token_ids": [1], "sampling_params": {"n": 2}})
@@ -269,77 +280,80 @@ def test_an_answer_that_cannot_be_trusted_names_server_and_prompt(
     with pytest.raises(
         ServerError, match=f"vLLM server {server.url} at the 2 samples of prompt 'test:0': .*{message}|{message}"
     ):
-        engine.generate(requests(policy, [0]), SAMPLING)
+        generate(engine, requests(policy, [0]))
 
 
-def test_too_few_samples_are_noticed(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+def test_too_few_samples_are_refused(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
     answer = server.samples({"token_ids": [1], "sampling_params": {"n": 2}})
     server.trouble[GENERATE] = [(200, answer)]
-    with pytest.raises(ServerError, match="prompt 'test:0': 3 samples were asked for and 2 came"):
-        engine.generate(requests(policy, [0], samples=3), SAMPLING)
+    with pytest.raises(ServerError, match="prompt 'test:0': 3 samples were requested and 2 came"):
+        generate(engine, requests(policy, [0], samples=3))
 
 
-def test_an_answer_that_is_no_json_is_shown(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+def test_answer_that_is_not_json_is_quoted(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
     server.trouble[GENERATE] = [(200, "<html>")]
     with pytest.raises(ServerError, match="prompt 'test:0' answered something that is not JSON: '<html>'"):
-        engine.generate(requests(policy, [0]), SAMPLING)
+        generate(engine, requests(policy, [0]))
 
 
-def test_requests_that_do_not_fit_are_refused_before_they_are_sent(
+def test_request_that_does_not_fit_is_refused_before_it_is_sent(
     engine: VLLMServerEngine, server: FakeVLLM, policy: Policy
 ) -> None:
     prompt = len(requests(policy, [0])[0].inputs)
-    with pytest.raises(
-        ValueError, match=rf"{prompt} prompt tokens \+ 0 given tokens \+ sampling.max_tokens 64 = .* has 64"
-    ):
-        engine.generate(requests(policy, [0]), Sampling(max_tokens=64))
+    message = (
+        rf"{prompt} prompt tokens \+ 0 given \+ sampling\.max_tokens 64 = .* has 64; raise --max-model-len of the serv"
+    )
+    with pytest.raises(ValueError, match=message):
+        generate(engine, requests(policy, [0]), Sampling(max_tokens=64))
     engine.images = 1
-    with pytest.raises(ValueError, match="prompt 'test:0' shows 2 images, and images_per_prompt is 1"):
-        engine.generate(requests(policy, [2]), SAMPLING)
-    with pytest.raises(ValueError, match="prefix_ids of prompt 'test:0' hold an end token"):
-        engine.generate(requests(policy, [0], prefix_ids=(policy.stop_ids[0],)), SAMPLING)
+    with pytest.raises(
+        ValueError, match="prompt 'test:0' shows 2 images, but the engine takes 1 a prompt; raise images_per_prompt"
+    ):
+        generate(engine, requests(policy, [2]))
+    with pytest.raises(ValueError, match=r"prefix_ids of prompt 'test:0' hold .* an end token"):
+        generate(engine, requests(policy, [0], prefix_ids=(policy.stop_ids[0],)))
     assert server.asked == []
 
 
 # -- dead and hung --
 
 
-def test_a_hung_server_is_named_with_its_request(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+def test_hung_server_is_named_with_its_request(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
     server.hung.set()
     message = (
-        rf"vLLM server {server.url} gave no sign of life for 0.5 s; it hangs or is gone, at the 2 samples of prompt "
-        r"'test:0' and 2 more requests"
+        rf"vLLM server {server.url} did not answer health checks for 0\.5 s; it hangs or is gone, at the 2 samples of "
+        r"prompt 'test:0' and 2 more requests"
     )
     with pytest.raises(ServerError, match=message):
-        engine.generate(requests(policy, [0] * 3), SAMPLING)
+        generate(engine, requests(policy, [0] * 3))
 
 
-def test_a_dead_server_is_named_with_its_request(policy: Policy) -> None:
+def test_dead_server_is_named_with_its_request(policy: Policy) -> None:
     with fake_vllm() as server:
-        engine = VLLMServerEngine([server.url], policy, limits=Limits(max_retries=1))
+        engine = VLLMServerEngine([server.url], policy, limits=RequestLimits(max_retries=1))
         engine.sync(WEIGHTS, 0)
     with pytest.raises(
         ServerError, match=f"vLLM server {server.url} could not be reached for the 2 samples of prompt 'test:0'"
     ):
-        engine.generate(requests(policy, [0]), SAMPLING)
+        generate(engine, requests(policy, [0]))
     engine.close()
 
 
-def test_a_server_whose_engine_died_is_named(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
+def test_server_whose_engine_died_is_named(engine: VLLMServerEngine, server: FakeVLLM, policy: Policy) -> None:
     server.trouble["/health"] = [(503, None)]
     server.samples = lambda body: server.over.wait()  # the request is never answered
     with pytest.raises(
         ServerError, match=rf"the engine of vLLM server {server.url} has died \(/health answers 503\), at the 2"
     ):
-        engine.generate(requests(policy, [0]), SAMPLING)
+        generate(engine, requests(policy, [0]))
 
 
-def test_a_request_has_an_end_also_on_a_server_that_lives(server: FakeVLLM, policy: Policy) -> None:
-    engine = VLLMServerEngine([server.url], policy, limits=Limits(request_seconds=0.3))
+def test_request_to_a_healthy_server_times_out(server: FakeVLLM, policy: Policy) -> None:
+    engine = VLLMServerEngine([server.url], policy, limits=RequestLimits(request_seconds=0.3))
     engine.sync(WEIGHTS, 0)
     server.samples = lambda body: server.over.wait()
     with pytest.raises(ServerError, match=r"did not answer within 0\.3 s at the 2 samples of prompt 'test:0'"):
-        engine.generate(requests(policy, [0]), SAMPLING)
+        generate(engine, requests(policy, [0]))
     assert len(server.posted(GENERATE)) == 2 + 1  # the probes, and one attempt
     engine.close()
 
@@ -347,7 +361,7 @@ def test_a_request_has_an_end_also_on_a_server_that_lives(server: FakeVLLM, poli
 # -- weights --
 
 
-def test_a_sync_goes_through_the_routes_in_order(server: FakeVLLM, policy: Policy) -> None:
+def test_sync_uses_the_routes_in_order(server: FakeVLLM, policy: Policy) -> None:
     engine = VLLMServerEngine([server.url], policy)
     engine.sync(WEIGHTS, 5)
     assert server.paths == ["/v1/models", "/init_weight_transfer_engine", *UPDATE, *SERVE, GENERATE, GENERATE]
@@ -358,35 +372,35 @@ def test_a_sync_goes_through_the_routes_in_order(server: FakeVLLM, policy: Polic
     assert all(torch.equal(received[name], x) and received[name].dtype == x.dtype for name, x in WEIGHTS)
     server.asked.clear()
     engine.sync(WEIGHTS, 6)
-    assert server.paths == [*UPDATE, *SERVE]  # what was seen once is not looked at again
+    assert server.paths == [*UPDATE, *SERVE]  # a known server is not looked at again
     engine.close()
 
 
-def test_nothing_is_sampled_before_a_sync(server: FakeVLLM, policy: Policy) -> None:
+def test_sampling_before_a_sync_is_refused(server: FakeVLLM, policy: Policy) -> None:
     engine = VLLMServerEngine([server.url], policy)
     with pytest.raises(RuntimeError, match="the servers' weights are not the policy's: there was no complete sync yet"):
-        engine.generate(requests(policy, [0]), SAMPLING)
+        generate(engine, requests(policy, [0]))
     engine.close()
 
 
 @pytest.mark.parametrize("path", [*UPDATE[1:], *SERVE])
-def test_after_a_failed_sync_nothing_is_sampled_until_one_is_complete(
+def test_sampling_after_a_failed_sync_is_refused_until_one_is_complete(
     engine: VLLMServerEngine, server: FakeVLLM, policy: Policy, path: str
 ) -> None:
     server.trouble[path] = [(500, error("no"))]
     stream = iter(WEIGHTS)
     with pytest.raises(ServerError, match=f"vLLM server {server.url} answered 500 at the weights of update 4: no"):
         engine.sync(stream, 4)
-    assert list(stream) == []  # gathering the rest is up to all ranks
+    assert list(stream) == []  # the rest is gathered as well, on all ranks
     assert len(server.posted(path)) == 1  # never sent twice
     with pytest.raises(RuntimeError, match="there was no complete sync"):
-        engine.generate(requests(policy, [0]), SAMPLING)
+        generate(engine, requests(policy, [0]))
     engine.sync(WEIGHTS, 4)
-    assert {rollout.weight_version for rollout in engine.generate(requests(policy, [0]), SAMPLING)} == {4}
+    assert {rollout.weight_versions for rollout in generate(engine, requests(policy, [0]))} == {(4,)}
 
 
 @pytest.mark.parametrize("updating", [True, False])
-def test_an_update_that_broke_off_is_ended_before_the_next(server: FakeVLLM, policy: Policy, updating: bool) -> None:
+def test_interrupted_update_is_ended_before_the_next(server: FakeVLLM, policy: Policy, updating: bool) -> None:
     server.paused, server.updating = True, updating
     engine = VLLMServerEngine([server.url], policy)
     engine.sync(WEIGHTS, 0)
@@ -406,7 +420,7 @@ MISSING = {
         "/init_weight_transfer_engine",
         500,
         error("not configured"),
-        "does not know the weight transfer 'rllava_pl'",
+        "has no weight transfer 'rllava_pl'",
     ),
     "tokens": (
         GENERATE,
@@ -424,7 +438,7 @@ MISSING = {
 
 
 @pytest.mark.parametrize(("path", "status", "body", "message"), MISSING.values(), ids=MISSING.keys())
-def test_a_server_that_was_started_otherwise_says_how_to_start_it(
+def test_server_without_a_needed_option_is_refused_with_the_command(
     server: FakeVLLM, policy: Policy, path: str, status: int, body: object, message: str
 ) -> None:
     server.trouble[path] = [(status, body)] * 9
@@ -434,7 +448,7 @@ def test_a_server_that_was_started_otherwise_says_how_to_start_it(
     engine.close()
 
 
-def test_log_probs_before_temperature_and_bans_are_noticed(server: FakeVLLM, policy: Policy) -> None:
+def test_raw_log_probs_are_refused(server: FakeVLLM, policy: Policy) -> None:
     server.raw = True
     engine = VLLMServerEngine([server.url], policy)
     with pytest.raises(
@@ -445,21 +459,19 @@ def test_log_probs_before_temperature_and_bans_are_noticed(server: FakeVLLM, pol
     engine.close()
 
 
-def test_another_model_is_noticed(server: FakeVLLM, policy: Policy) -> None:
+def test_server_with_another_model_is_refused(server: FakeVLLM, policy: Policy) -> None:
     engine = VLLMServerEngine([server.url], policy, model="large")
     with pytest.raises(ServerError, match=r"has no model 'large'; it serves \['tiny'\]"):
         engine.sync(WEIGHTS, 0)
     engine.close()
 
 
-def test_the_key_goes_to_the_server_and_no_proxy_is_asked(
-    server: FakeVLLM, policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_key_is_sent_and_proxies_are_ignored(server: FakeVLLM, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     engine = VLLMServerEngine([server.url], policy, model="tiny")
     engine.sync(WEIGHTS, 0)
-    engine.generate(requests(policy, [0]), SAMPLING)
+    generate(engine, requests(policy, [0]))
     engine.close()
     assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
     assert server.posted(GENERATE)[-1]["model"] == "tiny"
@@ -467,7 +479,7 @@ def test_the_key_goes_to_the_server_and_no_proxy_is_asked(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("refused", [False, True])
-def test_of_two_ranks_one_sends_and_both_wait(
+def test_first_of_two_ranks_sends_weights_and_both_wait(
     server: FakeVLLM, tmp_path: Path, tiny_path: Callable[[str], str], refused: bool
 ) -> None:
     if refused:

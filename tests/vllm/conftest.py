@@ -1,7 +1,7 @@
 """Real engines, one at a time in this process, each shared by the tests of a file.
 
-Where vLLM is absent these tests are skipped with the reason; with RLLAVA_PL_REQUIRE_VLLM set that is an error, so that
-a check which is meant to run them cannot pass without.
+Without vLLM these tests are skipped with the reason; with RLLAVA_PL_REQUIRE_VLLM set that is an error, so that a run
+which is meant to include them cannot pass without them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rllava_pl.functional.seeds import seed_from
 from rllava_pl.models.policy import Policy
 from rllava_pl.models.trainable import LoRA, hf_weights
-from rllava_pl.rollout.engine import check_rollouts
+from rllava_pl.rollout.episodes import run_episodes
 from rllava_pl.rollout.vllm import VLLMEngine
 from rllava_pl.rollout.vllm_adapter import adapter_options
 from rllava_pl.rollout.vllm_build import build_llm
@@ -35,7 +35,7 @@ LONG = " Look at it once more, and then again."
 
 @dataclass
 class Bench:
-    """A policy, an engine on it, and what tests ask of the two."""
+    """A policy and an engine with its weights."""
 
     policy: Policy
     engine: VLLMEngine
@@ -57,27 +57,24 @@ class Bench:
         assert len(batch[-1].inputs) > 128
         return batch
 
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        return run_episodes(self.engine, self.policy, requests, sampling)
+
     def gap(self, requests: Sequence[Request], temperature: float = 1.0) -> tuple[float, float]:
-        """Largest and mean |log-prob of the engine - of the trainer| of fresh samples, which are checked as well."""
+        """Largest and mean |log-prob of the engine - of the trainer| of new samples."""
         self.policy.temperature = temperature
-        rollouts = self.engine.generate(requests, Sampling(max_tokens=8, temperature=temperature))
-        check_rollouts(requests, rollouts, self.engine.version)
-        return gap(self.policy, rollouts)
+        return gap(self.policy, self.generate(requests, Sampling(max_tokens=8, temperature=temperature)))
 
 
 def gap(policy: Policy, rollouts: Sequence[Rollout], samples: int = GROUP) -> tuple[float, float]:
-    ids, mask, logp = (
+    ids, trained, sampled, logp = (
         pad_sequence([getattr(r, name) for r in rollouts], batch_first=True)
-        for name in ("response_ids", "response_mask", "engine_logprobs")
+        for name in ("response_ids", "trained_mask", "sampled_mask", "engine_logprobs")
     )
-    own = mask.clone()
-    for row, rollout in zip(own, rollouts, strict=True):
-        if rollout.demo_mask is not None:
-            row[: len(rollout.demo_mask)] &= ~rollout.demo_mask
     with torch.no_grad():
-        scored = policy(PolicyBatch(tuple(r.inputs for r in rollouts[::samples]), samples, ids, mask)).logp_NT
-    apart = (scored - logp)[own].abs()
-    return float(apart.max()), float(apart.mean())
+        scored = policy(PolicyBatch(tuple(r.inputs for r in rollouts[::samples]), samples, ids, trained)).logp_NT
+    difference = (scored - logp)[sampled].abs()
+    return float(difference.max()), float(difference.mean())
 
 
 def build(path: str, **options: object) -> VLLMEngine:
@@ -87,15 +84,15 @@ def build(path: str, **options: object) -> VLLMEngine:
 
 
 def perturb(policy: Policy, only: str = "", scale: float = 0.02) -> None:
-    """Move the trained weights whose name contains ``only``, as an update would."""
+    """Change the trained weights whose name contains ``only``, as an update would."""
     generator = torch.Generator().manual_seed(0)
-    moved = 0
+    changed = 0
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if only in name:
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
-                moved += 1
-    assert moved, f"no parameter is called {only}"
+                changed += 1
+    assert changed, f"no parameter has {only} in its name"
 
 
 @pytest.fixture(scope="module")

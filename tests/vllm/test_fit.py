@@ -18,16 +18,21 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def vllm(**options: object) -> VLLMRollout:
-    return VLLMRollout(**({"context_tokens": 512, "kv_cache_gib": 1 / 16, "canary_every": 1} | options))
+    return VLLMRollout(**({"context_tokens": 512, "kv_cache_gib": 1 / 16, "sync_check_every": 1} | options))
 
 
-def test_the_overlay_trains_and_scores_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlay_trains_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     cli = main(
         [
             *("fit", "--config", "quickstart", "--config", "engines/vllm"),
             *("--model.policy.cache_dir", str(CACHE), "--trainer.default_root_dir", str(tmp_path)),
-            *("--model.max_rollouts=2", "--data.batch_size=8", "--trainer.logger=false", "--model.warmup_steps=1"),
+            *(
+                "--model.max_rollouts=2",
+                "--data.batch_size=8",
+                "--trainer.logger=false",
+                "--model.schedule.warmup_steps=1",
+            ),
         ]
     )
     metrics = cli.trainer.callback_metrics
@@ -38,8 +43,8 @@ def test_the_overlay_trains_and_scores_the_quickstart(tmp_path: Path, monkeypatc
     assert torch.distributed.is_initialized() is False  # vLLM's group went with its engine
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
-    """Samples depend on counters alone, and the engine of the resumed run is a new one."""
+def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Samples depend on counters alone, not on the engine, which is built again."""
 
     def fit(folder: str, rollouts: int, checkpoint: str | None = None) -> torch.nn.Module:
         module = runs.module(max_rollouts=rollouts, policy=runs.tiny())
@@ -60,7 +65,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=name)
 
 
-def test_the_engine_computes_in_the_trainers_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_computes_in_the_trainers_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes = []
     monkeypatch.setattr(
         "rllava_pl.callbacks.vllm.build_llm",

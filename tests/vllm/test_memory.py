@@ -1,4 +1,4 @@
-"""Order of the calls that hand memory back and take it again; vLLM offers them on GPUs only, so they are recorded."""
+"""Order of the calls that free memory and restore it; vLLM has them on GPUs only, so they are recorded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rllava_pl.models.policy import Policy
+from rllava_pl.rollout.episodes import run_episodes
 from rllava_pl.rollout.vllm import VLLMEngine
 from rllava_pl.rollout.vllm_build import memory_mode
 from rllava_pl.types import Sampling
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.vllm
 
 
 class Recorder:
-    """Stands where vLLM would; writes down what it is told and answers every prompt with one token."""
+    """In place of vLLM: records its calls and answers every prompt with one token."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -61,12 +62,12 @@ def test_weights_wake_before_a_sync_and_the_cache_after_it(load: Callable[..., P
     engine = VLLMEngine(llm, policy, memory=memory)
     asked, weights = requests(policy, prompts([0]), samples=1), [("lm_head.weight", torch.zeros(1))]
     engine.sync(weights, 1)
-    engine.generate(asked, Sampling(max_tokens=1))
+    run_episodes(engine, policy, asked, Sampling(max_tokens=1))
     engine.sleep()
     llm.events.clear()
     engine.wake()
     engine.sync(weights, 2)
-    engine.generate(asked, Sampling(max_tokens=1))
+    run_episodes(engine, policy, asked, Sampling(max_tokens=1))
     engine.sleep()
     engine.sleep()
     first, between, last = PASSES[memory]
@@ -77,17 +78,17 @@ def test_weights_wake_before_a_sync_and_the_cache_after_it(load: Callable[..., P
     assert llm.events[-1] == "shutdown" and llm.events.count("shutdown") == 1
 
 
-def test_discarded_weights_are_never_sampled_from(load: Callable[..., Policy]) -> None:  # noqa: F811
+def test_sampling_from_discarded_weights_is_refused(load: Callable[..., Policy]) -> None:  # noqa: F811
     policy = load("idefics3")
     engine = VLLMEngine(Recorder(), policy, memory="discard")
     engine.sync([("lm_head.weight", torch.zeros(1))], 1)
     engine.sleep()
     engine.wake()
     with pytest.raises(RuntimeError, match="there was no complete sync since it started"):
-        engine.generate(requests(policy, prompts([0]), samples=1), Sampling(max_tokens=1))
+        engine.start(requests(policy, prompts([0]), samples=1), Sampling(max_tokens=1))
 
 
-def test_memory_is_handed_back_on_gpus_only() -> None:
+def test_memory_modes_that_free_memory_need_a_gpu() -> None:
     assert memory_mode("auto") == memory_mode("resident") == "resident"
     with pytest.raises(ValueError, match="memory 'sleep' hands back GPU memory, and vLLM runs on the CPU here"):
         memory_mode("sleep")

@@ -1,4 +1,4 @@
-"""Weights reach an engine that lives in another process: as bytes, through the backend its entry point registers."""
+"""Weights reach an engine in another process as bytes, through the backend that its entry point registers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 
-def test_an_engine_in_a_process_of_its_own_follows_the_policy() -> None:
+def test_engine_in_another_process_is_synchronised() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     command = [sys.executable, str(ROOT / "tests/vllm/other_process.py")]
     done = subprocess.run(command, cwd=ROOT, env=environment, timeout=240, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Two ranks with an engine each learn one policy from samples of their own."""
+"""Two ranks with an engine each train one policy from different samples."""
 
 from __future__ import annotations
 

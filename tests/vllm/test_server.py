@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rllava_pl.callbacks import RolloutCheckpoint, VLLMServerRollout
 from rllava_pl.models.trainable import hf_weights
 from rllava_pl.rollout import vllm_routes
-from rllava_pl.rollout.vllm_http import EventLoop, Limits, ServerError
+from rllava_pl.rollout.vllm_http import EventLoop, RequestLimits, ServerError
 from rllava_pl.rollout.vllm_server import VLLMServerEngine
 from rllava_pl.types import Sampling
 from tests import runs
@@ -56,7 +56,7 @@ def server(real: RealServer) -> RealServer:
 
 @pytest.fixture
 def bench(server: RealServer) -> Iterator[Bench]:
-    """A policy in step with the server."""
+    """A policy whose weights the server has."""
     source = runs.tiny()
     source.prepare(1)
     policy = source.load()
@@ -67,7 +67,7 @@ def bench(server: RealServer) -> Iterator[Bench]:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_are_the_trainers_before_and_after_syncs(bench: Bench, temperature: float) -> None:
+def test_log_probs_equal_the_trainers_before_and_after_syncs(bench: Bench, temperature: float) -> None:
     requests = bench.mixed()  # 0 to 3 pictures, and one prompt of more than a cache block
     gaps = [bench.gap(requests, temperature)]
     for _ in range(5):
@@ -77,7 +77,7 @@ def test_log_probs_are_the_trainers_before_and_after_syncs(bench: Bench, tempera
     assert all(largest <= 1e-4 and mean <= 1e-5 for largest, mean in gaps), gaps
 
 
-def test_old_weights_show(bench: Bench) -> None:
+def test_stale_weights_change_log_probs(bench: Bench) -> None:
     perturb(bench.policy)
     assert bench.gap(bench.mixed())[0] > 1e-2
     bench.sync()
@@ -85,7 +85,7 @@ def test_old_weights_show(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("part", ["vision", "connector", "embed_tokens"])  # the last is the head as well: they are tied
-def test_every_part_of_the_model_arrives(bench: Bench, part: str) -> None:
+def test_every_part_of_the_model_is_synchronised(bench: Bench, part: str) -> None:
     requests = bench.mixed()
     bench.gap(requests)
     perturb(bench.policy, only=part, scale=0.3)
@@ -94,20 +94,20 @@ def test_every_part_of_the_model_arrives(bench: Bench, part: str) -> None:
     assert bench.gap(requests)[0] <= 1e-4
 
 
-def test_seeds_decide_and_nothing_else(bench: Bench) -> None:
+def test_sample_depends_on_its_seed_alone(bench: Bench) -> None:
     sampling = Sampling(max_tokens=8)
     first, again, other = (
-        [tuple(r.response_ids.tolist()) for r in bench.engine.generate(bench.mixed(stream=stream), sampling)]
+        [tuple(r.response_ids.tolist()) for r in bench.generate(bench.mixed(stream=stream), sampling)]
         for stream in ("one", "one", "two")
     )
     assert first == again != other
 
 
-def test_banned_tokens_are_never_sampled_and_the_budget_is_kept(bench: Bench) -> None:
+def test_banned_tokens_are_never_sampled_and_the_budget_holds(bench: Bench) -> None:
     with torch.no_grad():
         bench.policy.model.lm_head.weight.zero_()  # all tokens are equally likely
     bench.sync()
-    rollouts = bench.engine.generate(bench.requests(prompts([0, 1]), samples=16), Sampling(max_tokens=100))
+    rollouts = bench.generate(bench.requests(prompts([0, 1]), samples=16), Sampling(max_tokens=100))
     sampled = {token for rollout in rollouts for token in rollout.response_ids.tolist()}
     vocabulary = bench.policy.model.config.text_config.vocab_size
     assert sampled > set(range(vocabulary // 2)) - set(bench.policy.banned_ids) - set(bench.policy.stop_ids)
@@ -122,7 +122,7 @@ def test_banned_tokens_are_never_sampled_and_the_budget_is_kept(bench: Bench) ->
 
 
 class Relay(FakeVLLM):
-    """A second address of the real server: passes requests for samples on and takes no part in syncs."""
+    """A second address of the real server: forwards requests for samples and takes no part in syncs."""
 
     def __init__(self, to: RealServer) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Relay(FakeVLLM):
             return json.load(response)
 
 
-def test_requests_are_spread_over_servers(bench: Bench, server: RealServer) -> None:
+def test_requests_alternate_between_servers(bench: Bench, server: RealServer) -> None:
     with fake_vllm(Relay(server)) as relay:
         engine = VLLMServerEngine([server.url, relay.url], bench.policy, images=3)
         engine.sync(hf_weights(bench.policy.model), 1)
@@ -145,8 +145,8 @@ def test_requests_are_spread_over_servers(bench: Bench, server: RealServer) -> N
     assert len(relay.posted(GENERATE)) == 2  # of five
 
 
-def test_after_a_sync_that_broke_off_the_next_one_mends_the_server(bench: Bench) -> None:
-    """Half of a fused layer has arrived, with other numbers, when the stream ends in weights that do not fit."""
+def test_sync_after_an_interrupted_one_repairs_the_server(bench: Bench) -> None:
+    """The stream ends with an unknown weight when half of a fused layer has arrived, with other values."""
     whole = list(hf_weights(bench.policy.model))
     cut = next(k for k, (name, _) in enumerate(whole) if "text_model.layers.0.self_attn.k_proj" in name)
     half = [(name, torch.randn_like(x)) for name, x in whole[:cut]]
@@ -158,7 +158,7 @@ def test_after_a_sync_that_broke_off_the_next_one_mends_the_server(bench: Bench)
     assert bench.gap(bench.mixed())[0] <= 1e-4
 
 
-def test_an_update_that_a_dead_trainer_left_open_is_ended(bench: Bench, server: RealServer) -> None:
+def test_update_left_open_by_a_dead_trainer_is_ended(bench: Bench, server: RealServer) -> None:
     loop, (client,) = EventLoop(), bench.engine.servers
     loop.run(vllm_routes.begin(client, "a test"))
     loop.close()
@@ -179,7 +179,7 @@ def processes(server: RealServer, kind: str) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("kind", ["server", "engine"])
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_server_lost_in_a_rollout_is_named_with_its_request(
+def test_server_lost_in_a_rollout_is_named_with_its_request(
     bench: Bench, server: RealServer, kind: str, number: signal.Signals
 ) -> None:
     with torch.no_grad():
@@ -191,11 +191,11 @@ def test_a_server_lost_in_a_rollout_is_named_with_its_request(
     start = time.monotonic()
     try:
         with pytest.raises(ServerError, match=rf"{re.escape(server.url)} .*16 samples of prompt 'test:") as error:
-            bench.engine.generate(bench.requests(prompts([1, 0, 1]), samples=16), Sampling(max_tokens=400))
+            bench.generate(bench.requests(prompts([1, 0, 1]), samples=16), Sampling(max_tokens=400))
         assert time.monotonic() - start < NAMED_WITHIN_SECONDS, error.value
     finally:
         timer.join()
-        if number == signal.SIGSTOP:  # it wakes up and finds that nobody waits any more
+        if number == signal.SIGSTOP:  # the processes resume, but no client waits for them
             for process in lost:
                 process.send_signal(signal.SIGCONT)
         else:
@@ -212,14 +212,14 @@ class KillAfter(Callback):
         self.server, self.rollouts = server, rollouts
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
-        if pl_module.rollout_index == self.rollouts:
+        if pl_module.state.rollouts == self.rollouts:
             self.server.kill()
 
 
-def test_a_run_that_lost_its_server_goes_on_from_its_checkpoint(server: RealServer, tmp_path: Path) -> None:
+def test_run_that_lost_its_server_resumes_from_its_checkpoint(server: RealServer, tmp_path: Path) -> None:
     def fit(*more: Callback, **options: object) -> tuple[LightningModule, str]:
         saving = RolloutCheckpoint(str(tmp_path / "ckpt"), every_n_rollouts=1)
-        rollouts = VLLMServerRollout([server.url], images_per_prompt=3, canary_every=1)
+        rollouts = VLLMServerRollout([server.url], images_per_prompt=3, sync_check_every=1)
         module = runs.module(max_rollouts=4)
         runs.trainer(tmp_path, callbacks=[rollouts, saving, *more]).fit(module, runs.data(), **options)
         return module, saving.last_path
@@ -230,16 +230,16 @@ def test_a_run_that_lost_its_server_goes_on_from_its_checkpoint(server: RealServ
     assert last.name == "rollout-000002.ckpt"
     server.start()
     module, _ = fit(ckpt_path=last)
-    assert module.rollout_index == 4 and module.weight_version == 8
+    assert module.state.rollouts == 4 and module.state.updates == 8
 
 
-def test_a_server_that_was_started_otherwise_says_what_is_missing(real: RealServer, tmp_path: Path) -> None:
+def test_server_without_needed_options_is_refused_with_the_command(real: RealServer, tmp_path: Path) -> None:
     real.kill()  # one at a time
     policy = runs.tiny()
     policy.prepare(1)
     plain = RealServer(policy.path, tmp_path / "log", (*SMALL, "--enable-scale-out"), dev_mode=False)
     plain.start()
-    engine = VLLMServerEngine([plain.url], loaded := policy.load(), limits=Limits(max_retries=0))
+    engine = VLLMServerEngine([plain.url], loaded := policy.load(), limits=RequestLimits(max_retries=0))
     loop = EventLoop()
     try:
         with pytest.raises(ServerError, match=r"answered 404 .* not run in development mode\. Start it with: VLLM"):

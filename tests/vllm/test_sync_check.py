@@ -1,4 +1,4 @@
-"""The canary on the real engine: silent when all is in order, and every silent fault of a sync is found."""
+"""The sync check on the real engine: a complete sync passes, and every silent fault of a sync is found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from rllava_pl.models.policy import Policy
 from rllava_pl.models.trainable import LoRA, hf_weights
 from rllava_pl.rollout.engine import ManagedEngine
-from rllava_pl.rollout.sync_check import LIMITS, Canary, CanaryError
+from rllava_pl.rollout.sync_check import FULL_PRECISION, SyncCheck, SyncCheckError
 from rllava_pl.rollout.vllm import VLLMEngine
 from rllava_pl.types import Sampling
 from tests import runs
@@ -21,25 +21,29 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class Run:
-    """A policy that is updated, an engine that follows it, and a canary after every sync."""
+    """A policy that is updated, its engine, and a check after every sync."""
 
     def __init__(self, policy: Policy, engine: VLLMEngine, **options: object) -> None:
         self.policy, self.engine = policy, engine
         self.version = engine.version
         self.stream: Callable[[Weights], Weights] = lambda weights: weights
-        settings = {"limit": LIMITS[torch.float32], "every": 1, "context_tokens": 512, "images": 3}
-        self.canary = Canary(policy, **(settings | options))
+        settings = {"limit": FULL_PRECISION, "every": 1, "context_tokens": 512, "images": 3}
+        self.check = SyncCheck(policy, **(settings | options))
         self.managed = ManagedEngine(
-            lambda: engine, lambda: self.stream(hf_weights(policy.model)), lambda: self.version, self.canary
+            build=lambda: engine,
+            policy=policy,
+            weights=lambda: self.stream(hf_weights(policy.model)),
+            version=lambda: self.version,
+            after_sync=self.check,
         )
 
     def step(self) -> None:
-        """One pass: the version moves, so the engine syncs, and the canary looks."""
+        """One pass: the version rises, so the engine is synchronised and checked."""
         self.version += 1
-        self.managed.generate(self.canary.requests[:1], Sampling(max_tokens=2))
+        self.managed.generate(self.check.requests[:1], Sampling(max_tokens=2))
 
     def lose(self, *parts: str) -> None:
-        """From now on the stream has the weights of this moment for names that hold one of ``parts``."""
+        """From now on the stream has the present weights for names that contain one of ``parts``."""
         kept = {name: x.clone() for name, x in hf_weights(self.policy.model) if any(part in name for part in parts)}
         assert kept
         self.stream = lambda weights: ((name, kept.get(name, x)) for name, x in weights)
@@ -53,32 +57,34 @@ def run(fresh: Bench) -> Run:
 
 
 @on("idefics3", "qwen2_5_vl", "qwen3_vl")
-def test_silent_when_all_is_in_order(run: Run) -> None:
+def test_complete_sync_passes(run: Run) -> None:
     for _ in range(3):
         perturb(run.policy)
         run.step()
-    assert run.canary.syncs == 4
+    assert run.check.syncs == 4
 
 
 @on("idefics3", "qwen2_5_vl", "qwen3_vl")
-def test_a_vision_tower_that_was_left_out(run: Run) -> None:
+def test_missing_vision_tower_is_found(run: Run) -> None:
     vision = "visual" if "qwen" in run.policy.model.config.model_type else "vision_model"
     run.lose(vision)
     perturb(run.policy, vision)
-    with pytest.raises(CanaryError, match="Likely cause: vision tower, connector or encoder"):
+    with pytest.raises(SyncCheckError, match="Likely cause: vision tower, connector or encoder"):
         run.step()
 
 
 @on("idefics3", "qwen2_5_vl")
-def test_a_head_that_was_left_out(run: Run) -> None:
+def test_missing_head_is_found(run: Run) -> None:
     run.lose("lm_head")
     perturb(run.policy, "embed_tokens")
-    with pytest.raises(CanaryError, match=r"Likely cause: language layers, head \(lm_head.weight is pushed also when"):
+    with pytest.raises(
+        SyncCheckError, match=r"Likely cause: language layers, head \(lm_head.weight is pushed also when"
+    ):
         run.step()
 
 
 @on("idefics3")
-def test_a_single_adapter_that_was_left_out(fresh: Bench) -> None:
+def test_single_missing_adapter_is_found(fresh: Bench) -> None:
     source = runs.tiny("idefics3", lora=LoRA(r=4, alpha=8))
     source.prepare(1)
     run = Run(source.load(), VLLMEngine(fresh.engine.llm, fresh.policy))
@@ -86,40 +92,40 @@ def test_a_single_adapter_that_was_left_out(fresh: Bench) -> None:
     name = "layers.1.mlp.down_proj"
     run.lose(name)
     perturb(run.policy, f"{name}.lora_B", scale=0.1)
-    with pytest.raises(CanaryError, match=r"Likely cause: language layers, head .* or adapters did not arrive"):
+    with pytest.raises(SyncCheckError, match=r"Likely cause: language layers, head .* or adapters did not arrive"):
         run.step()
 
 
 @on("idefics3", "qwen2_5_vl")
-def test_a_stale_prefix_cache(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_prefix_cache_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.engine.llm, "reset_prefix_cache", lambda: True)
     perturb(run.policy)
-    with pytest.raises(CanaryError, match="Likely cause: prefix cache: only prompts longer than a block differ"):
+    with pytest.raises(SyncCheckError, match="Likely cause: prefix cache: only prompts longer than a block differ"):
         run.step()
 
 
 @on("idefics3", "qwen2_5_vl")
-def test_a_stale_encoder_cache(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_encoder_cache_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.engine.llm.llm_engine, "reset_encoder_cache", lambda: None)
     perturb(run.policy)
-    with pytest.raises(CanaryError, match="Likely cause: vision tower, connector or encoder cache"):
+    with pytest.raises(SyncCheckError, match="Likely cause: vision tower, connector or encoder cache"):
         run.step()
 
 
 @on("idefics3")
-def test_caches_that_were_forgotten_once_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_that_were_not_emptied_once_are_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = run.engine.reset_caches, []
     monkeypatch.setattr(run.engine, "reset_caches", lambda: calls.append(1) or (len(calls) > 1 and real()))
     perturb(run.policy)
-    with pytest.raises(CanaryError, match="Likely cause: caches: all is well after they are emptied"):
+    with pytest.raises(SyncCheckError, match="Likely cause: caches: without them the gap is gone"):
         run.step()
 
 
 @on("idefics3")
-def test_recovery_pushes_everything_once_more(
+def test_recovery_pushes_all_weights_again(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run.canary.recover = True
+    run.check.recover = True
     perturb(run.policy)
     first = iter([True])
 
@@ -132,5 +138,5 @@ def test_recovery_pushes_everything_once_more(
     assert "engine and trainer differ" in caplog.text and "all weights are pushed again" in caplog.text
     run.lose("connector")
     perturb(run.policy, "connector")
-    with pytest.raises(CanaryError, match=r"by more than max 0\.001 and mean 0\.0001 nats"):
+    with pytest.raises(SyncCheckError, match=r"by more than max 0\.001 and mean 0\.0001 nats"):
         run.step()
