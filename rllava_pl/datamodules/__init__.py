@@ -1,4 +1,4 @@
-"""Prompts for RL: data modules for drawn pictures, handwritten digits, and your own files or Hugging Face data sets."""
+"""Prompts for RL: data modules for drawn images, handwritten digits, and your own files or Hugging Face data sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer has to look like for the reward that will read it, checked when the data is loaded."""
+"""The form that a reward needs an answer to have, checked when the data is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_BYTES = 64 * 1024
 
 
 def check_answer(answer: str, kind: AnswerKind, column: str) -> None:
-    """Refuse an answer that is too long, or that a reward for this kind of answers could not read.
+    """Refuse an answer that is too long, or that a reward for this kind of answer could not read.
 
     Raises:
         RowError: E16.
@@ -30,7 +30,7 @@ def check_answer(answer: str, kind: AnswerKind, column: str) -> None:
 
 
 def check_target(target: str, answer: str, column: str) -> None:
-    """Refuse a target whose last ``<answer>`` block says something else than the row's answer.
+    """Refuse a target whose last ``<answer>`` block contradicts the row's answer.
 
     Raises:
         RowError: E19.
@@ -38,7 +38,7 @@ def check_target(target: str, answer: str, column: str) -> None:
     said, label = last_block(target, "answer"), last_block(answer, "answer")
     truth = answer if label is None else label
     if said is not None and truth.strip() and not exact(said, truth):
-        raise RowError("E19", column, f"answers {_shown(said)}, but the row's answer is {_shown(truth)}; mend one")
+        raise RowError("E19", column, f"answers {_shown(said)}, but the row's answer is {_shown(truth)}; correct one")
 
 
 def _is_integer(text: str) -> bool:
@@ -47,15 +47,15 @@ def _is_integer(text: str) -> bool:
 
 
 def _is_box(text: str) -> bool:
-    box = _literal(text)
+    box = _parsed(text)
     if not (isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)):
         return False
     left, top, right, bottom = box
     return all(map(math.isfinite, box)) and right > left and bottom > top
 
 
-def _literal(text: str) -> object:
-    """JSON as data; None for what is none, and for numbers that are not finite."""
+def _parsed(text: str) -> object:
+    """The JSON value; None if it is not JSON, or holds numbers that are not finite."""
     try:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -76,7 +76,7 @@ KINDS: Mapping[AnswerKind, tuple[str, Callable[[str], bool]]] = MappingProxyType
         "number": ("a number such as 4, -0.5, 1/2, 1,000 or 50%", lambda text: number(text) is not None),
         "integer": ("a whole number", _is_integer),
         "box": ("[x1, y1, x2, y2] with finite numbers, x2 > x1 and y2 > y1", _is_box),
-        "json": ("valid JSON", lambda text: text == "null" or _literal(text) is not None),
+        "json": ("valid JSON", lambda text: text == "null" or _parsed(text) is not None),
     }
 )
-"""What is needed, in words and as a check."""
+"""Per kind: what is needed, for messages, and whether a text has it."""

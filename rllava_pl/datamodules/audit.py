@@ -1,4 +1,4 @@
-"""Checking every row: what is kept, what is refused and why, what was mended. Nothing is skipped uncounted."""
+"""Checking every row: which are kept, refused and why, or repaired. Every row is counted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rllava_pl.redaction import escaped
 from rllava_pl.types import Prompt
 
 MOST_CHARS = 400
-"""Of a message; a hostile row must not flood the report."""
+"""Of a message; longer ones are cut, so that a hostile row cannot flood the report."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PromptSource:
     """Checks by the model's processor, if it is known."""
 
     def check(self, row: int) -> ParsedRow:
-        """Check everything about a row; its images are decoded, and dropped again.
+        """Check everything about a row; its images are decoded and dropped.
 
         Raises:
             RowError: What is wrong with it.
@@ -48,7 +48,7 @@ class PromptSource:
 
     def parse(self, row: int) -> ParsedRow:
         """Text and image references of a row."""
-        return self.schema.parse(self.table.rows[row], self.default_id(row))
+        return self.schema.parse(self.table.rows[row], f"{self.table.name}:{row}")
 
     def prompt(self, row: int) -> Prompt:
         """The prompt with its images decoded."""
@@ -56,14 +56,10 @@ class PromptSource:
         images = tuple(self.images.load(ref, name) for name, ref in self._image_fields(parsed))
         return replace(self._prompt(parsed, row), images=images)
 
-    def default_id(self, row: int) -> str:
-        """Id of a row that brings none."""
-        return f"{self.table.name}:{row}"
-
     def rejection(self, row: int, error: RowError) -> Rejection:
-        """The verdict on a row, fit to be printed whatever the row holds."""
-        uid = self.default_id(row)
-        with suppress(Exception):  # whatever made the row unreadable has been said
+        """The report of a refused row, printable whatever the row holds."""
+        uid = f"{self.table.name}:{row}"
+        with suppress(Exception):  # the error that is reported says why the row is unreadable
             uid = self.schema.id_of(self.table.rows[row], uid)
         line = self.table.rows.line(row)
         name, message, uid = (_printable(text) for text in (error.field, error.message, uid))
@@ -87,22 +83,22 @@ class PromptSource:
 
 @dataclass
 class Audit:
-    """What became of every row: ``len(kept) + len(rejections) == total``, always."""
+    """The result for every row: ``len(kept) + len(rejections) == total``, always."""
 
     total: int = 0
-    """Rows looked at."""
+    """Rows checked."""
     kept: list[tuple[int, int]] = field(default_factory=list)
     """Source and row of every usable row."""
     rejections: list[Rejection] = field(default_factory=list)
     repairs: Counter[str] = field(default_factory=Counter)
-    """Number of usable rows by the code of what was mended."""
+    """Number of usable rows by the code of what was repaired."""
     filled: Counter[str] = field(default_factory=Counter)
     """Number of usable rows that have a ``target``, and that have a ``rejected`` response."""
 
 
 @dataclass(frozen=True)
-class Usable:
-    """The verdict on a right row."""
+class UsableRow:
+    """The result for a row that can be used."""
 
     uid: str
     repairs: tuple[str, ...]
@@ -122,40 +118,40 @@ def audit(
         sources: Ids are unique among all of them.
         decode: Also decode every image in full, as training does; without it JPEGs are only decoded small.
         tick: Called after every row.
-        all_ranks: Every rank is here: each checks its share of the rows, and all get all verdicts. Collective.
+        all_ranks: Collective: each rank checks its share of the rows, and all get all results.
     """
     places = [(s, row) for s, source in enumerate(sources) for row in range(len(source.table.rows))]
     first, step = (rank(), world_size()) if all_ranks else (0, 1)
     own = []
     for s, row in places[first::step]:
-        own.append(_verdict(sources[s], row, decode))
+        own.append(_check_row(sources[s], row, decode))
         tick()
     shares = gather_objects(own) if all_ranks else [own]
-    result, seen = Audit(len(places)), dict[str, tuple[int, int]]()
+    audited, seen = Audit(len(places)), dict[str, tuple[int, int]]()
     for k, place in enumerate(places):
-        verdict = shares[k % step][k // step]
-        if isinstance(verdict, Usable) and verdict.uid in seen:
-            verdict = _duplicate(sources, place, seen[verdict.uid], verdict.uid)
-        if isinstance(verdict, Rejection):
-            result.rejections.append(verdict)
+        result = shares[k % step][k // step]
+        if isinstance(result, UsableRow) and result.uid in seen:
+            result = _duplicate(sources, place, seen[result.uid], result.uid)
+        if isinstance(result, Rejection):
+            audited.rejections.append(result)
         else:
-            seen[verdict.uid] = place
-            result.kept.append(place)
-            result.repairs.update(verdict.repairs)
-            result.filled.update(verdict.filled)
-    return result
+            seen[result.uid] = place
+            audited.kept.append(place)
+            audited.repairs.update(result.repairs)
+            audited.filled.update(result.filled)
+    return audited
 
 
-def _verdict(source: PromptSource, row: int, decode: bool) -> Usable | Rejection:
+def _check_row(source: PromptSource, row: int, decode: bool) -> UsableRow | Rejection:
     try:
-        with _foreseen():
+        with _errors_as_e00():
             parsed = source.check(row)
             if decode:
                 source.prompt(row)
     except RowError as error:
         return source.rejection(row, error)
     filled = tuple(name for name in ("target", "rejected") if getattr(parsed, name))
-    return Usable(parsed.uid, parsed.repairs, filled)
+    return UsableRow(parsed.uid, parsed.repairs, filled)
 
 
 def _duplicate(sources: Sequence[PromptSource], place: tuple[int, int], first: tuple[int, int], uid: str) -> Rejection:
@@ -165,18 +161,18 @@ def _duplicate(sources: Sequence[PromptSource], place: tuple[int, int], first: t
 
 
 def audit_prompts(prompts: Sequence[Prompt], name: str, tick: Callable[[], None] = lambda: None) -> Audit:
-    """Check prompts that no file holds: every one can be made, has its images and text, and a uid of its own.
+    """Check prompts that come from no file: each can be made, has its images, and a unique uid.
 
     Args:
-        prompts: Any sequence; a prompt is dropped again before the next one is made.
-        name: What the sequence is called in messages.
+        prompts: Any sequence; each prompt is dropped before the next one is made.
+        name: Of the sequence, for messages.
         tick: Called after every prompt.
     """
     result, seen = Audit(), dict[str, int]()
     for row in range(len(prompts)):
         uid = ""
         try:
-            with _foreseen():
+            with _errors_as_e00():
                 prompt = prompts[row]
                 uid = prompt.uid
                 _check_prompt(prompt, seen)
@@ -199,17 +195,17 @@ def _check_prompt(prompt: Prompt, seen: Mapping[str, int]) -> None:
 
 
 @contextmanager
-def _foreseen() -> Iterator[None]:
-    """Whatever a row makes the libraries raise is a verdict on it, E00, and none on the rows behind it."""
+def _errors_as_e00() -> Iterator[None]:
+    """Turn any other exception into E00 of this row, so that the rows after it are still checked."""
     try:
         yield
     except (RowError, MemoryError):
         raise
     except Exception as error:
-        raise RowError("E00", "row", f"raised {type(error).__name__}: {error}; see what is unusual about it") from error
+        raise RowError("E00", "row", f"raised {type(error).__name__}: {error}; correct or remove it") from error
 
 
 def _printable(text: str) -> str:
-    """Without characters that a terminal or a file would stumble over, and of bounded length."""
+    """With control characters escaped, and of bounded length."""
     text = text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + "..."
     return escaped(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 
@@ -12,8 +13,8 @@ from rllava_pl.datamodules.loader import (
     PromptDataset,
     PromptLoader,
     PromptSampler,
-    leave_signals_to_the_trainer,
-    quiet_generator,
+    ignore_signals,
+    separate_generator,
 )
 from rllava_pl.types import Prompt, PromptBatch
 
@@ -30,7 +31,7 @@ class BaseDataModule(LightningDataModule):
         batch_size: Prompts of one rollout on each rank.
         val_batch_size: Prompts of one validation, test or prediction batch on each rank.
         num_workers: Processes that prepare prompts ahead; 0 prepares them in the training process.
-        seed: Seed of the training order. A new order each epoch, the same for the same seed.
+        seed: Seed of the training order, which differs from epoch to epoch.
     """
 
     def __init__(self, batch_size: int = 32, val_batch_size: int = 64, num_workers: int = 0, seed: int = 0) -> None:
@@ -48,8 +49,18 @@ class BaseDataModule(LightningDataModule):
         self.val_prompts: Sequence[Prompt] = ()
         self.test_prompts: Sequence[Prompt] = ()
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Let ``inspect.signature`` show the options above in subclasses that pass them on as ``**loader_options``."""
+        super().__init_subclass__(**kwargs)
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            common = inspect.signature(BaseDataModule.__init__).parameters
+            names = {parameter.name for parameter in own}
+            own = [*own[:-1], *(p for name, p in list(common.items())[1:] if name not in names)]
+        cls.__signature__ = inspect.Signature(own)
+
     def train_dataloader(self) -> PromptLoader:
-        """Shuffled batches; what does not fill a batch on every rank is left out of the epoch.
+        """Shuffled batches; prompts that do not fill a batch on every rank are left out of the epoch.
 
         Raises:
             ValueError: The training set is smaller than one batch over all ranks.
@@ -62,10 +73,10 @@ class BaseDataModule(LightningDataModule):
             batch_size=self.batch_size,
             sampler=PromptSampler(dataset, num_replicas, rank, shuffle=True, seed=self.seed, drop_last=True),
             num_workers=self.num_workers,
-            worker_init_fn=leave_signals_to_the_trainer,
+            worker_init_fn=ignore_signals,
             collate_fn=PromptBatch,
             drop_last=True,
-            generator=quiet_generator(self.seed),
+            generator=separate_generator(self.seed),
         )
         loader.fit_loop = self.trainer.fit_loop if self.trainer is not None else None
         return loader
@@ -75,7 +86,7 @@ class BaseDataModule(LightningDataModule):
         return self._eval_loader(self.val_prompts) if len(self.val_prompts) else []
 
     def test_dataloader(self) -> DataLoader[Prompt | None]:
-        """Test batches in the order of the rows; none is dropped and none counted twice, on any number of ranks."""
+        """Test batches in the order of the rows; every row occurs once, on any number of ranks."""
         if not len(self.test_prompts):
             raise ValueError(f"{type(self).__name__} has no test prompts")
         return self._eval_loader(self.test_prompts)
@@ -91,15 +102,15 @@ class BaseDataModule(LightningDataModule):
             batch_size=self.val_batch_size,
             sampler=PromptSampler(dataset, *self._shard(), shuffle=False, drop_last=False),
             num_workers=self.num_workers,
-            worker_init_fn=leave_signals_to_the_trainer,
+            worker_init_fn=ignore_signals,
             collate_fn=PromptBatch,
-            generator=quiet_generator(self.seed),
+            generator=separate_generator(self.seed),
         )
 
     def _shard(self) -> tuple[int, int]:
         """Number of data-parallel ranks and this one; (1, 0) without a trainer.
 
-        The strategy is asked first: ranks that hold parts of one model (tensor parallelism) read the same prompts.
+        The strategy decides: ranks that hold parts of one model (tensor parallelism) read the same prompts.
         """
         if self.trainer is None:
             return 1, 0

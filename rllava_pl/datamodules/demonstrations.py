@@ -10,7 +10,7 @@ from rllava_pl.types import Prompt
 
 
 def check_share(demonstrations: float) -> None:
-    """Refuse what is no share.
+    """Refuse a number that is not a share.
 
     Raises:
         ValueError: Outside 0 to 1, or not a number.
@@ -20,14 +20,14 @@ def check_share(demonstrations: float) -> None:
 
 
 def demonstrate(prompt: Prompt, answers: Sequence[str], share: float, *counters: int | str) -> Prompt:
-    """The prompt with a target that says its answer and a rejected response that says another, or as it is.
+    """The prompt with a target that gives its answer and a rejected response that gives another, or unchanged.
 
-    It gets both where u < ``share``, with u uniform in [0, 1) a function of the counters: a larger share keeps the
-    demonstrations of a smaller one, and nothing else about the prompt changes.
+    It gets both if u < ``share``, where u, uniform in [0, 1), is a function of the counters. So a larger share contains
+    the demonstrations of a smaller one.
 
     Args:
-        prompt: Its ``answer`` is the right one.
-        answers: All possible answers, at least two; the wrong one is drawn evenly from the others.
+        prompt: Its ``answer`` is the correct one, as text.
+        answers: All possible answers, at least two; the wrong one is drawn uniformly from the others.
         share: Probability of a demonstration; 0 never, 1 always.
         *counters: Task, split and index of the prompt.
 

@@ -1,4 +1,4 @@
-"""Reading handwritten digits: real pictures that come with scikit-learn, so nothing is downloaded."""
+"""Reading handwritten digits: scans that come with scikit-learn, so nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -32,21 +32,15 @@ class DigitsDataModule(BaseDataModule):
     Args:
         demonstrations: Share of the training prompts that carry a target, ``<answer>4</answer>``, and a rejected
             response with another digit. Validation and test prompts all do.
-        batch_size: Prompts of one rollout on each rank.
-        val_batch_size: Prompts of one validation, test or prediction batch on each rank.
-        num_workers: Processes that prepare prompts ahead; 0 prepares them in the training process.
-        seed: Seed of the training order.
+        **loader_options: Those of ``BaseDataModule``.
     """
 
     def __init__(
         self,
         demonstrations: float = 0.0,
-        batch_size: int = 32,
-        val_batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
+        **loader_options: int,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, num_workers, seed)
+        super().__init__(**loader_options)
         check_share(demonstrations)
         self.demonstrations = demonstrations
 
@@ -96,6 +90,6 @@ def _digits_file() -> Path:
 
 
 def _enlarge(levels: np.ndarray) -> Image.Image:
-    """Grey levels 0..16 to an RGB picture with 0..255, bicubic."""
+    """Grey levels 0..16 to an RGB image with 0..255, bicubic."""
     small = Image.fromarray((levels * (255 / 16)).round().astype(np.uint8))
     return small.resize((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.BICUBIC).convert("RGB")

@@ -1,4 +1,4 @@
-"""What Pillow does not tell of an encoded image: how many scans a JPEG has, and where the data of a PNG end."""
+"""What Pillow does not say about an encoded image: the number of scans of a JPEG, and where the data of a PNG end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rllava_pl.datamodules.rejections import RowError
 PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """First column and row, and steps between them, of the passes of an interlaced PNG (its specification, 8.2)."""
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""Numbers of a pixel by the colour type of a PNG."""
+"""Numbers per pixel by the colour type of a PNG."""
 CHUNK_BYTES = 1 << 20
 """Inflated at a time."""
 
@@ -65,7 +65,7 @@ def _expected_bytes(header: bytes) -> int:
 
 
 def _inflated_bytes(chunks: Iterator[tuple[bytes, bytes]], enough: int) -> int:
-    """Bytes that the image data unpack to, counted until there are enough, none of them kept."""
+    """Unpacked bytes of the image data, counted until there are enough; none of them is kept."""
     inflate, total = zlib.decompressobj(), 0
     for name, data in chunks:
         while name == b"IDAT" and data and total < enough and not inflate.eof:
@@ -89,7 +89,7 @@ def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _content(image: Image.Image) -> bytes:
-    """The whole file; empty for an image that its owner has decoded."""
+    """The whole file; empty for an image that was passed decoded."""
     file = getattr(image, "fp", None)
     if file is None:
         return b""

@@ -1,7 +1,7 @@
 """Images of a row: found, checked by their header, then decoded to RGB.
 
 The header is read before any pixel is decoded, so a small file that unpacks to gigabytes costs nothing. A truncated
-image is refused; Pillow's process-wide switch that accepts those stays off, it would fill the missing part with grey.
+image is refused; Pillow's process-wide option that accepts those stays off: it fills the missing part with grey.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ class ImageReader:
     formats: Sequence[ImageFormat] = FORMATS
     """Formats by Pillow's names."""
     animations: Animations = "reject"
-    """Whether an animation is refused or stands for its first frame."""
+    """Whether an animation is refused or read as its first frame."""
     resize_above: int = 0
     """Larger images are scaled down to this many pixels; 0 keeps their size."""
 
     def check(self, ref: ImageRef, field: str) -> None:
-        """Refuse what ``load`` could not read, at less cost.
+        """Refuse an image that ``load`` could not read, at less cost.
 
-        JPEGs are read through to their end but only scaled-down pixels are computed.
+        JPEGs are read to their end, but only scaled-down pixels are computed.
 
         Raises:
             RowError: E02, E06 to E12.
@@ -87,7 +87,7 @@ class ImageReader:
             image.load()
             orientation(image)
             if image.has_transparency_data or image.mode == "P":
-                to_rgb(image, self.resize_above)  # a table of colours can be broken as well
+                to_rgb(image, self.resize_above)  # a palette can be broken, too
 
     def load(self, ref: ImageRef, field: str) -> Image.Image:
         """The image in RGB, upright (EXIF orientation applied), transparency on white, scaled down if it is too large.
@@ -104,7 +104,7 @@ class ImageReader:
     @contextmanager
     def _open(self, ref: ImageRef, field: str) -> Iterator[Image.Image]:
         """The image with its header read and checked, closed again at the end."""
-        if isinstance(ref, Image.Image):  # decoded by its owner, who keeps it
+        if isinstance(ref, Image.Image):  # already decoded
             self._check_header(ref, field)
             yield ref.copy()
             return
@@ -142,9 +142,9 @@ class ImageReader:
             file.seek(0)
             start = file.read(12)
             if any(name in self.formats and signature.match(start) for name, signature in SIGNATURES.items()):
-                raise RowError("E10", field, "begins like an image, but its header is cut or broken") from error
+                raise RowError("E10", field, "begins like an image, but its header is truncated or broken") from error
             allowed = ", ".join(self.formats)
-            raise RowError("E08", field, f"is no {allowed} image; convert it, or allow its format") from error
+            raise RowError("E08", field, f"is not a {allowed} image; convert it, or allow its format") from error
         except Image.DecompressionBombError as error:
             raise RowError("E09", field, str(error)) from error
         except DECODE_ERRORS as error:
@@ -165,7 +165,7 @@ class ImageReader:
             limits = f"sides from {SHORTEST_SIDE_PIXELS} pixels, ratio up to {LARGEST_ASPECT}"
             scaled = f", scaled down to {size[0]} x {size[1]}" if size != image.size else ""
             raise RowError("E11", field, f"is {width} x {height}{scaled}; {limits}")
-        moving = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photo with its own preview
+        moving = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photo and its preview
         if moving and self.animations == "reject":
             raise RowError("E08", field, "is an animation; give single frames, or set animations: first_frame")
         if image.format in ("JPEG", "MPO") and (scans := count_scans(image)) > MOST_SCANS:
@@ -174,7 +174,7 @@ class ImageReader:
 
 @contextmanager
 def _decoding(field: str) -> Iterator[None]:
-    """Turn what Pillow raises for broken data into a verdict on the row."""
+    """Turn what Pillow raises for broken data into a ``RowError``."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on metadata that is damaged but not needed

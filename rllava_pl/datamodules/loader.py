@@ -1,4 +1,4 @@
-"""Order of the prompts and exact resume: which rank sees which prompt at which step, as a function of counters only.
+"""Order of the prompts and exact resume: a prompt's rank and step are a function of counters only.
 
 Batch ``k`` of an epoch holds, over all ranks, the entries ``[k * B * W, (k + 1) * B * W)`` of that epoch's order
 (``B`` prompts a rank, ``W`` ranks); rank ``r`` takes every ``W``-th of them. Two integers, epoch and position, are
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loops.progress import _Progress
 
 PADDING = -1
-"""Index of no prompt: it fills up short ranks in evaluation and is dropped again by ``PromptBatch``."""
+"""Index of no prompt: it pads short ranks in evaluation; ``PromptBatch`` drops it."""
 
 
 class PromptDataset(Dataset["Prompt | None"]):
@@ -46,7 +46,7 @@ class PromptSampler(DistributedSampler[int]):
     """Indices of one rank, a pure function of (seed, epoch, rank, number of ranks).
 
     A subclass of torch's ``DistributedSampler``, so that Lightning keeps it and announces every epoch through
-    ``set_epoch``. Other than its parent it never shows a row twice to make the ranks equal.
+    ``set_epoch``. Unlike its parent it never repeats a row to make the ranks equal.
 
     Args:
         dataset: Only its length is used.
@@ -54,12 +54,12 @@ class PromptSampler(DistributedSampler[int]):
         rank: The rank that reads through this sampler.
         shuffle: A new permutation each epoch; otherwise the rows in their order.
         seed: Seed of the permutations.
-        drop_last: What happens to the rest of ``len(dataset) / num_replicas``: dropped (training), or kept, and the
-            short ranks filled up with ``PADDING`` (evaluation). Either way all ranks have equally many entries.
+        drop_last: Whether the remainder of ``len(dataset) / num_replicas`` is dropped (training), or kept, with the
+            short ranks padded by ``PADDING`` (evaluation). Either way all ranks have equally many entries.
     """
 
     start: int = 0
-    """Entries of this rank that the next iteration leaves out, because they were seen before an interruption."""
+    """Entries of this rank that the next iteration skips, because they were used before an interruption."""
 
     def __init__(
         self,
@@ -87,33 +87,33 @@ class PromptSampler(DistributedSampler[int]):
 class PromptLoader(DataLoader["Prompt | None"]):
     """Training loader that resumes at the very next batch, whatever the workers had fetched ahead.
 
-    Lightning stores ``state_dict()`` in every checkpoint and hands it back before training goes on. The position counts
+    Lightning stores ``state_dict()`` in every checkpoint and restores it before training resumes. The position counts
     batches that the trainer has finished, so a checkpoint written in the middle of a step repeats that step's batch.
 
-    It takes the arguments of ``DataLoader``; the sampler is a ``PromptSampler`` (any other, such as the one Lightning
-    puts in for ``overfit_batches``, works, but starts its epoch anew after an interruption).
+    It takes the arguments of ``DataLoader``; the sampler is a ``PromptSampler``. Any other, such as the one Lightning
+    uses for ``overfit_batches``, works, but restarts its epoch after an interruption.
     """
 
     fit_loop: _FitLoop | None = None
-    """The trainer's loop, which knows the steps that have ended; without it every batch handed out counts as done."""
+    """The trainer's loop, which counts finished steps; without it every batch yielded counts as finished."""
     _epoch = 0
-    _handed_out = 0
+    _yielded = 0
     _resume: tuple[int, int] | None = None
 
     def __iter__(self) -> Iterator[PromptBatch]:  # type: ignore[override]
         """Batches of the sampler's epoch, from the restored position on.
 
-        A generator on purpose: nothing runs before the first batch is asked for. Lightning calls ``iter`` before
-        ``set_epoch`` at the start of a run, and worker processes would by then be fetching the wrong epoch.
+        A generator, so that nothing runs before the first ``next``: Lightning calls ``iter`` before ``set_epoch`` at
+        the start of a run, and worker processes would begin to fetch the wrong epoch.
         """
         self._epoch = getattr(self.sampler, "epoch", 0)
-        self._handed_out = self._take_resume_position()
+        self._yielded = self._take_resume_position()
         for batch in super().__iter__():
-            self._handed_out += 1
+            self._yielded += 1
             yield batch
 
     def _take_resume_position(self) -> int:
-        """Position to start at; a restored one counts once, and only in the epoch it was taken in."""
+        """Position to start at; a restored one is used once, and only in its epoch."""
         epoch, position = self._resume or (self._epoch, 0)
         self._resume = None
         if not isinstance(self.sampler, PromptSampler):
@@ -123,7 +123,7 @@ class PromptLoader(DataLoader["Prompt | None"]):
         return position
 
     def _shape(self) -> dict[str, int]:
-        """What a position refers to; a checkpoint of another shape points at other prompts."""
+        """What a position refers to; with other values it would point at other prompts."""
         ranks = getattr(self.sampler, "num_replicas", 1)
         rows = len(self.dataset)  # type: ignore[arg-type]
         return {
@@ -133,17 +133,17 @@ class PromptLoader(DataLoader["Prompt | None"]):
         }
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and number of batches done in it, with the shape they refer to."""
-        if self._resume is not None:  # restored, nothing asked for yet
+        """Epoch and number of its finished batches, with the shape they refer to."""
+        if self._resume is not None:  # restored, and not iterated since
             epoch, position = self._resume
         else:
-            epoch, position = self._epoch, self._handed_out
+            epoch, position = self._epoch, self._yielded
             if self.fit_loop is not None:
                 position = min(position, _processed(self.fit_loop.epoch_loop.batch_progress))
         return {"epoch": epoch, "position": position, **self._shape()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where ``state`` was taken.
+        """Continue where ``state`` was taken.
 
         Raises:
             ValueError: Batch size, number of rows or seed differ from those of the checkpoint.
@@ -158,27 +158,27 @@ class PromptLoader(DataLoader["Prompt | None"]):
             )
         self._resume = (state["epoch"], state["position"])
         if self.fit_loop is not None and _processed(self.fit_loop.epoch_progress) > state["epoch"]:
-            # Taken between two epochs. Lightning 2.6 would go on counting in the old one and cut the new one short.
+            # Taken between two epochs. Lightning 2.6 would keep counting in the old one and end the new one early.
             self.fit_loop.epoch_loop.batch_progress.reset_on_run()
         if isinstance(self.sampler, PromptSampler):
             self.sampler.set_epoch(state["epoch"])
 
 
 def _processed(progress: _Progress) -> int:
-    """Batches of the epoch, or epochs, that were run through to their end."""
+    """Number of finished batches of the epoch, or of finished epochs."""
     return int(progress.current.state_dict()["processed"])
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """For ``worker_init_fn``: a signal to all processes of a job must not take the loader from under its trainer.
+def ignore_signals(worker: int) -> None:
+    """For ``worker_init_fn``: a signal to all processes of a job must not end the workers before the trainer.
 
-    Schedulers and ``kill -- -GROUP`` ask every process to leave. A worker that did so at once would end the trainer's
-    step with an error before anything is saved; so workers stay until the trainer closes them, or is gone.
+    Schedulers and ``kill -- -GROUP`` signal every process. If a worker exited at once, the trainer's step would fail
+    before anything is saved; so workers run until the trainer closes them or has ended.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
-def quiet_generator(seed: int) -> torch.Generator:
-    """A generator of its own for a loader, which otherwise draws from (and so shifts) torch's global stream."""
+def separate_generator(seed: int) -> torch.Generator:
+    """A generator for a loader, which would otherwise draw from, and so advance, torch's global one."""
     return torch.Generator().manual_seed(seed_from(seed, "workers"))

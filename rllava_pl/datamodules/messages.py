@@ -1,4 +1,4 @@
-"""Conversations and responses as they stand in the columns of a row, checked part by part."""
+"""Conversations and responses in the columns of a row, checked part by part."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def check_text(value: object, column: str) -> str:
     """``value`` if it is text that a tokenizer can read.
 
     Raises:
-        RowError: E02 no text, E03 nothing but white space, E04 not encodable or with NUL inside.
+        RowError: E02 not text, E03 white space only, E04 not encodable or with NUL inside.
     """
     if not isinstance(value, str):
         raise RowError("E02", column, f"is {type(value).__name__}; text is needed")
     check_unicode(value, column)
-    if not any(c.isprintable() and not c.isspace() for c in value):  # zero-width characters show as little
+    if not any(c.isprintable() and not c.isspace() for c in value):  # zero-width characters are not visible either
         raise RowError("E03", column, "is empty; leave the row out, or fill it in")
     return value
 
 
 def check_unicode(text: str, column: str) -> None:
-    """Refuse text that cannot be written down or passed on.
+    """Refuse text that cannot be encoded.
 
     Raises:
         RowError: E04, not encodable or with NUL inside.
@@ -36,10 +36,10 @@ def check_unicode(text: str, column: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        surrogate = f"a lone surrogate at character {error.start}, or is no UTF-8; write whole characters"
+        surrogate = f"a lone surrogate at character {error.start}, or is not UTF-8; write whole characters"
         raise RowError("E04", column, f"has {surrogate}") from error
     if "\0" in text:
-        raise RowError("E04", column, f"has a NUL character at {text.index(chr(0))}; take it out")
+        raise RowError("E04", column, f"has a NUL character at {text.index(chr(0))}; remove it")
 
 
 def parse_messages(value: object, column: str) -> tuple[Message, ...]:
@@ -88,7 +88,7 @@ def _parse_part(part: object, where: str) -> str | ImageSlot:
 
 
 def _check_inline(part: dict[str, object], where: str) -> None:
-    """Pictures stand in a column of their own; one that is named here by a URL would never be looked at."""
+    """Images have their own column; one that is named here by a URL would never be read."""
     named = [part.get(key) for key in ("image", "url", "image_url")]
     named += [value.get("url") for value in named if isinstance(value, dict)]
     for value in named:
@@ -105,7 +105,7 @@ def parse_response(value: object, column: str) -> str:
         column: Where it stands, for error messages.
 
     Raises:
-        RowError: E02, E03, E04 for what is no readable text, E17 for messages in which the assistant says nothing.
+        RowError: E02, E03, E04 if it is not readable text, E17 for messages in which the assistant says nothing.
 
     >>> parse_response([{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "It is 4."}], "chosen")
     'It is 4.'
@@ -144,7 +144,7 @@ def opening_think(messages: Sequence[Message]) -> str:
 
 
 def continue_think(response: str, given: str, column: str) -> str:
-    r"""The response without the ``<think>`` it begins with, where the prompt has said it already.
+    r"""The response without the ``<think>`` it begins with, if the prompt already ends with it.
 
     Args:
         response: Text, or empty for none.
@@ -162,5 +162,5 @@ def continue_think(response: str, given: str, column: str) -> str:
         return response
     rest = start.removeprefix(given if start.startswith(given) else OPEN_THINK)
     if not rest.strip():
-        raise RowError("E03", column, f"has nothing behind the {OPEN_THINK} that the prompt ends with already")
+        raise RowError("E03", column, f"has nothing behind the {OPEN_THINK} that the prompt already ends with")
     return rest

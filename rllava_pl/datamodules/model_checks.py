@@ -1,4 +1,4 @@
-"""What only the model's own processor can tell of a row: special tokens, the chat template's objections, lengths."""
+"""Checks of a row that need the model's processor: special tokens, chat template, lengths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SpecialTokenPolicy = Literal["escape", "reject", "allow"]
 
 @dataclass(frozen=True)
 class ModelChecks:
-    """Checks by a model's processor, on prompts whose rows are right by themselves."""
+    """Checks by a model's processor, on prompts of rows that passed all other checks."""
 
     processor: Processor
     special_tokens: SpecialTokenPolicy = "escape"
@@ -35,10 +35,10 @@ class ModelChecks:
         Args:
             prompt: Without its images.
             fields: Column of ``prompt``, ``target`` and ``rejected``, for messages.
-            with_images: Makes the prompt with its images, which is needed to measure it.
+            with_images: Makes the prompt with its images; called only to measure it.
 
         Returns:
-            Codes of what was mended.
+            Codes of what was repaired.
 
         Raises:
             RowError: E13, E14, E17, E18.
@@ -63,12 +63,12 @@ class ModelChecks:
             raise RowError("E13", field, f"{spelled}, which stands for image content; images have slots instead")
         try:
             unexpanded_ids(self.processor, prompt)
-        except ValueError as error:  # this tokenizer cannot tell the two apart
+        except ValueError as error:  # this tokenizer cannot keep them apart
             raise RowError("E13", field, f"{spelled}, special to the model; take it out") from error
         return ("W02",)
 
     def _check_response(self, text: str, field: str) -> None:
-        """A response is read as the policy would write it, so tokens that it cannot write must not stand in it."""
+        """Refuse tokens that the policy cannot write, and responses that are too long."""
         tokenizer = tokenizer_of(self.processor)
         special = SpecialTokens.of(tokenizer)
         control = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
@@ -85,11 +85,11 @@ class ModelChecks:
                 raise RowError("E18", field, f"has {tokens} tokens with its end token; {limit}")
 
     def _check_template(self, prompt: Prompt, field: str) -> None:
-        """Some models read no images, some chat templates refuse some orders of roles; better now than in a run."""
+        """Refuse images for a text-only model, and orders of roles that the chat template refuses."""
         from jinja2 import TemplateError
 
         if any(message.image_slots for message in prompt.messages) and not hasattr(self.processor, "image_processor"):
-            raise RowError("E02", field, "shows images, but the model reads text only; take another model")
+            raise RowError("E02", field, "shows images, but the model reads text only; use a vision-language model")
         try:
             prompt_text(self.processor, prompt)
         except TemplateError as error:

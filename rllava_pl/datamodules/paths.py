@@ -1,4 +1,4 @@
-"""Opening a file that a data set names, below one folder and nowhere else."""
+"""Opening a file that a data set names, below one folder only."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ SHOWN_CHARS = 60
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is meant as a URL, in whatever notation."""
+    """Whether a text is a URL, in any notation."""
     return URL.match(text) is not None
 
 
 def open_inside(root: Path | None, ref: str, field: str) -> BinaryIO:
     """The regular file at ``ref``, a path relative to ``root``, open for reading.
 
-    Links may be followed as long as they end below the root. The path is resolved first; what it resolves to is then
-    opened one component at a time from the root on, following no link any more, so that nothing can be exchanged
-    between the check and the opening. Nothing but a regular file is read, and opening a pipe does not wait.
+    Links may be followed as long as they end below the root. The path is resolved first; the result is then opened one
+    component at a time from the root on, without following links, so that nothing can be exchanged between the check
+    and the opening. Only a regular file is read, and opening a pipe does not block.
 
     Raises:
-        RowError: E06 there is no such file, E07 it is no regular file below the root, E12 a URL.
+        RowError: E06 there is no such file, E07 it is not a regular file below the root, E12 a URL.
     """
     if is_url(ref):
         raise RowError("E12", field, f"{_shown(ref)} is a URL; download the image and give its path")
@@ -40,7 +40,7 @@ def open_inside(root: Path | None, ref: str, field: str) -> BinaryIO:
     if Path(ref).is_absolute():
         raise RowError("E07", field, f"{_shown(ref)} is absolute; give it relative to image_root ({root})")
     if "\0" in ref:
-        raise RowError("E07", field, f"{_shown(ref)} has a NUL character; no path has")
+        raise RowError("E07", field, f"{_shown(ref)} has a NUL character, which paths cannot have")
     try:
         top = root.resolve()
         path = (top / ref).resolve()
@@ -58,7 +58,7 @@ def open_inside(root: Path | None, ref: str, field: str) -> BinaryIO:
 
 
 def _open_below(root: Path, parts: tuple[str, ...]) -> BinaryIO | None:
-    """The file, every component opened without following links; None if it is no regular file."""
+    """The file, every component opened without following links; None if it is not a regular file."""
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for name in parts[:-1]:
@@ -70,7 +70,7 @@ def _open_below(root: Path, parts: tuple[str, ...]) -> BinaryIO | None:
         file = os.fdopen(os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder), "rb")
     finally:
         os.close(folder)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # exchanged just now
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # exchanged since the check
         file.close()
         return None
     return file

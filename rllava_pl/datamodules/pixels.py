@@ -18,7 +18,7 @@ their coefficients. With the default limit of 40 million pixels, no image takes 
 
 
 def orientation(image: Image.Image) -> int:
-    """1 (upright) to 8, from EXIF; what is no orientation is 1."""
+    """1 (upright) to 8, from EXIF; any other value is 1."""
     value = image.getexif().get(ORIENTATION, 1)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

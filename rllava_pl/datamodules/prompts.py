@@ -1,4 +1,4 @@
-"""Prompts from files and data sets of your own, every row checked before training starts."""
+"""Prompts from your files and data sets, every row checked before training starts."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from rllava_pl.types import Prompt
 
 
 class PromptRows(Sequence[Prompt]):
-    """The usable rows of some sources; a prompt is built, and its images decoded, when it is asked for.
+    """The usable rows of some sources; a prompt is built, and its images decoded, on access.
 
     Args:
         sources: Joined in their order.
-        verdicts: What became of each of their rows.
+        audit: The result for each of their rows.
     """
 
-    def __init__(self, sources: Sequence[PromptSource], verdicts: Audit) -> None:
+    def __init__(self, sources: Sequence[PromptSource], audit: Audit) -> None:
         self.sources = tuple(sources)
-        self.audit = verdicts
+        self.audit = audit
 
     @property
     def rejections(self) -> list[Rejection]:
@@ -45,7 +45,7 @@ class PromptRows(Sequence[Prompt]):
 
     @property
     def repairs(self) -> Counter[str]:
-        """Number of usable rows by the code of what was mended."""
+        """Number of usable rows by the code of what was repaired."""
         return self.audit.repairs
 
     @property
@@ -100,31 +100,29 @@ class PromptDataModule(BaseDataModule):
         columns: Field to column, e.g. ``{prompt: problem, images: image, answer: solution}``.
         image_root: Folder of the image paths, which may not leave it; by default the folder of the source file.
         system_prompt: Put before rows that have a ``prompt`` column.
-        template: Text around the ``prompt`` column; contains ``{prompt}`` once.
+        template: Text around the ``prompt`` column; must contain ``{prompt}`` once.
         require_answer: Refuse rows without an answer.
         require_target: Refuse rows without a target; SFT needs one in every row, and often no answer.
-        require_rejected: Refuse rows that are no pair of a target and a rejected response; DPO needs pairs.
-        answer_kind: Refuse answers that are no ``number``, ``integer``, ``box`` ([x1, y1, x2, y2]) or ``json``.
-        match_targets: Refuse rows whose target has an ``<answer>`` other than theirs.
-        special_tokens: What becomes of texts that spell special tokens of the model: ``escape`` reads them as plain
+        require_rejected: Refuse rows without a target or without a rejected response; DPO needs both.
+        answer_kind: Refuse answers that are not a ``number``, ``integer``, ``box`` ([x1, y1, x2, y2]) or ``json``;
+            ``text`` accepts any.
+        match_targets: Refuse rows whose target has another ``<answer>`` than the row.
+        special_tokens: How texts that spell special tokens of the model are treated: ``escape`` reads them as plain
             text, ``reject`` refuses the row, ``allow`` reads them as these tokens, except those of images.
         image_formats: Formats that may be decoded.
-        animations: What becomes of an animated image: ``reject`` refuses the row, or ``first_frame``.
-        max_image_pixels: Largest width x height of an image that is decoded; less for WebP and progressive JPEGs, which
-            take more memory to decode.
+        animations: ``reject`` refuses rows with an animated image, ``first_frame`` reads its first frame.
+        max_image_pixels: Largest width x height of an image; less for WebP and progressive JPEGs, which take more
+            memory to decode.
         max_image_mib: Largest image file in MiB.
         resize_above_pixels: Larger images are scaled down to this many pixels; 0 keeps their size. Labels in pixels
             then refer to another size: normalise them, or set 0.
         max_prompt_tokens: Longest prompt in tokens, image tokens included; 0 does not measure.
         max_target_tokens: Longest target or rejected response in tokens, end token included; 0 does not measure.
         processor_path: Model whose processor checks and measures the prompts.
-        max_reject_fraction: Share of rows that may be refused, counted and left out; above it ``setup`` raises.
+        max_reject_fraction: Share of rows that may be refused and left out; above it ``setup`` raises.
         report: File for the refused rows, as JSON lines, with ``{split}`` in its name where there are several splits;
-            by default ``rejected_<split>.jsonl`` in the run's folder.
-        batch_size: Prompts of one rollout on each rank.
-        val_batch_size: Prompts of one validation, test or prediction batch on each rank.
-        num_workers: Processes that prepare prompts ahead; 0 prepares them in the training process.
-        seed: Seed of the training order.
+            by default ``rejected_<split>.jsonl`` in the folder of the run.
+        **loader_options: Those of ``BaseDataModule``.
     """
 
     def __init__(
@@ -152,12 +150,9 @@ class PromptDataModule(BaseDataModule):
         processor_path: str = "",
         max_reject_fraction: float = 0.01,
         report: str = "",
-        batch_size: int = 32,
-        val_batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
+        **loader_options: int,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, num_workers, seed)
+        super().__init__(**loader_options)
         _check_choice("answer_kind", answer_kind, AnswerKind)
         _check_choice("special_tokens", special_tokens, SpecialTokenPolicy)
         _check_choice("animations", animations, Animations)
@@ -171,7 +166,7 @@ class PromptDataModule(BaseDataModule):
         measured |= {"special_tokens": "reject"} if special_tokens == "reject" else {}
         for name, value in measured.items():
             if value and not processor_path:
-                raise ValueError(f"{name} is {value}, but processor_path names no model to measure by")
+                raise ValueError(f"{name} is {value}, but processor_path names no model to measure with")
         self.specs = {"train": _as_list(train), "val": _as_list(val), "test": _as_list(test)}
         self.schema = RowSchema(
             columns=columns or {},
@@ -220,7 +215,7 @@ class PromptDataModule(BaseDataModule):
             self.test_prompts = self.test_prompts or self.read("test")
 
     def read(self, split: str) -> PromptRows:
-        """Usable rows of ``train``, ``val`` or ``test``; what was refused is in their ``rejections``.
+        """Usable rows of ``train``, ``val`` or ``test``; refused ones are in ``rejections``.
 
         Raises:
             DataError: More rows than ``max_reject_fraction`` allows cannot be used.
@@ -241,7 +236,7 @@ class PromptDataModule(BaseDataModule):
         return rows
 
     def _write_report(self, split: str, rejections: Sequence[Rejection]) -> str:
-        """Write the refused rows, if there are any and a place to put them; returns the file's name or nothing."""
+        """Write the refused rows, if there are any and a folder for them; returns the path or ""."""
         if not rejections or not (self.report or self.trainer):
             return ""
         path = Path(self.report.replace("{split}", split))
@@ -252,7 +247,7 @@ class PromptDataModule(BaseDataModule):
         return str(path)
 
     def _report_responses(self, split: str, rows: PromptRows) -> None:
-        """Rows may lack responses, but a mapped column that no training row has is a slip of the pen."""
+        """Log how many rows have responses; a mapped column that no training row has is a mistake."""
         for name in ("target", "rejected"):
             count = rows.filled[name]
             if not count and split == "train" and name in self.schema.columns:
@@ -262,16 +257,16 @@ class PromptDataModule(BaseDataModule):
                 rank_zero_info(f"{split}: {count} of {len(rows)} rows have a {name}")
 
     def audit(self, split: str) -> PromptRows:
-        """Check every row of a split; raises for none of them, see ``PromptRows.rejections``.
+        """Check every row of a split without raising for any; see ``PromptRows.rejections``.
 
-        Within a run the ranks share the work, so all of them have to call it.
+        Within a run the ranks share the work, so all of them must call it.
 
         Raises:
             ValueError: The split has no source, or one cannot be read at all.
         """
         sources = self.sources(split)
-        verdicts = audit(sources, all_ranks=self.trainer is not None)
-        return PromptRows([replace(source, model=None) for source in sources], verdicts)  # workers need no processor
+        audited = audit(sources, all_ranks=self.trainer is not None)
+        return PromptRows([replace(source, model=None) for source in sources], audited)  # workers need no processor
 
     def sources(self, split: str) -> list[PromptSource]:
         """The opened sources of a split."""
@@ -285,7 +280,7 @@ class PromptDataModule(BaseDataModule):
         return PromptSource(table, self.schema, replace(self.images, root=root), checks)
 
     def _model_checks(self) -> ModelChecks | None:
-        """Checks by the model's own processor; None if it is not known."""
+        """Checks by the model's processor; None without ``processor_path``."""
         if not self.processor_path:
             return None
         from rllava_pl.models.processors import load_processor

@@ -1,4 +1,4 @@
-"""What became of a row of a data set: why it was refused, or what was mended."""
+"""Codes and reports of rows of a data set that were refused or repaired."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ CODES: Mapping[str, str] = MappingProxyType(
         "E18": "target too long",
         "E19": "target contradicts the answer",
         "E20": "pair of equal responses",
-        "W01": "image slots put in front of the prompt",
+        "W01": "image slots added in front of the prompt",
         "W02": "special tokens in the text, read as plain text",
-        "W03": "control characters taken out",
-        "W04": "columns that are no text or too long left out of the metadata",
+        "W03": "control characters removed",
+        "W04": "binary or too long columns left out of the metadata",
     }
 )
 """Meaning of every code; W codes are repaired and counted, E codes refuse the row."""
@@ -91,7 +91,7 @@ class DataError(ValueError):
 
 
 class RowError(ValueError):
-    """A problem of the row at hand; whoever knows its place turns it into a ``Rejection``."""
+    """A problem of one row; ``PromptSource.rejection`` adds where the row stands."""
 
     def __init__(self, code: str, field: str, message: str) -> None:
         super().__init__(message)
@@ -105,5 +105,5 @@ def count_codes(rejections: Sequence[Rejection]) -> str:
 
 
 def write_report(path: Path, rejections: Sequence[Rejection]) -> None:
-    """One JSON object a refused row, as JSON lines; the file appears whole or not at all."""
+    """One JSON object a refused row, as JSON lines, written atomically."""
     write_text(path, "".join(json.dumps(asdict(rejection)) + "\n" for rejection in rejections))

@@ -22,7 +22,7 @@ from rllava_pl.datamodules.messages import (
 )
 from rllava_pl.datamodules.rejections import RowError
 from rllava_pl.datamodules.tables import Row
-from rllava_pl.types import IMAGE, Markup, Message
+from rllava_pl.types import IMAGE, Json, Markup, Message
 
 FIELDS = ("id", "prompt", "messages", "images", "answer", "target", "rejected")
 VIDEO = "<video>"
@@ -41,14 +41,16 @@ class ParsedRow:
     uid: str
     messages: tuple[Message, ...]
     images: tuple[ImageRef, ...]
-    answer: str
+    answer: Json
+    """As it stood in the data; None if the row has none."""
     target: str
     """Response worth imitating; empty if the row has none."""
     rejected: str
     """The worse response of a pair; empty if the row has none."""
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Json]
+    """Columns that are no field, as they stood in the data."""
     repairs: tuple[str, ...] = ()
-    """Codes of what was mended."""
+    """Codes of what was repaired."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class RowSchema:
     columns: Mapping[str, str] = field(default_factory=dict)
     """Field to column, e.g. ``{"prompt": "problem"}``; the other fields (see ``FIELDS``) by their own name."""
     system_prompt: str = ""
-    """Put before rows that have a ``prompt`` column; ``messages`` are left as they are."""
+    """Put before rows that have a ``prompt`` column; ``messages`` stay as they are."""
     template: str = "{prompt}"
     """Text around the ``prompt`` column."""
     require_answer: bool = True
@@ -70,7 +72,7 @@ class RowSchema:
     answer_kind: AnswerKind = "text"
     """What the reward reads the answer as."""
     match_targets: bool = False
-    """Whether a row is refused whose target gives another answer than the row."""
+    """Whether a row is refused if its target gives another answer than the row."""
     markup: bool = False
     """Whether the model's special tokens are meant where texts of messages spell them."""
 
@@ -102,10 +104,10 @@ class RowSchema:
         elif slots != len(images):
             counts = f"has {len(images)} images for {slots} <image> slots; every image needs one slot"
             raise RowError("E05", self.column("images"), counts)
-        answer = self._answer(row)
+        answer, answer_text = self._answer(row)
         target, rejected = self._responses(row, opening_think(messages))
         if self.match_targets:
-            check_target(target, answer, self.column("target"))
+            check_target(target, answer_text, self.column("target"))
         metadata, left_out = self._metadata(row)
         return ParsedRow(
             uid=self._uid(row, default_uid),
@@ -126,7 +128,7 @@ class RowSchema:
     def id_of(self, row: Row, default: str) -> str:
         """The row's id as far as it has a readable one; for reports."""
         value = row.get(self.column("id"))
-        return value if isinstance(value, str) else default if value is None else _json(value) or default
+        return default if value is None else _text(value) or default
 
     def column(self, name: str) -> str:
         """The column of a field."""
@@ -136,14 +138,14 @@ class RowSchema:
         column = self.column(name)
         if name in self.columns and column not in row:
             raise RowError(
-                "E01", column, f"is not a column; the row has {', '.join(map(str, row)) or 'none'}; mend columns"
+                "E01", column, f"is not a column; the row has {', '.join(map(str, row)) or 'none'}; correct columns"
             )
         return row.get(column)
 
     def _without_controls(self, row: Row) -> tuple[Row, bool]:
-        """The row without control characters in its texts, and whether there were any; names of images stay as is."""
-        pictures = self.column("images")
-        dirty = {k for k, value in row.items() if k != pictures and any(map(CONTROLS.search, _texts(value)))}
+        """The row without control characters in its texts, and whether there were any; image names keep them."""
+        images = self.column("images")
+        dirty = {k for k, value in row.items() if k != images and any(map(CONTROLS.search, _texts(value)))}
         return ({k: _strip(v) if k in dirty else v for k, v in row.items()} if dirty else row), bool(dirty)
 
     def _images(self, row: Row) -> tuple[ImageRef, ...]:
@@ -168,31 +170,25 @@ class RowSchema:
         if value is None:
             return default
         number = isinstance(value, int) and not isinstance(value, bool)
-        return check_text((_json(value) or "") if number else value, self.column("id"))
+        return check_text((_text(value) or "") if number else value, self.column("id"))
 
-    def _answer(self, row: Row) -> str:
+    def _answer(self, row: Row) -> tuple[Json, str]:
+        """The answer as a value and as text; None and "" if the row has none and needs none."""
         column, value = self.column("answer"), self._get(row, "answer")
         if value is None and self.require_answer:
             raise RowError("E01", column, "is missing; set require_answer: false if no reward reads it")
         if value is None or (value in ("", [], {}) and not self.require_answer):
-            return ""
+            return None, ""
         if value in ([], {}):
             raise RowError("E03", column, "is empty; set require_answer: false if no reward reads it")
-        answer = value if isinstance(value, str) else self._literal(value, column)
-        check_answer(check_text(answer, column), self.answer_kind, column)
-        return answer
-
-    @staticmethod
-    def _literal(value: object, column: str) -> str:
-        """An answer that is no text, written down."""
-        if isinstance(value, (date, time)) or (isinstance(value, Decimal) and value.is_finite()):
-            return str(value)
-        plain = isinstance(value, (int, float, list, dict)) and not isinstance(value, bool)
-        text = _json(value) if plain else None
+        text = None if isinstance(value, bool) else _text(value)
         if text is None:
             shown = value if isinstance(value, (bool, float)) else type(value).__name__
             raise RowError("E02", column, f"is {shown}; an answer is text, a finite number, a list or an object")
-        return text
+        for part in _texts(value):
+            check_unicode(part, column)
+        check_answer(check_text(text, column), self.answer_kind, column)
+        return _value(value, text), text
 
     def _responses(self, row: Row, given: str) -> tuple[str, str]:
         """Target and rejected response; ``given`` is the think tag that the prompt opened for both."""
@@ -212,19 +208,20 @@ class RowSchema:
             return ""  # the column of that name is another field, e.g. columns: {answer: target}
         return continue_think(parse_response(row.get(column), column), given, column)
 
-    def _metadata(self, row: Row) -> tuple[dict[str, str], bool]:
-        """Columns that are no field, as text, and whether some were left out: binary, nested too deep, too long."""
+    def _metadata(self, row: Row) -> tuple[dict[str, Json], bool]:
+        """Columns that are no field, and whether some were left out: binary, nested too deep, too long."""
         used = {self.column(name) for name in FIELDS}
         rest = {name: value for name, value in row.items() if name not in used and value is not None}
-        texts = {name: value if isinstance(value, str) else _json(value) for name, value in rest.items()}
-        kept, left_bytes = {}, MOST_METADATA_BYTES
-        for name, text in texts.items():
+        kept, left_bytes = dict[str, Json](), MOST_METADATA_BYTES
+        for name, value in rest.items():
+            text = _text(value)
             if text is None or len(text) > left_bytes:  # a character has a byte at least
                 continue
             check_unicode(name, repr(name))
-            check_unicode(text, name)
+            for part in (text, *_texts(value)):
+                check_unicode(part, name)
             if (size := len(text.encode())) <= left_bytes:
-                kept[name] = text
+                kept[name] = _value(value, text)
                 left_bytes -= size
         return kept, len(kept) < len(rest)
 
@@ -264,15 +261,30 @@ def _as_markup(messages: Sequence[Message]) -> tuple[Message, ...]:
     )
 
 
-def _json(value: object) -> str | None:
-    """Compact text of literal data; None for bytes, pictures, numbers that are not finite, and nesting too deep."""
+def _text(value: object) -> str | None:
+    """A text itself, a date or decimal number as text, other data in JSON.
+
+    None for bytes, images, numbers that are not finite, and data nested too deep.
+    """
+    if isinstance(value, str):
+        return value
     try:
+        if isinstance(value, (date, time, Decimal)):
+            return _plain(value)
         return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
     except (TypeError, ValueError, RecursionError):
         return None
 
 
 def _plain(value: object) -> str:
-    if isinstance(value, (date, time, Decimal)):
+    if isinstance(value, (date, time)) or (isinstance(value, Decimal) and value.is_finite()):
         return str(value)
-    raise TypeError(f"{type(value).__name__} is no literal data")
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _value(value: object, text: str) -> Json:
+    """The JSON value whose ``_text`` is ``text``: dates and decimal numbers are text in it, tuples are lists."""
+    if isinstance(value, (list, dict, tuple)):
+        nested: Json = json.loads(text)
+        return nested
+    return value if isinstance(value, (bool, int, float)) else text

@@ -1,6 +1,6 @@
-"""Drawn pictures with exact answers: tasks that a tiny vision-language model learns within minutes on a CPU.
+"""Drawn images with exact answers: tasks that a tiny vision-language model learns within minutes on a CPU.
 
-A picture is a pure function of (task, split, index); no file is read and none is written.
+An image is a pure function of (task, split, index); no file is read and none is written.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ TaskName = Literal["color", "count", "where"]
 
 @dataclass(frozen=True)
 class VisionTask:
-    """A question about a drawn picture."""
+    """A question about a drawn image."""
 
     question: str
-    """Asked below every picture."""
+    """Asked below every image."""
     answers: tuple[str, ...]
     """All possible answers, equally frequent; chance level is 1 / len(answers)."""
     draw: Callable[[np.random.Generator, str], Image.Image]
-    """Draws a picture to which the second argument is the answer."""
+    """Draws an image to which the second argument is the answer."""
 
 
 class DrawnPrompts(Sequence[Prompt]):
-    """Prompts ``0 .. size-1`` of one task and split, drawn when asked for (0.1 ms a picture, so nothing is kept).
+    """Prompts ``0 .. size-1`` of one task and split, drawn on access (0.1 ms an image, so nothing is kept).
 
     Args:
         task: Name in ``TASKS``.
-        split: Enters the seed of every picture, so that splits share none.
+        split: Enters the seed of every image, so that splits share none.
         size: Number of prompts.
         demonstrations: Share of them that carry a target and a rejected response.
     """
@@ -81,12 +81,12 @@ class DrawnPrompts(Sequence[Prompt]):
 
 
 class SyntheticVisionDataModule(BaseDataModule):
-    """Pictures of 56 x 56 pixels drawn on the fly, with a question whose answer is one word.
+    """Images of 56 x 56 pixels drawn on access, with a question whose answer is one word.
 
     ``color``: one shape, six colours ("What color is the shape?"). ``count``: one to five equal dots ("How many dots
     are there?"). ``where``: one shape near an edge ("Where is the shape?" left, right, top or bottom).
 
-    Training, validation and test pictures are disjoint, and the same whatever ``seed`` is.
+    Training, validation and test images are disjoint, and the same whatever ``seed`` is.
 
     Args:
         task: ``color``, ``count`` or ``where``.
@@ -95,10 +95,7 @@ class SyntheticVisionDataModule(BaseDataModule):
         test_size: Test prompts.
         demonstrations: Share of the training prompts that carry a target, ``<answer>red</answer>``, and a rejected
             response with another answer. Validation and test prompts all do.
-        batch_size: Prompts of one rollout on each rank.
-        val_batch_size: Prompts of one validation, test or prediction batch on each rank.
-        num_workers: Processes that prepare prompts ahead; 0 prepares them in the training process.
-        seed: Seed of the training order.
+        **loader_options: Those of ``BaseDataModule``.
     """
 
     def __init__(
@@ -108,12 +105,9 @@ class SyntheticVisionDataModule(BaseDataModule):
         val_size: int = 384,
         test_size: int = 384,
         demonstrations: float = 0.0,
-        batch_size: int = 32,
-        val_batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
+        **loader_options: int,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, num_workers, seed)
+        super().__init__(**loader_options)
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
         check_share(demonstrations)
@@ -122,7 +116,7 @@ class SyntheticVisionDataModule(BaseDataModule):
         self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
 
     def setup(self, stage: str) -> None:
-        """Nothing is drawn yet."""
+        """Make the three splits; images are drawn on access."""
         self.train_prompts = DrawnPrompts(self.task, "train", self.train_size, self.demonstrations)
         self.val_prompts = DrawnPrompts(self.task, "val", self.val_size, demonstrations=1.0)
         self.test_prompts = DrawnPrompts(self.task, "test", self.test_size, demonstrations=1.0)
@@ -138,7 +132,7 @@ def draw_color(rng: np.random.Generator, answer: str) -> Image.Image:
 
 
 def draw_count(rng: np.random.Generator, answer: str) -> Image.Image:
-    """``answer`` equal white dots that do not touch: each in a cell of its own of a 3 x 3 grid, anywhere in it."""
+    """``answer`` equal white dots that do not touch: each anywhere in another cell of a 3 x 3 grid."""
     image = _background(rng)
     canvas, radius, cell = ImageDraw.Draw(image), int(rng.integers(4, 7)), SIDE_PIXELS / 3
     for place in rng.permutation(9)[: int(answer)]:

@@ -1,6 +1,6 @@
 """Rows of JSON lines, JSON, CSV, Parquet, Arrow, saved or hub data sets, all as sequences of dicts.
 
-A row that cannot be read is a bad row, not a bad file: it raises ``RowError`` when it is asked for.
+A row that cannot be read is a bad row, not a bad file: it raises ``RowError`` on access.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Row = Mapping[str, object]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 LONGEST_INT_DIGITS = 1000
 UNCLOSED = "unexpected end of data"
-"""What the CSV reader says of a quote that is never closed."""
+"""Message of the CSV reader for a quote that is never closed."""
 
 
 class Rows(Sequence[Row]):
@@ -54,7 +54,7 @@ class Rows(Sequence[Row]):
 
 
 class JsonLines(Rows):
-    """Lines that stay in the file: what is kept of each, 16 bytes, is where it begins."""
+    """Lines that stay in the file; only the position of each, 16 bytes, is kept in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,7 +76,7 @@ class JsonLines(Rows):
 
     def row(self, index: int) -> Row:
         """Read and parse one line."""
-        with self.path.open("rb") as file:  # anew each time: workers would share the position of an open file
+        with self.path.open("rb") as file:  # opened each time: workers would share the position of an open file
             file.seek(self._offsets[index])
             line = file.readline()
         try:
@@ -94,7 +94,7 @@ class JsonLines(Rows):
 
 
 class ListedRows(Rows):
-    """Rows of a JSON list, whatever they are."""
+    """Rows of a JSON list."""
 
     def __init__(self, rows: Sequence[object]) -> None:
         self.rows = rows
@@ -108,7 +108,7 @@ class ListedRows(Rows):
 
 
 class CsvRows(Rows):
-    """Records of a CSV file; those with an error keep it until they are asked for."""
+    """Records of a CSV file; an error in one is raised on access."""
 
     def __init__(self, header: list[str], records: list[tuple[int, list[str] | str]]) -> None:
         self.header, self.records = header, records
@@ -133,7 +133,7 @@ class CsvRows(Rows):
 
 
 class ArrowRows(Rows):
-    """A Hugging Face data set without decoding: images stay bytes or paths until their header was checked."""
+    """A Hugging Face data set without decoding: images stay bytes or paths until their headers are checked."""
 
     def __init__(self, dataset: Dataset) -> None:
         from datasets import ClassLabel
@@ -148,7 +148,7 @@ class ArrowRows(Rows):
         """Row ``index``; class labels by their name instead of their number."""
         try:
             row = self.table[index].to_pylist()[0]
-        except (ValueError, OverflowError) as error:  # e.g. bytes that are no UTF-8, a date beyond Python's
+        except (ValueError, OverflowError) as error:  # e.g. bytes that are not UTF-8, a date beyond Python's
             raise RowError("E00", "row", f"cannot be converted: {error}") from error
         for name, names in self.labels.items():
             if row[name] is not None and row[name] >= 0:
@@ -163,7 +163,7 @@ class Table:
     source: str
     """As configured, for messages."""
     name: str
-    """Short form that default ids begin with: ``train`` for ``data/train.jsonl``."""
+    """Short form, the beginning of default ids: ``train`` for ``data/train.jsonl``."""
     folder: Path | None
     """Where relative image paths start unless ``image_root`` says otherwise."""
     rows: Rows
@@ -196,7 +196,7 @@ def open_table(source: str) -> Table:
 
 
 def is_remote(source: str) -> bool:
-    """Whether ``open_table`` would ask the Hugging Face hub."""
+    """Whether ``open_table`` would read from the Hugging Face hub."""
     path, folder = Path(source).expanduser(), Path(source.partition("@")[0]).expanduser()
     return not (path.exists() or folder.exists() or path.suffix in SUFFIXES)
 
@@ -221,7 +221,7 @@ def _read_file(path: Path) -> Rows:
 
 
 def _parse_json(text: str) -> object:
-    """JSON in which a number too long to be one is infinite, and so refused wherever a number is read."""
+    """JSON; integers of more than ``LONGEST_INT_DIGITS`` become infinite, which no field accepts."""
     return json.loads(
         text,
         parse_int=lambda digits: int(digits) if len(digits) <= LONGEST_INT_DIGITS else math.inf,
@@ -230,7 +230,7 @@ def _parse_json(text: str) -> object:
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object, unless it names a field twice, of which nobody knows which one is meant."""
+    """An object; refused if it names a field twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice = next(name for name in fields if sum(other == name for other, _ in pairs) > 1)
@@ -250,10 +250,10 @@ def _read_json(path: Path) -> Rows:
 
 
 def _read_csv(path: Path) -> Rows:
-    """Bytes that are no UTF-8 become lone surrogates, which are refused in the cell they stand in."""
-    csv.field_size_limit(2**31 - 1)  # at a shorter one the reader would go on inside of the cell, and make up rows
+    """Bytes that are not UTF-8 become lone surrogates, which are refused cell by cell."""
+    csv.field_size_limit(2**31 - 1)  # a shorter one would make it resume inside a cell
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)  # strict: a quote that is never closed would swallow all rows behind it
+        reader = csv.reader(file, strict=True)  # strict: else an unclosed quote takes in all later rows
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise ValueError(f"{path}: the header names a column twice: {', '.join(header)}")

@@ -153,15 +153,15 @@ class TinyVLM(VLM):
 
     Args:
         family: ``idefics3``, ``llava``, ``qwen2_vl``, ``qwen2_5_vl`` or ``qwen3_vl``.
-        questions: What will be asked; the tokenizer is trained on it.
-        answers: The possible answers.
+        questions: All questions of the task; the tokenizer is trained on them.
+        answers: All possible answers.
         warmup_steps: Steps of the format warm-up.
         cache_dir: Where built models are kept; by default ``~/.cache/rllava_pl``.
         threads: CPU threads of the process; more hardly speed up steps this small, and slow down on a busy machine.
-        gradient_checkpointing: As in ``VLM``.
-        freeze: As in ``VLM``.
-        lora: As in ``VLM``.
-        share_prompt: As in ``VLM``.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        freeze: Globs of parameter names that are not trained, or names of parts, as in ``VLM``.
+        lora: Train low-rank adapters only.
+        share_prompt: Compute each prompt once a group instead of once a completion.
     """
 
     def __init__(

@@ -142,7 +142,7 @@ class Case:
 
     line: bytes
     code: str = ""
-    """By which it has to be refused; empty for a right row."""
+    """By which it must be refused; empty for a valid row."""
     repairs: set[str] = field(default_factory=set)
 
 
@@ -155,7 +155,7 @@ class Maker:
         self.made = 0
 
     def draw(self) -> Case:
-        """A right row, seven times of ten, or a wrong one."""
+        """A valid row, seven times of ten, or a broken one."""
         self.made += 1
         if self.random.random() < 0.7:
             return self.right()
@@ -166,7 +166,7 @@ class Maker:
         return Case(json.dumps(row, ensure_ascii=self.random.random() < 0.5).encode(), "", repairs)
 
     def row(self) -> tuple[Row, set[str]]:
-        """A right row, and what has to be mended in it."""
+        """A valid row, and the codes of what is repaired in it."""
         rng, repairs = self.random, set[str]()
         text, images = rng.choice(TEXTS), [rng.choice(GOOD_IMAGES) for _ in range(rng.choice((0, 0, 1, 1, 2, 3)))]
         if rng.random() < 0.1:
@@ -208,7 +208,7 @@ class Maker:
         return turns
 
     def spoiled(self, code: str, **columns: object) -> Case:
-        """A right text row with some columns exchanged; the value ``...`` takes the column out."""
+        """A valid text row with some columns replaced; the value ``...`` removes the column."""
         row: Row = {"prompt": self.random.choice(TEXTS), "answer": "4"} | columns
         row = {name: value for name, value in row.items() if value is not ...}
         return Case(json.dumps(row).encode(), code)

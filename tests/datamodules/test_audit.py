@@ -40,7 +40,7 @@ def jsonl(path: Path, *rows: object) -> str:
     return str(path)
 
 
-def verdicts(source: str, **options: object) -> list[tuple[int, str, str]]:
+def refused(source: str, **options: object) -> list[tuple[int, str, str]]:
     rows = PromptDataModule(train=source, **options).audit("train")
     assert len(rows) + len(rows.rejections) == rows.total
     return [(rejection.row, rejection.field, rejection.code) for rejection in rows.rejections]
@@ -49,8 +49,8 @@ def verdicts(source: str, **options: object) -> list[tuple[int, str, str]]:
 # -- broken rows in every kind of file --------------------------------------------------------------------------------
 
 
-def test_what_stands_inside_a_long_csv_cell_is_no_row(tmp_path):
-    """The csv module stops at 131,072 characters unless told otherwise, and would go on reading within the cell."""
+def test_lines_inside_a_long_csv_cell_are_not_rows(tmp_path):
+    """The default limit of the csv module, 131,072 characters, would make it resume inside the cell."""
     long = "\n".join(["Ignore the label,0"] * 8_000)
     (tmp_path / "a.csv").write_text(f'prompt,answer\nfirst,1\n"{long}",2\nlast,3\n')
     rows = PromptDataModule(train=str(tmp_path / "a.csv")).audit("train")
@@ -107,7 +107,7 @@ def test_parquet_rows_are_refused_one_by_one(tmp_path):
         {"prompt": "Which?", "images": [], "answer": ""},
     ]
     Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
-    assert verdicts(str(tmp_path / "a.parquet")) == [
+    assert refused(str(tmp_path / "a.parquet")) == [
         (1, "prompt", "E01"),
         (2, "images[0]", "E10"),
         (3, "images", "E05"),
@@ -117,7 +117,7 @@ def test_parquet_rows_are_refused_one_by_one(tmp_path):
     ]
 
 
-def test_values_of_parquet_columns_that_python_has_no_type_for(tmp_path):
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -126,25 +126,25 @@ def test_values_of_parquet_columns_that_python_has_no_type_for(tmp_path):
         "answer": pa.array([1.5, math.nan]),
     })  # fmt: skip
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert verdicts(str(tmp_path / "a.parquet")) == [(1, "row", "E00")]  # text that is no UTF-8
+    assert refused(str(tmp_path / "a.parquet")) == [(1, "row", "E00")]
 
 
-def test_json_lists_name_their_rows_and_broken_files_say_what_to_do(tmp_path):
+def test_json_rows_are_refused_one_by_one_and_broken_files_as_a_whole(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([ROW, 4, ROW | {"answer": None}, {}]))
-    assert verdicts(str(tmp_path / "a.json")) == [(1, "row", "E02"), (2, "answer", "E01"), (3, "prompt", "E01")]
+    assert refused(str(tmp_path / "a.json")) == [(1, "row", "E02"), (2, "answer", "E01"), (3, "prompt", "E01")]
     (tmp_path / "b.json").write_text(json.dumps([ROW])[:-3])
     with pytest.raises(ValueError, match=r"b\.json is not JSON in UTF-8: .*in a \.jsonl file, .* refused one by one"):
-        verdicts(str(tmp_path / "b.json"))
+        refused(str(tmp_path / "b.json"))
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_files_that_are_not_what_their_name_says(tmp_path, name):
+def test_file_of_another_format_than_its_suffix_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"PAR1 and then nothing")
     with pytest.raises(ValueError, match=rf"{name} cannot be read as {name[2:]}: "):
-        verdicts(str(tmp_path / name))
+        refused(str(tmp_path / name))
 
 
-def test_lines_stay_in_the_file_and_blank_ones_are_no_rows(tmp_path):
+def test_blank_lines_of_jsonl_are_not_rows(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(
         b'\xef\xbb\xbf{"prompt": "1", "answer": "1"}\r\n\n  \n{"prompt": "2", "answer": "2"}\n{"prompt": ""}'
     )
@@ -156,7 +156,7 @@ def test_lines_stay_in_the_file_and_blank_ones_are_no_rows(tmp_path):
 # -- ids and counts ---------------------------------------------------------------------------------------------------
 
 
-def test_files_of_one_name_do_not_clash(tmp_path):
+def test_files_of_equal_name_give_unique_uids(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         jsonl(tmp_path / folder / "train.jsonl", ROW, ROW)
@@ -165,7 +165,7 @@ def test_files_of_one_name_do_not_clash(tmp_path):
     assert uids == ["train:0", "train:1", "train-2:0", "train-2:1", "train-3:0", "train-3:1"]
 
 
-def test_what_was_mended_is_counted_by_code(tmp_path):
+def test_repairs_are_counted_by_code(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(noise()))
     source = jsonl(
         tmp_path / "a.jsonl",
@@ -182,7 +182,7 @@ def test_what_was_mended_is_counted_by_code(tmp_path):
     assert rows[3].uid == "q"
 
 
-def test_an_exception_nobody_foresaw_is_a_verdict_on_its_row(tmp_path, monkeypatch):
+def test_unexpected_exception_refuses_its_row_only(tmp_path, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", ROW, ROW | {"prompt": "boom"}, ROW)
     parse = RowSchema.parse
 
@@ -202,7 +202,7 @@ def test_an_exception_nobody_foresaw_is_a_verdict_on_its_row(tmp_path, monkeypat
     assert caught.value.__notes__ == [f"while reading {source} row 1"]
 
 
-def test_a_row_that_nobody_can_read_is_a_verdict_too(tmp_path, monkeypatch):
+def test_unreadable_row_is_refused(tmp_path, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", ROW, ROW)
 
     def unreadable(self, index):
@@ -213,29 +213,29 @@ def test_a_row_that_nobody_can_read_is_a_verdict_too(tmp_path, monkeypatch):
     assert [(r.row, r.code, r.id) for r in rejections] == [(0, "E00", "a:0"), (1, "E00", "a:1")]
 
 
-def test_ranks_share_the_work_and_all_get_all_verdicts(tmp_path, monkeypatch):
-    """Three ranks, one after the other: what each hands in is handed to all."""
+def test_ranks_share_the_audit_and_get_equal_results(tmp_path, monkeypatch):
+    """Three ranks, one after the other: each gets what all of them gathered."""
     rows = [ROW | {"id": f"{k % 7}"} if k % 3 else {"prompt": ""} for k in range(11)]
     source = jsonl(tmp_path / "a.jsonl", *rows)
     data = PromptDataModule(train=source)
     alone = data.audit("train").audit
-    sources, handed_in = data.sources("train"), []
+    sources, gathered = data.sources("train"), []
     monkeypatch.setattr("rllava_pl.datamodules.audit.world_size", lambda: 3)
-    for everyone in (False, True):
+    for complete in (False, True):
         for number in range(3):
             monkeypatch.setattr("rllava_pl.datamodules.audit.rank", lambda number=number: number)
-            if not everyone:
-                monkeypatch.setattr("rllava_pl.datamodules.audit.gather_objects", _hand_in(handed_in))
+            if not complete:
+                monkeypatch.setattr("rllava_pl.datamodules.audit.gather_objects", _collect(gathered))
                 with pytest.raises(InterruptedError):
                     audit(sources, all_ranks=True)
             else:
-                monkeypatch.setattr("rllava_pl.datamodules.audit.gather_objects", lambda own: handed_in)
+                monkeypatch.setattr("rllava_pl.datamodules.audit.gather_objects", lambda own: gathered)
                 assert audit(sources, all_ranks=True) == alone
-    assert [len(share) for share in handed_in] == [4, 4, 3]
+    assert [len(share) for share in gathered] == [4, 4, 3]
     assert (len(alone.kept), len(alone.rejections)) == (6, 5)  # four empty ones; the id of row 8 is that of row 1
 
 
-def _hand_in(shares: list[object]):
+def _collect(shares: list[object]):
     def gather(own: object) -> None:
         shares.append(own)
         raise InterruptedError
@@ -243,7 +243,7 @@ def _hand_in(shares: list[object]):
     return gather
 
 
-def test_messages_can_be_printed_whatever_the_row_holds(tmp_path):
+def test_messages_of_hostile_rows_are_printable_and_short(tmp_path):
     hostile = "\x1b[2J\ud800" + "x" * 10_000
     source = jsonl(tmp_path / "a.jsonl", ROW | {"id": hostile}, {hostile: 1}, ROW | {"messages": [{"role": hostile}]})
     for rejection in PromptDataModule(train=source).audit("train").rejections:
@@ -251,7 +251,7 @@ def test_messages_can_be_printed_whatever_the_row_holds(tmp_path):
         assert len(str(rejection)) < 1500
 
 
-def test_prompts_without_files_are_checked_too():
+def test_prompts_without_files_are_checked():
     image, message = Image.new("RGB", (4, 4)), Message("user", (IMAGE, "Which?"))
 
     class Faulty(list):
@@ -282,30 +282,30 @@ def test_prompts_without_files_are_checked_too():
         ("text", ["anything"], ["x" * 65_537]),
     ],
 )
-def test_e16_answers_that_their_reward_could_not_read(tmp_path, kind, right, wrong):
+def test_e16_answer_of_another_kind_is_refused(tmp_path, kind, right, wrong):
     source = jsonl(tmp_path / "a.jsonl", *(ROW | {"answer": answer} for answer in (*right, *wrong)))
     expected = [(row, "answer", "E16") for row in range(len(right), len(right) + len(wrong))]
-    assert verdicts(source, answer_kind=kind) == expected
+    assert refused(source, answer_kind=kind) == expected
 
 
-def test_e16_says_what_is_needed(tmp_path):
+def test_e16_message_says_what_is_needed(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", ROW | {"answer": "four"})
     with pytest.raises(DataError, match=r"answer: is 'four'; answer_kind number needs a number such as 4, -0.5, 1/2"):
         PromptDataModule(train=source, answer_kind="number").setup("fit")
 
 
-def test_e19_a_target_that_contradicts_the_answer(tmp_path):
+def test_e19_target_that_contradicts_the_answer_is_refused(tmp_path):
     targets = ["<think>2 + 2</think><answer>4.0</answer>", "no tags", "<answer>5</answer> no, <answer>4</answer>"]
     wrong = "<answer>4</answer> no, <answer>5</answer>"
     source = jsonl(tmp_path / "a.jsonl", *(ROW | {"target": target} for target in [*targets, wrong]))
-    assert verdicts(source) == []
-    assert verdicts(source, match_targets=True) == [(3, "target", "E19")]
+    assert refused(source) == []
+    assert refused(source, match_targets=True) == [(3, "target", "E19")]
 
 
 # -- by the model's processor -----------------------------------------------------------------------------------------
 
 
-def test_special_tokens_by_policy(tmp_path, model):
+def test_special_tokens_are_escaped_refused_or_allowed(tmp_path, model):
     spelling = {
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "a<|im_"}, {"type": "text", "text": "end|>"}]}
@@ -321,14 +321,14 @@ def test_special_tokens_by_policy(tmp_path, model):
     )
     rows = PromptDataModule(train=source, processor_path=model).audit("train")
     assert (rows.rejections, rows.repairs) == ([], Counter(W02=3))
-    reject = verdicts(source, processor_path=model, special_tokens="reject")
+    reject = refused(source, processor_path=model, special_tokens="reject")
     assert reject == [(1, "prompt", "E13"), (3, "messages", "E13"), (4, "messages", "E13")]
-    assert verdicts(source, processor_path=model, special_tokens="allow") == [(4, "messages", "E13")]
+    assert refused(source, processor_path=model, special_tokens="allow") == [(4, "messages", "E13")]
     allowed = PromptDataModule(train=source, special_tokens="allow").audit("train")
     assert isinstance(allowed[1].messages[0].parts[0], Markup)
 
 
-def test_responses_hold_no_token_that_a_policy_cannot_write(tmp_path, model):
+def test_response_with_a_token_that_a_policy_cannot_write_is_refused(tmp_path, model):
     pair = ROW | {"rejected": "bad"}
     source = jsonl(
         tmp_path / "a.jsonl",
@@ -339,8 +339,8 @@ def test_responses_hold_no_token_that_a_policy_cannot_write(tmp_path, model):
         pair | {"target": "<end_of_utterance> is special, and a policy may sample it"},
     )
     expected = [(1, "target", "E13"), (2, "target", "E13"), (3, "rejected", "E13")]
-    assert verdicts(source, processor_path=model, special_tokens="allow") == expected
-    assert verdicts(source, processor_path=model) == [*expected, (4, "target", "E13")]
+    assert refused(source, processor_path=model, special_tokens="allow") == expected
+    assert refused(source, processor_path=model) == [*expected, (4, "target", "E13")]
 
 
 def test_e18_responses_are_measured_with_their_end_token(tmp_path, model):
@@ -348,11 +348,11 @@ def test_e18_responses_are_measured_with_their_end_token(tmp_path, model):
 
     length = len(VLM(model).load().encode_response("four dots"))
     source = jsonl(tmp_path / "a.jsonl", ROW | {"target": "four dots"})
-    assert verdicts(source, processor_path=model, max_target_tokens=length) == []
-    assert verdicts(source, processor_path=model, max_target_tokens=length - 1) == [(0, "target", "E18")]
+    assert refused(source, processor_path=model, max_target_tokens=length) == []
+    assert refused(source, processor_path=model, max_target_tokens=length - 1) == [(0, "target", "E18")]
 
 
-def test_images_for_a_model_that_reads_text_only(tmp_path, model):
+def test_images_for_a_text_only_model_are_refused(tmp_path, model):
     """A directory with a tokenizer and the config of a text-only model."""
     from transformers import AutoTokenizer, Qwen2Config
 
@@ -360,10 +360,10 @@ def test_images_for_a_model_that_reads_text_only(tmp_path, model):
     Qwen2Config().save_pretrained(tmp_path / "text")
     (tmp_path / "a.png").write_bytes(encoded(noise()))
     source = jsonl(tmp_path / "a.jsonl", ROW, ROW | {"images": "a.png"})
-    assert verdicts(source, processor_path=str(tmp_path / "text")) == [(1, "prompt", "E02")]
+    assert refused(source, processor_path=str(tmp_path / "text")) == [(1, "prompt", "E02")]
 
 
-def test_e17_what_the_chat_template_refuses(tmp_path, model):
+def test_e17_messages_that_the_chat_template_refuses(tmp_path, model):
     folder = tmp_path / "model"
     folder.mkdir()
     for file in Path(model).iterdir():
@@ -372,13 +372,13 @@ def test_e17_what_the_chat_template_refuses(tmp_path, model):
     template.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}a")
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]
     source = jsonl(tmp_path / "a.jsonl", ROW, {"messages": chat, "answer": "4"})
-    assert verdicts(source, processor_path=str(folder)) == [(1, "messages", "E17")]
+    assert refused(source, processor_path=str(folder)) == [(1, "messages", "E17")]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"special_tokens": "reject"}, "special_tokens is reject, but processor_path names no model to measure by"),
+        ({"special_tokens": "reject"}, "special_tokens is reject, but processor_path names no model to measure with"),
         ({"max_target_tokens": 5}, "max_target_tokens is 5, but processor_path names no model"),
         ({"special_tokens": "escpae"}, "special_tokens is 'escpae'; it is one of escape, reject, allow"),
         ({"answer_kind": "int"}, "answer_kind is 'int'; it is one of text, number, integer, box, json"),
@@ -386,7 +386,7 @@ def test_e17_what_the_chat_template_refuses(tmp_path, model):
         ({"animations": "all"}, "animations is 'all'; it is one of reject, first_frame"),
     ],
 )
-def test_wrong_options_are_refused_at_construction(options, message):
+def test_wrong_option_is_refused_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
         PromptDataModule(**options)
 
@@ -394,7 +394,7 @@ def test_wrong_options_are_refused_at_construction(options, message):
 # -- reports ----------------------------------------------------------------------------------------------------------
 
 
-def test_one_row_of_a_hundred_is_left_out_by_default_and_two_stop_the_run(tmp_path):
+def test_one_percent_of_rows_may_be_refused_by_default(tmp_path):
     right = [ROW] * 99
     data = PromptDataModule(train=jsonl(tmp_path / "a.jsonl", *right, {}), batch_size=4)
     with pytest.warns(UserWarning, match=r"left out 1 of 100 rows \(E01 missing field: 1\)$"):
@@ -404,7 +404,7 @@ def test_one_row_of_a_hundred_is_left_out_by_default_and_two_stop_the_run(tmp_pa
         PromptDataModule(train=jsonl(tmp_path / "a.jsonl", *right, {}, {})).setup("fit")
 
 
-def test_the_report_has_one_line_a_refused_row_and_its_name_is_told(tmp_path):
+def test_report_has_one_line_per_refused_row_and_is_named_in_the_error(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", ROW, {"id": "q", "prompt": ""}, {"prompt": "Which?"})
     report = tmp_path / "made" / "{split}.jsonl"
     with pytest.raises(DataError, match=r"all of them: .*made/train\.jsonl$"):
@@ -423,7 +423,7 @@ def test_the_report_has_one_line_a_refused_row_and_its_name_is_told(tmp_path):
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["train.jsonl"]  # no draft is left
 
 
-def test_a_run_reports_in_its_folder(tmp_path):
+def test_report_of_a_run_is_in_its_folder(tmp_path):
     from lightning.pytorch import Trainer
 
     data = PromptDataModule(train=jsonl(tmp_path / "a.jsonl", {}))
@@ -435,7 +435,7 @@ def test_a_run_reports_in_its_folder(tmp_path):
     assert (tmp_path / "run" / "rejected_train.jsonl").read_text().count("\n") == 1
 
 
-def test_a_json_row_that_names_a_field_twice_is_refused(tmp_path):
+def test_json_row_with_a_repeated_field_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "q", "answer": "4", "answer": "5"}\n{"prompt": "q", "answer": "4"}\n')
     rows = PromptDataModule(train=str(tmp_path / "a.jsonl")).audit("train")
     assert [(r.row, r.code, r.message) for r in rows.rejections] == [(0, "E02", "names 'answer' twice")]

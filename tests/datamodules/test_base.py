@@ -40,13 +40,13 @@ def test_training_over_ranks_is_disjoint_with_full_batches():
     assert len(set(seen)) == 4
 
 
-def test_without_a_trainer_there_is_one_rank():
+def test_data_without_a_trainer_is_for_one_rank():
     data = Rows(batch_size=5)
     data.setup("fit")
     assert [len(batch) for batch in data.train_dataloader()] == [5]
 
 
-def test_too_few_training_rows_show_the_arithmetic():
+def test_too_few_training_rows_are_refused_with_the_arithmetic():
     message = (
         r"batch_size 3 x 2 ranks = 6 prompts a rollout, but the training set has 5; set batch_size to 2 or less, or add"
     )
@@ -54,11 +54,11 @@ def test_too_few_training_rows_show_the_arithmetic():
         on_rank(0, 2, batch_size=3).train_dataloader()
 
 
-def test_no_validation_rows_means_no_validation():
+def test_data_without_validation_rows_has_no_validation_loader():
     assert BaseDataModule().val_dataloader() == []
 
 
-def test_no_test_rows_is_an_error():
+def test_test_loader_without_test_rows_is_refused():
     with pytest.raises(ValueError, match="Rows has no test prompts"):
         Rows().predict_dataloader()
 
@@ -71,6 +71,6 @@ def test_no_test_rows_is_an_error():
         ({"num_workers": -1}, "num_workers is -1"),
     ],
 )
-def test_wrong_options_are_refused_at_construction(option, message):
+def test_wrong_option_is_refused_at_construction(option, message):
     with pytest.raises(ValueError, match=message):
         BaseDataModule(**option)

@@ -24,7 +24,7 @@ def test_splits_are_disjoint_and_complete(data):
     assert set.union(*parts) == {f"digits:{row}" for row in range(1797)}
 
 
-def test_the_split_does_not_depend_on_the_seed(data):
+def test_split_does_not_depend_on_the_seed(data):
     other = DigitsDataModule(seed=1)
     other.setup("test")
     assert [prompt.uid for prompt in other.test_prompts] == [prompt.uid for prompt in data.test_prompts]
@@ -44,13 +44,13 @@ def test_rows_agree_with_scikit_learn(data):
         assert np.corrcoef(blocks.ravel(), truth.images[row].ravel())[0, 1] > 0.95
 
 
-def test_the_question_has_one_slot(data):
+def test_question_has_one_slot(data):
     (message,) = data.train_prompts[0].messages
     assert message.image_slots == 1
     assert message.parts[1] == "Which digit is it?"
 
 
-def test_demonstrations_change_neither_pictures_nor_order(data):
+def test_demonstrations_change_neither_images_nor_order(data):
     shown = DigitsDataModule(demonstrations=0.25)
     shown.setup("fit")
     # 301 of 1,205 on average, standard deviation sqrt(1205 * 3/16) = 15

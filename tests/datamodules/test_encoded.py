@@ -44,7 +44,7 @@ def png(width: int, height: int, colour: int = 2, interlaced: bool = False, miss
 @pytest.mark.parametrize("interlaced", [False, True], ids=["rows", "interlaced"])
 @pytest.mark.parametrize("colour", BITS)
 @pytest.mark.parametrize("size", [(2, 2), (3, 5), (8, 8), (33, 17), (600, 700)])
-def test_a_whole_png_is_accepted_and_one_byte_less_is_not(size, colour, interlaced):
+def test_png_that_lacks_one_byte_is_refused(size, colour, interlaced):
     whole = png(*size, colour, interlaced)
     READER.check(whole, "image")
     assert READER.load(whole, "image").size == size
@@ -52,7 +52,7 @@ def test_a_whole_png_is_accepted_and_one_byte_less_is_not(size, colour, interlac
         READER.check(png(*size, colour, interlaced, missing=1), "image")
 
 
-def test_a_png_of_pillow_is_accepted():
+def test_png_written_by_pillow_is_accepted():
     pixels = np.random.default_rng(0).integers(0, 255, (61, 47, 4), dtype=np.uint8)
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
         file = io.BytesIO()
@@ -65,7 +65,7 @@ def test_a_png_of_pillow_is_accepted():
         READER.check(file.getvalue(), "image")
 
 
-def test_a_broken_table_of_transparent_colours_is_found_by_the_check():
+def test_broken_table_of_transparent_colours_is_refused():
     with pytest.raises(RowError, match="palette index out of range"):
         READER.check(png(8, 8, colour=3, tRNS=bytes(257)), "image")
 
@@ -78,17 +78,17 @@ def jpeg(**options: object) -> bytes:
 
 
 @pytest.mark.parametrize(("options", "several"), [({}, False), ({"progressive": True}, True)])
-def test_jpegs_of_one_scan_and_of_several(options, several):
+def test_jpeg_with_several_scans_is_recognised(options, several):
     assert in_several_scans(Image.open(io.BytesIO(jpeg(**options)))) is several
 
 
-def test_a_jpeg_with_a_preview_in_its_header_has_one_scan():
+def test_preview_in_a_jpeg_header_is_not_a_scan():
     exif = Image.Exif()
     exif[0x9286] = jpeg().decode("latin-1")
     assert not in_several_scans(Image.open(io.BytesIO(jpeg(exif=exif))))
 
 
-def test_many_scans_are_refused_though_the_file_is_not_progressive():
+def test_jpeg_with_too_many_scans_is_refused():
     """libjpeg would go over all pixels once a scan."""
     whole = jpeg()
     start = whole.index(b"\xff\xda")
@@ -97,7 +97,7 @@ def test_many_scans_are_refused_though_the_file_is_not_progressive():
         READER.check(whole[:-2] + scan * MOST_SCANS + b"\xff\xd9", "image")
 
 
-def test_the_ratio_of_sides_is_that_after_scaling_down():
+def test_ratio_of_sides_is_checked_after_scaling_down():
     """150 pixels become 144 and 30,000 become 28,963: 201 to 1."""
     file = io.BytesIO()
     Image.new("L", (30_000, 150)).save(file, "PNG")

@@ -13,7 +13,7 @@ from rllava_pl.datamodules import audit, images, messages, paths, schema
 from rllava_pl.datamodules.images import ImageReader
 from rllava_pl.types import Message
 from tests.datamodules.hostile import Maker, write_images
-from tests.datamodules.test_fuzz import assert_judged, audited
+from tests.datamodules.test_fuzz import assert_correct, audited
 
 ROWS = 1500
 
@@ -30,7 +30,7 @@ MUTANTS: dict[str, tuple[object, str, object]] = {
     "control characters stay": (schema, "CONTROLS", re.compile("(?!)")),
     "URLs are paths": (paths, "is_url", lambda _: False),
     "URLs in messages": (messages, "is_url", lambda _: False),
-    "ids may repeat": (audit, "_duplicate", lambda s, place, f, uid: audit.Usable(f"{uid}'{place}", (), ())),
+    "ids may repeat": (audit, "_duplicate", lambda s, place, f, uid: audit.UsableRow(f"{uid}'{place}", (), ())),
     "any answer": (schema, "check_answer", nothing),
     "any shape": (images, "LARGEST_ASPECT", 10**9),
     "any side": (images, "SHORTEST_SIDE_PIXELS", 1),
@@ -50,7 +50,7 @@ def judged(tmp_path_factory) -> Callable[[], None]:
     cases = [maker.draw() for _ in range(ROWS)]
 
     def judge() -> None:
-        assert_judged(audited(folder, [case.line for case in cases]), cases)
+        assert_correct(audited(folder, [case.line for case in cases]), cases)
 
     judge()  # with all checks in place there is nothing to notice
     return judge
@@ -58,7 +58,7 @@ def judged(tmp_path_factory) -> Callable[[], None]:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_check_taken_out_is_noticed(judged, monkeypatch, name):
+def test_fuzzing_notices_every_removed_check(judged, monkeypatch, name):
     monkeypatch.setattr(*MUTANTS[name])
     with pytest.raises(AssertionError, match="misjudged"):
         judged()

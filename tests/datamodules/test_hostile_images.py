@@ -113,7 +113,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak
 
 @needs_linux
 @pytest.mark.parametrize("name", [name for name in SMALL if "bomb" in name or "scans" in name])
-def test_what_is_refused_costs_no_memory(name):
+def test_refused_image_costs_no_memory(name):
     data = SMALL[name][0]()
     assert growth_mib(lambda: verdict(data)) < LIMIT_MIB / 4
 
@@ -136,7 +136,7 @@ LARGE: dict[str, Callable[[], bytes]] = {
 @needs_linux
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
-def test_the_largest_allowed_images_stay_within_memory(name):
+def test_largest_allowed_images_stay_within_memory(name):
     data = LARGE[name]()
     found = []
     grown = growth_mib(lambda: found.append(verdict(data)))
@@ -144,7 +144,7 @@ def test_the_largest_allowed_images_stay_within_memory(name):
     assert grown <= LIMIT_MIB
 
 
-def test_one_pixel_more_than_the_limit_is_refused_and_the_limit_itself_is_not():
+def test_image_one_pixel_above_the_limit_is_refused():
     small = ImageReader(root=None, max_pixels=600)
     small.check(encoded(noise(30, 20)), "images[0]")
     small.check(encoded(noise(18, 10), "WEBP"), "images[0]")  # 600 / 3.2 = 187.5
@@ -158,7 +158,7 @@ def test_one_pixel_more_than_the_limit_is_refused_and_the_limit_itself_is_not():
         assert caught.value.code == "E09"
 
 
-def test_scaling_down_keeps_what_is_seen():
+def test_scaling_down_keeps_the_content():
     """A picture of four even quarters is one at any size; 400 x 300 above 3,000 pixels becomes 63 x 47."""
     colors = np.array([[[200, 0, 0], [0, 200, 0]], [[0, 0, 200], [90, 90, 90]]], np.uint8)
     picture = Image.fromarray(colors.repeat(150, 0).repeat(200, 1))
@@ -170,14 +170,14 @@ def test_scaling_down_keeps_what_is_seen():
     assert ImageReader(root=None).load(encoded(picture), "images[0]").size == (400, 300)
 
 
-def test_bands_leave_no_seam():
+def test_bands_join_without_a_seam():
     """A gradient of 1,000 rows, more than are converted at a time, comes out as it went in."""
     rows = np.arange(1000, dtype=np.uint16)[:, None] * 64
     image = ImageReader(root=None).load(encoded(Image.fromarray(rows.repeat(10, 1))), "images[0]")
     assert (np.asarray(image)[:, 0, 0] == (rows[:, 0] >> 8)).all()
 
 
-def test_reading_many_images_leaves_nothing_behind():
+def test_reading_many_images_leaks_neither_files_nor_memory():
     """The audit drops every image again: a hundred large ones cost no more than a few."""
     if sys.platform != "linux":
         pytest.skip("reads memory from /proc")
@@ -190,7 +190,7 @@ def test_reading_many_images_leaves_nothing_behind():
     assert memory_mib("VmRSS") - before < 20
 
 
-def test_pillows_own_switches_are_left_alone():
+def test_global_options_of_pillow_are_unchanged():
     from PIL import ImageFile
 
     limit = Image.MAX_IMAGE_PIXELS

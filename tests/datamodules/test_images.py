@@ -49,7 +49,7 @@ def reader(tmp_path) -> ImageReader:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
-def test_every_kind_of_reference_gives_the_same_picture(reader, kind):
+def test_every_kind_of_reference_gives_the_same_image(reader, kind):
     data = encoded(noise(), kind)
     (reader.root / "a b.img").write_bytes(data)  # the content decides, not the suffix
     refs = [data, "a b.img", {"path": "a b.img"}, {"bytes": data, "path": None}, {"bytes": None, "path": "a b.img"}]
@@ -60,7 +60,7 @@ def test_every_kind_of_reference_gives_the_same_picture(reader, kind):
     assert len({p.tobytes() for p in pictures}) == 1
 
 
-def test_a_pillow_image_stays_open_and_unchanged(reader):
+def test_pillow_image_stays_open_and_unchanged(reader):
     image = noise().convert("L")
     reader.check(image, "images[0]")
     assert reader.load(image, "images[0]").mode == "RGB"
@@ -96,16 +96,16 @@ def test_photo_with_an_embedded_preview_is_read(reader):
 
 
 @pytest.mark.parametrize("ref", [7, None, ["a.png"], {"path": 3}, {}])
-def test_e02_no_image_reference(reader, ref):
+def test_e02_value_that_is_no_image_reference_is_refused(reader, ref):
     assert code_of(reader, ref) == {"E02"}
 
 
 @pytest.mark.parametrize("ref", ["none.png", "a" * 5000, "a\ud800", "none/../none.png"])
-def test_e06_missing(reader, ref):
+def test_e06_missing_image_is_refused(reader, ref):
     assert code_of(reader, ref) == {"E06"}
 
 
-def test_e07_paths_that_leave_the_folder(reader):
+def test_e07_path_that_leaves_the_folder_is_refused(reader):
     outside = reader.root.parent / "outside.png"
     outside.write_bytes(encoded(noise()))
     (reader.root / "link.png").symlink_to(outside)
@@ -117,7 +117,7 @@ def test_e07_paths_that_leave_the_folder(reader):
     assert code_of(reader, "pipe.png") == {"E07"}  # and does not wait for somebody to write into it
 
 
-def test_links_that_stay_inside_are_followed(reader):
+def test_links_inside_the_folder_are_followed(reader):
     (reader.root / "deep").mkdir()
     (reader.root / "deep" / "inside.png").write_bytes(encoded(noise()))
     (reader.root / "inner.png").symlink_to("deep/inside.png")
@@ -126,7 +126,7 @@ def test_links_that_stay_inside_are_followed(reader):
         reader.check(ref, "images[0]")
 
 
-def test_a_link_put_in_place_after_the_check_is_not_followed(reader, monkeypatch):
+def test_link_that_replaces_a_file_after_the_check_is_not_followed(reader, monkeypatch):
     """Whoever can write into the folder exchanges a picture, or a folder, between the check and the opening."""
     secret = reader.root.parent / "secret"
     secret.mkdir()
@@ -138,17 +138,17 @@ def test_a_link_put_in_place_after_the_check_is_not_followed(reader, monkeypatch
             assert code_of(reader, ref) <= {"E06", "E07"}
 
 
-def test_e07_no_folder_to_start_from():
+def test_e07_path_without_a_folder_is_refused():
     assert code_of(ImageReader(None), "a.png") == {"E07"}
 
 
-def test_e08_other_formats_and_animations(reader):
+def test_e08_other_formats_and_animations_are_refused(reader):
     moving = encoded(noise(), "WEBP", save_all=True, append_images=[noise().rotate(90)])
     for data in (encoded(noise(), "BMP"), encoded(noise(), "GIF"), b"no image", b"<svg/>", b"%PDF-1.7", moving):
         assert code_of(reader, data) == {"E08"}
 
 
-def test_other_formats_and_first_frames_by_option(reader):
+def test_options_allow_other_formats_and_first_frames(reader):
     moving = encoded(noise(), "GIF", save_all=True, append_images=[noise().rotate(90)])
     lenient = replace(reader, formats=("BMP", "GIF"), animations="first_frame")
     for data in (encoded(noise(), "BMP"), moving):
@@ -158,17 +158,17 @@ def test_other_formats_and_first_frames_by_option(reader):
     assert code_of(lenient, encoded(noise(), "PNG")) == {"E08"}
 
 
-def test_e10_nothing_in_it(reader):
+def test_e10_empty_file_is_refused(reader):
     (reader.root / "empty.png").touch()
     assert code_of(reader, b"") == code_of(reader, "empty.png") == {"E10"}
 
 
 @pytest.mark.parametrize("side", [7000, 12_000, 40_000])
-def test_e09_too_many_pixels_by_header_alone(reader, side):
+def test_e09_too_many_pixels_are_refused_by_the_header(reader, side):
     assert code_of(reader, png_header(side, side)) == {"E09"}
 
 
-def test_e09_too_many_bytes(tmp_path):
+def test_e09_too_large_file_is_refused(tmp_path):
     data = encoded(noise())
     (tmp_path / "a.png").write_bytes(data)
     small = ImageReader(tmp_path, max_bytes=len(data) - 1)
@@ -177,14 +177,14 @@ def test_e09_too_many_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
-def test_e10_truncated(reader, kind):
+def test_e10_truncated_image_is_refused(reader, kind):
     data = encoded(noise(60, 60), kind)
     assert code_of(reader, data[: len(data) // 2]) == {"E10"}
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (401, 2)])
-def test_e11_degenerate(reader, size):
+def test_e11_degenerate_image_is_refused(reader, size):
     assert code_of(reader, encoded(Image.new("RGB", size))) == {"E11"}
     reader.check(encoded(Image.new("RGB", (400, 2))), "images[0]")
 
@@ -194,12 +194,12 @@ http:\\\\a|\\\\a\\b|s3://a/b|hf://a|zip::a.zip|ftp://a|http://2130706433/|http:/
 
 
 @pytest.mark.parametrize("ref", URLS.replace("\n", "|").split("|"))
-def test_e12_url(reader, ref):
+def test_e12_url_is_refused(reader, ref):
     assert code_of(reader, ref) == code_of(reader, {"path": ref}) == {"E12"}
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
-def test_damaged_files_give_a_code_or_a_picture_and_never_another_error(reader, kind):
+def test_damaged_file_gives_a_code_or_an_image(reader, kind):
     rng, data = np.random.default_rng(1), encoded(noise(), kind)
     for _ in range(100):
         damaged = bytearray(data)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rllava_pl.datamodules import PADDING, BaseDataModule, PromptLoader, PromptSampler
-from rllava_pl.datamodules.loader import PromptDataset, quiet_generator
+from rllava_pl.datamodules.loader import PromptDataset, separate_generator
 from rllava_pl.types import Prompt, PromptBatch
 
 ROWS = [Prompt(f"r:{k}", ()) for k in range(10)]
@@ -41,14 +41,14 @@ def test_order_differs_by_epoch_and_seed_but_shows_the_same_rows():
     assert order(0, 1) == orders[1]
 
 
-def test_without_shuffle_the_rows_come_in_their_order():
+def test_rows_without_shuffle_keep_their_order():
     sampler = PromptSampler(range(4), shuffle=False)
     sampler.set_epoch(3)
     assert list(sampler) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_training_ranks_share_one_order_and_drop_the_ragged_end(ranks):
+def test_training_ranks_share_one_order_and_drop_the_remainder(ranks):
     whole = list(PromptSampler(range(11), seed=5))
     parts = [list(PromptSampler(range(11), ranks, rank, seed=5)) for rank in range(ranks)]
     assert [len(part) for part in parts] == [11 // ranks] * ranks
@@ -56,18 +56,18 @@ def test_training_ranks_share_one_order_and_drop_the_ragged_end(ranks):
     assert [index for step in zip(*parts, strict=True) for index in step] == whole[:kept]
 
 
-def test_evaluation_pads_short_ranks_and_counts_no_row_twice():
+def test_evaluation_pads_short_ranks_and_repeats_no_row():
     # 5 rows on 3 ranks: 0 3 | 1 4 | 2 and nothing
     parts = [list(PromptSampler(range(5), 3, rank, shuffle=False, drop_last=False)) for rank in range(3)]
     assert parts == [[0, 3], [1, 4], [2, PADDING]]
 
 
-def test_fewer_rows_than_ranks():
+def test_fewer_rows_than_ranks_are_padded_or_dropped():
     parts = [list(PromptSampler(range(1), 3, rank, shuffle=False, drop_last=False)) for rank in range(3)]
     assert parts == [[0], [PADDING], [PADDING]]
 
 
-def test_the_global_batch_does_not_depend_on_the_number_of_ranks():
+def test_global_batch_does_not_depend_on_the_number_of_ranks():
     one = uids(training_loader(batch_size=4))
     two = [uids(training_loader(batch_size=2, ranks=2, rank=rank)) for rank in range(2)]
     assert [sorted(batch) for batch in one] == [sorted(a + b) for a, b in zip(*two, strict=True)]
@@ -90,7 +90,7 @@ def test_state_points_at_the_next_batch(done, workers):
     assert uids(second) == whole, "the position counts once"
 
 
-def test_a_second_interruption_in_the_same_epoch():
+def test_second_interruption_of_an_epoch_resumes_at_the_next_batch():
     whole = uids(training_loader())
     loader = training_loader()
     for count in (2, 1):
@@ -102,7 +102,7 @@ def test_a_second_interruption_in_the_same_epoch():
     assert uids(loader) == whole[3:]
 
 
-def test_a_finished_epoch_is_followed_by_the_whole_next_one():
+def test_resume_after_a_finished_epoch_starts_the_next_one():
     first = training_loader()
     list(first)
     second = training_loader()
@@ -112,7 +112,7 @@ def test_a_finished_epoch_is_followed_by_the_whole_next_one():
     assert uids(second) == uids(first)
 
 
-def test_length_is_that_of_the_epoch_even_after_a_resume():
+def test_length_after_a_resume_is_that_of_the_epoch():
     loader = training_loader()
     loader.load_state_dict({"epoch": 0, "position": 3, "prompts_per_batch": 2, "rows": 10, "seed": 0})
     assert len(loader) == 5
@@ -129,7 +129,7 @@ def test_length_is_that_of_the_epoch_even_after_a_resume():
         ({"seed": 7}, "seed was 0, is 7"),
     ],
 )
-def test_resume_with_other_numbers_is_refused(other, message):
+def test_resume_with_another_shape_is_refused(other, message):
     loader = training_loader()
     next(iter(loader))
     with pytest.raises(ValueError, match=f"cannot resume in epoch 0 after batch 1: {message}"):
@@ -149,20 +149,20 @@ def test_half_the_batch_on_twice_the_ranks_resumes_exactly():
     assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole[1:]]
 
 
-def test_padding_becomes_no_prompt():
+def test_padding_is_dropped_from_batches():
     dataset = PromptDataset(ROWS)
     assert dataset[PADDING] is None
     assert len(PromptBatch([dataset[PADDING], dataset[3]])) == 1
 
 
-def test_loading_leaves_the_global_generator_alone():
-    loader = PromptLoader(PromptDataset(ROWS), collate_fn=PromptBatch, generator=quiet_generator(0))
+def test_loading_does_not_advance_the_global_generator():
+    loader = PromptLoader(PromptDataset(ROWS), collate_fn=PromptBatch, generator=separate_generator(0))
     before = torch.get_rng_state()
     list(loader)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_signal_to_all_processes_leaves_the_workers_to_their_trainer():
+def test_workers_ignore_signals_to_all_processes():
     """As schedulers send it. The batches behind it arrive, and closing the loader still ends the workers."""
     data = BaseDataModule(val_batch_size=2, num_workers=2)
     data.val_prompts = ROWS

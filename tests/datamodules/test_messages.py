@@ -29,14 +29,14 @@ def assistant(content: object) -> dict[str, object]:
         ([assistant([{"type": "text", "text": "It is"}, {"type": "text", "text": " 4."}])], "It is 4."),
     ],
 )
-def test_forms_of_a_response(value, text):
+def test_every_form_of_a_response_gives_its_text(value, text):
     assert parse_response(value, "target") == text
 
 
 @pytest.mark.parametrize(
     "value", [None, "", [], [None], [""], [[]], [assistant(None)], [assistant("")], [USER, assistant([])]]
 )
-def test_no_response(value):
+def test_absent_response_is_empty_text(value):
     assert parse_response(value, "target") == ""
 
 
@@ -53,13 +53,13 @@ def test_no_response(value):
         ([assistant([{"type": "audio"}])], "E02 chosen[0].content[0]", "has the type 'audio'"),
     ],
 )
-def test_bad_responses_name_their_place(value, expected, message):
+def test_bad_response_is_refused_with_its_place(value, expected, message):
     with pytest.raises(RowError, match=message) as caught:
         parse_response(value, "chosen")
     assert f"{caught.value.code} {caught.value.field}" == expected
 
 
-def test_hostile_nesting_is_a_bad_row_and_no_crash():
+def test_hostile_nesting_is_a_bad_row():
     value: object = "a"
     for _ in range(5000):
         value = [value]

@@ -161,7 +161,7 @@ def test_image_root_replaces_the_folder_of_the_file(tmp_path, rows):
         PromptDataModule(train=source, columns=COLUMNS).setup("fit")
 
 
-def test_bad_rows_are_named_with_source_row_field_and_reason(tmp_path):
+def test_error_names_source_row_field_and_reason(tmp_path):
     (tmp_path / "cut.png").write_bytes(png()[:40])
     bad = [
         {"prompt": "a", "answer": "4", "images": ["cut.png"]},
@@ -181,7 +181,7 @@ def test_bad_rows_are_named_with_source_row_field_and_reason(tmp_path):
     assert f"{source} row 3 (line 4), prompt: is empty; leave the row out, or fill it in (E03 empty text)" in message
 
 
-def test_the_message_shows_ten_rows_and_the_total(tmp_path):
+def test_error_shows_ten_rows_and_the_total(tmp_path):
     source = jsonl(tmp_path / "train.jsonl", [{"prompt": ""}] * 25)
     with pytest.raises(DataError, match=r"25 of 25 rows cannot be used") as caught:
         PromptDataModule(train=source).setup("fit")
@@ -190,7 +190,7 @@ def test_the_message_shows_ten_rows_and_the_total(tmp_path):
     assert len(caught.value.rejections) == 25
 
 
-def test_broken_lines_are_broken_rows(tmp_path):
+def test_broken_lines_are_refused_one_by_one(tmp_path):
     lines = [b'{"prompt": "a", "answer": "1"}', b"", b"{", b'["a"]', b'{"prompt": "\xff"}', b"[" * 100_000]
     (tmp_path / "train.jsonl").write_bytes(b"\r\n".join(lines))
     rows = PromptDataModule(train=str(tmp_path / "train.jsonl")).audit("train")
@@ -203,14 +203,14 @@ def test_broken_lines_are_broken_rows(tmp_path):
     assert len(rows) + len(rows.rejections) == rows.total == 5
 
 
-def test_e15_duplicate_ids_name_the_first_one(tmp_path):
+def test_e15_duplicate_id_names_the_first_row(tmp_path):
     source = jsonl(tmp_path / "train.jsonl", [row | {"id": "same"} for row in texts(2)])
     (rejection,) = PromptDataModule(train=source).audit("train").rejections
     message = f"'same' is already the id of {source} row 0; ids must be unique in a split"
     assert rejection == Rejection(source, 1, "id", "E15", message, "same", 2)
 
 
-def test_a_share_of_bad_rows_may_be_left_out_with_one_warning(tmp_path):
+def test_allowed_share_of_bad_rows_is_left_out_with_one_warning(tmp_path):
     source = jsonl(tmp_path / "train.jsonl", [*texts(8), {"prompt": ""}, {"prompt": "a"}])
     data = PromptDataModule(train=source, max_reject_fraction=0.2)
     with pytest.warns(UserWarning, match=r"train: left out 2 of 10 rows \(E01 missing field: 1, E03 empty text: 1\)"):
@@ -259,7 +259,7 @@ def test_targets_and_pairs_reach_the_prompts(tmp_path, write):
         assert [(r.row, r.field, r.code) for r in audit.rejections] == [(2, field, "E01")]
 
 
-def test_a_mapped_response_that_no_training_row_has_is_a_slip(tmp_path):
+def test_mapped_response_that_no_training_row_has_is_refused(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", [row | {"chosen": "good"} for row in texts(2)])
     data = PromptDataModule(train=source, val=jsonl(tmp_path / "b.jsonl", texts(2)), columns={"target": "chosen"})
     data.setup("fit")  # rows for validation may be without
@@ -267,7 +267,7 @@ def test_a_mapped_response_that_no_training_row_has_is_a_slip(tmp_path):
         PromptDataModule(train=source, columns={"target": "chosne"}).setup("fit")
 
 
-def test_equal_responses_are_named_with_their_row(tmp_path):
+def test_equal_responses_are_refused_with_their_row(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", [row | {"target": "4", "rejected": "4"} for row in texts(1)])
     with pytest.raises(
         DataError, match=r"row 0 \(line 1\), rejected: equals the target; .* \(E20 pair of equal responses\)"
@@ -275,7 +275,7 @@ def test_equal_responses_are_named_with_their_row(tmp_path):
         PromptDataModule(train=source).setup("fit")
 
 
-def test_an_image_that_vanishes_after_the_audit_names_its_row(tmp_path, rows):
+def test_image_deleted_after_the_audit_is_reported_with_its_row(tmp_path, rows):
     data = PromptDataModule(train=as_jsonl(tmp_path, rows), columns=COLUMNS)
     data.setup("fit")
     (tmp_path / "blue.png").unlink()
@@ -283,7 +283,7 @@ def test_an_image_that_vanishes_after_the_audit_names_its_row(tmp_path, rows):
         data.train_prompts[1]
 
 
-def test_only_the_splits_of_the_stage_are_read(tmp_path):
+def test_setup_reads_the_splits_of_its_stage_only(tmp_path):
     data = PromptDataModule(train=str(tmp_path / "none.jsonl"), test=jsonl(tmp_path / "test.jsonl", texts(3)))
     data.setup("test")
     assert len(data.test_prompts) == 3
@@ -301,13 +301,13 @@ def test_only_the_splits_of_the_stage_are_read(tmp_path):
         ("a.jsonl", "", "the train split has no rows: .*a.jsonl"),
     ],
 )
-def test_unreadable_files_say_why(tmp_path, name, content, message):
+def test_unreadable_file_is_refused_with_the_reason(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         PromptDataModule(train=str(tmp_path / name)).setup("fit")
 
 
-def test_missing_folder_and_split(tmp_path, rows):
+def test_missing_folder_or_split_is_refused(tmp_path, rows):
     with pytest.raises(FileNotFoundError, match=r"data folder '\./none' does not exist"):
         PromptDataModule(train="./none@train").setup("fit")
     source = as_folder_of_splits(tmp_path, rows).removesuffix("@part")
@@ -315,12 +315,12 @@ def test_missing_folder_and_split(tmp_path, rows):
         PromptDataModule(train=source).setup("fit")
 
 
-def test_stage_without_source_says_what_to_set():
+def test_stage_without_source_is_refused_with_the_option():
     with pytest.raises(ValueError, match="there is no source for the test split; set test to a file or data set"):
         PromptDataModule().setup("test")
 
 
-def test_e14_prompts_are_measured_by_the_models_own_processor(tmp_path, rows):
+def test_e14_too_long_prompt_is_refused_by_the_processor_count(tmp_path, rows):
     from rllava_pl.models import tiny
     from rllava_pl.models.encoding import encode
     from rllava_pl.models.processors import load_processor
@@ -349,6 +349,6 @@ def test_e14_prompts_are_measured_by_the_models_own_processor(tmp_path, rows):
         ({"max_prompt_tokens": 9}, ValueError, "max_prompt_tokens is 9, but processor_path names no model"),
     ],
 )
-def test_wrong_options_are_refused_at_construction(options, error, message):
+def test_wrong_option_is_refused_at_construction(options, error, message):
     with pytest.raises(error, match=message):
         PromptDataModule(**options)

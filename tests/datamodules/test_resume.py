@@ -130,14 +130,14 @@ def test_batches_fetched_ahead_by_workers_are_not_lost(tmp_path, point, after):
     assert fit(EPOCHS, workers=1, ckpt_path=saver.path) == whole[after:]
 
 
-def test_epochs_have_different_orders_and_no_row_twice():
+def test_epochs_differ_in_order_and_repeat_no_row():
     whole = fit(EPOCHS)
     first, second = ([uid for batch in part for uid in batch] for part in (whole[:BATCHES], whole[BATCHES:]))
     assert len(set(first)) == len(first) == len(set(second)) == len(second) == 20
     assert first != second
 
 
-def test_resume_with_another_batch_size_names_the_numbers(tmp_path):
+def test_resume_with_another_batch_size_is_refused_with_the_numbers(tmp_path):
     saver = Saver("batch_end", 2, tmp_path / "run.ckpt")
     fit(EPOCHS, saver=saver)
     with pytest.raises(ValueError, match="after batch 2: prompts_per_batch was 4, is 5"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from decimal import Decimal
 
 import pytest
 
@@ -23,20 +24,28 @@ def messages_of(value: object) -> tuple[Message, ...]:
     return RowSchema().parse({"messages": value, "answer": "4", "images": []}, "t:0").messages
 
 
-def test_clean_row():
+def test_clean_row_is_parsed_without_repairs():
     parsed = RowSchema().parse(ROW, "t:0")
     assert parsed.messages == (Message("user", ("Which digit?",)),)
     assert (parsed.uid, parsed.answer, parsed.images, parsed.metadata) == ("t:0", "4", (), {})
 
 
-def test_columns_are_mapped_and_the_rest_is_metadata():
+def test_columns_are_mapped_and_the_others_are_metadata():
     columns = {"prompt": "problem", "images": "image", "answer": "solution", "id": "key"}
     row = {"problem": "<image>Which?", "image": "a.png", "solution": 4, "key": 17, "level": "hard", "tags": ["é", 1]}
     row |= {"when": datetime.date(2025, 1, 2), "raw": b"\x00", "none": None, "scan": {"bytes": b"", "path": None}}
+    row |= {"size": [3, 4.5], "deep": {"on": [True, None, datetime.date(2025, 1, 2)]}, "share": Decimal("0.10")}
     parsed = RowSchema(columns).parse(row, "t:0")
     assert parsed.messages == (Message("user", (IMAGE, "Which?")),)
-    assert (parsed.uid, parsed.answer, parsed.images) == ("17", "4", ("a.png",))
-    assert parsed.metadata == {"level": "hard", "tags": '["é", 1]', "when": '"2025-01-02"'}
+    assert (parsed.uid, parsed.answer, parsed.images) == ("17", 4, ("a.png",))
+    assert parsed.metadata == {
+        "level": "hard",
+        "tags": ["é", 1],
+        "when": "2025-01-02",
+        "size": [3, 4.5],
+        "deep": {"on": [True, None, "2025-01-02"]},
+        "share": "0.10",
+    }
 
 
 def test_system_prompt_and_template_surround_the_prompt_column_only():
@@ -49,20 +58,25 @@ def test_system_prompt_and_template_surround_the_prompt_column_only():
     assert schema.parse(chat, "t:0").messages == (Message("user", ("Which?",)),)
 
 
+@pytest.mark.parametrize("value", ["4", 4, 0.5, [1, "a"], {"x": [1, None]}, " 4 ", 10**30])
+def test_answer_keeps_the_value_and_type_of_the_data(value):
+    answer = RowSchema().parse(ROW | {"answer": value}, "t:0").answer
+    assert answer == value and type(answer) is type(value)
+
+
 @pytest.mark.parametrize(
-    ("value", "text"),
-    [("4", "4"), (4, "4"), (0.5, "0.5"), ([1, "a"], '[1, "a"]'), ({"x": 1}, '{"x": 1}'), (" 4 ", " 4 ")],
+    ("value", "answer"), [(Decimal("1.50"), "1.50"), (datetime.date(2025, 1, 2), "2025-01-02"), ([Decimal(2)], ["2"])]
 )
-def test_answers_become_text(value, text):
-    assert RowSchema().parse(ROW | {"answer": value}, "t:0").answer == text
+def test_answer_without_a_json_type_becomes_text(value, answer):
+    assert RowSchema().parse(ROW | {"answer": value}, "t:0").answer == answer
 
 
 def test_answer_may_be_absent_when_no_reward_reads_it():
     for row in ({"prompt": "Which?"}, ROW | {"answer": None}, ROW | {"answer": ""}):
-        assert RowSchema(require_answer=False).parse(row, "t:0").answer == ""
+        assert RowSchema(require_answer=False).parse(row, "t:0").answer is None
 
 
-def test_both_forms_of_content_give_the_same_messages():
+def test_text_and_typed_content_give_the_same_messages():
     typed = [{"type": "text", "text": "Look: "}, {"type": "image", "text": None}, {"type": "text", "text": "Which?"}]
     parsed = [
         RowSchema().parse({"messages": [{"role": "user", "content": c}], "images": ["a"], "answer": "4"}, "t:0")
@@ -80,11 +94,11 @@ def test_w01_slots_are_put_in_front_of_the_first_user_message():
 
 
 @pytest.mark.parametrize("images", [None, "", [], ()])
-def test_no_images(images):
+def test_row_without_images_has_none(images):
     assert RowSchema().parse(ROW | {"images": images}, "t:0").images == ()
 
 
-def test_tool_turns_are_kept():
+def test_tool_messages_are_kept():
     chat = [
         {"role": "user", "content": "Find."},
         {"role": "assistant", "content": "search"},
@@ -110,12 +124,16 @@ USER = {"role": "user", "content": "a"}
         (ROW | {"answer": True}, "E02 answer"),
         (ROW | {"answer": float("nan")}, "E02 answer"),
         (ROW | {"answer": [float("inf")]}, "E02 answer"),
+        (ROW | {"answer": [Decimal("NaN")]}, "E02 answer"),
         (ROW | {"id": 1.5}, "E02 id"),
         (ROW | {"prompt": " \n"}, "E03 prompt"),
         (ROW | {"answer": " "}, "E03 answer"),
         (ROW | {"id": ""}, "E03 id"),
         (ROW | {"prompt": "a\ud800"}, "E04 prompt"),
         (ROW | {"answer": "a\0"}, "E04 answer"),
+        (ROW | {"answer": ["a", {"b": "a\0"}]}, "E04 answer"),
+        (ROW | {"notes": ["a\0"]}, "E04 notes"),
+        (ROW | {"notes": {"\ud800": 1}}, "E04 notes"),
         (ROW | {"prompt": "<image>a"}, "E05 images"),
         (ROW | {"prompt": "<image>a", "images": ["a", "b"]}, "E05 images"),
         (ROW | {"prompt": "<image><image>a", "images": "a"}, "E05 images"),
@@ -130,11 +148,11 @@ USER = {"role": "user", "content": "a"}
         ({"messages": [USER, {"role": "assistant", "content": "a"}], "answer": "4"}, "E17 messages"),
     ],
 )
-def test_bad_rows(row, expected):
+def test_bad_row_is_refused_with_code_and_field(row, expected):
     assert code_of(row) == expected
 
 
-def test_e01_a_mapped_column_that_is_not_there_lists_those_that_are():
+def test_e01_missing_mapped_column_lists_the_existing_ones():
     with pytest.raises(RowError, match="is not a column; the row has prompt, answer"):
         RowSchema({"answer": "solution"}).parse(ROW, "t:0")
 
@@ -150,12 +168,12 @@ def test_e01_a_mapped_column_that_is_not_there_lists_those_that_are():
         ({"template": "no place"}, r"template 'no place' must contain \{prompt\} exactly once"),
     ],
 )
-def test_wrong_schemas_are_refused_at_construction(options, message):
+def test_wrong_schema_is_refused_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
         RowSchema(**options)
 
 
-def test_a_list_too_deep_to_write_down_again_is_a_bad_row_and_no_crash():
+def test_too_deeply_nested_answer_is_a_bad_row():
     deep: list[object] = []
     for _ in range(5000):
         deep = [deep]
@@ -177,15 +195,15 @@ def test_rows_without_responses_have_none():
     assert responses_of(ROW, columns={"target": "chosen"}) == ("", "")
 
 
-def test_responses_are_fields_and_no_metadata():
+def test_responses_are_not_in_the_metadata():
     parsed = RowSchema({"target": "chosen"}).parse(ROW | {"chosen": "good", "rejected": "bad", "target": "x"}, "t:0")
     assert (parsed.target, parsed.rejected) == ("good", "bad")
     assert parsed.metadata == {"target": "x"}  # chosen is the target, so this is a column like any other
 
 
-def test_a_column_that_is_mapped_to_another_field_is_no_response_as_well():
+def test_column_mapped_to_another_field_is_not_a_response():
     assert responses_of({"prompt": "Which?", "target": 4}, columns={"answer": "target"}) == ("", "")
-    # Unless it is said: here the label itself is imitated.
+    # Unless it is mapped to both: here the label itself is imitated.
     both = RowSchema({"answer": "label", "target": "label"}).parse({"prompt": "Which?", "label": "4"}, "t:0")
     assert (both.answer, both.target) == ("4", "4")
 
@@ -198,7 +216,7 @@ def test_a_column_that_is_mapped_to_another_field_is_no_response_as_well():
         ({"require_answer": False, "require_rejected": True}, "is missing; a pair is a target and a rejected response"),
     ],
 )
-def test_a_pair_needs_both_responses(name, options, message):
+def test_pair_needs_both_responses(name, options, message):
     row = {"prompt": "Which?", name: "4"}
     if message is None:
         assert "4" in responses_of(row, **options)
@@ -238,7 +256,7 @@ def test_e20_equal_responses_are_no_pair(rejected):
         ([{"role": "assistant", "content": 4}], "E02 {}[0].content"),
     ],
 )
-def test_bad_responses(name, value, expected):
+def test_bad_response_is_refused_with_code_and_field(name, value, expected):
     assert code_of(PAIR | {name: value}) == expected.format(name)
 
 
@@ -259,21 +277,21 @@ def test_bad_responses(name, value, expected):
         ("Which? </think>", "<think>It is 4.</think>4", "<think>It is 4.</think>4"),
     ],
 )
-def test_a_think_tag_that_the_prompt_opened_is_not_opened_again(prompt, response, expected):
+def test_think_tag_opened_by_the_prompt_is_removed_from_responses(prompt, response, expected):
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     for row in ({"prompt": prompt}, {"messages": chat, "images": ["a"]}):
         assert responses_of(row | {"answer": "4", "target": response})[0] == expected
         assert responses_of(row | {"answer": "4", "rejected": response})[1] == expected
 
 
-def test_the_template_may_open_the_think_tag_and_an_image_may_end_the_prompt():
+def test_think_tag_may_come_from_the_template_and_not_stand_before_an_image():
     row = ROW | {"target": "<think>It is 4.</think>4"}
     assert responses_of(row, template="{prompt}\n<think>\n")[0] == "It is 4.</think>4"
     assert responses_of(row | {"prompt": "<think><image>", "images": ["a"]})[0] == "<think>It is 4.</think>4"
 
 
-def test_e03_nothing_but_the_think_tag_that_the_prompt_opened():
-    with pytest.raises(RowError, match="has nothing behind the <think> that the prompt ends with already") as caught:
+def test_e03_response_of_the_opened_think_tag_alone_is_refused():
+    with pytest.raises(RowError, match="has nothing behind the <think> that the prompt already ends with") as caught:
         RowSchema(template="{prompt} <think>").parse(ROW | {"target": "<think>\n"}, "t:0")
     assert (caught.value.code, caught.value.field) == ("E03", "target")
 
@@ -286,13 +304,13 @@ def test_e03_nothing_but_the_think_tag_that_the_prompt_opened():
         ({"prompt": "q", "answer": "\U0001f600" * 20_000}, "E16", "has 80000 bytes; an answer has at most 65536"),
     ],
 )
-def test_what_nobody_would_mean_is_refused(row, code, said):
+def test_video_invisible_text_and_huge_answer_are_refused(row, code, said):
     with pytest.raises(RowError, match=said) as error:
         RowSchema().parse(row, "a:0")
     assert error.value.code == code
 
 
-def test_metadata_of_a_row_have_64_kib_in_all():
+def test_metadata_of_a_row_are_limited_to_64_kib():
     row = {"prompt": "q", "answer": "4"} | {f"m{k}": "x" * 30_000 for k in range(5)} | {"small": "é"}
     parsed = RowSchema().parse(row, "a:0")
     assert list(parsed.metadata) == ["m0", "m1", "small"] and parsed.repairs == ("W04",)

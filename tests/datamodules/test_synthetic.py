@@ -35,14 +35,14 @@ def blobs(mask: np.ndarray) -> int:
 
 
 @pytest.mark.parametrize("task", NAMES)
-def test_same_index_same_picture(task):
+def test_same_index_gives_the_same_image(task):
     one, two = DrawnPrompts(task, "train", 10), DrawnPrompts(task, "train", 20)
     assert [p.images[0].tobytes() for p in one] == [p.images[0].tobytes() for p in two[:10]]
     assert [p.answer for p in one] == [p.answer for p in two[:10]]
 
 
 @pytest.mark.parametrize("task", NAMES)
-def test_splits_share_neither_pictures_nor_uids(task):
+def test_splits_share_neither_images_nor_uids(task):
     data = SyntheticVisionDataModule(task=task, train_size=60, val_size=60, test_size=60)
     data.setup("fit")
     prompts = [*data.train_prompts, *data.val_prompts, *data.test_prompts]
@@ -73,7 +73,7 @@ def test_count_is_the_number_of_separate_equal_dots():
         assert blobs(mask) == int(prompt.answer)
 
 
-def test_where_is_the_side_the_shape_stands_at():
+def test_where_is_the_side_of_the_shape():
     for prompt in DrawnPrompts("where", "train", 60):
         y, x = np.argwhere(foreground(prompt.images[0])).mean(0) - 28
         far, near = (x, y) if prompt.answer in ("left", "right") else (y, x)
@@ -82,7 +82,7 @@ def test_where_is_the_side_the_shape_stands_at():
 
 
 @pytest.mark.parametrize("task", NAMES)
-def test_demonstrations_change_neither_pictures_nor_order(task):
+def test_demonstrations_change_neither_images_nor_order(task):
     plain, shown = DrawnPrompts(task, "train", 100), DrawnPrompts(task, "train", 100, demonstrations=0.5)
     assert not any(p.target or p.rejected for p in plain)
     assert 30 < sum(bool(p.target) for p in shown) < 70  # 50 on average, standard deviation 5
@@ -92,7 +92,7 @@ def test_demonstrations_change_neither_pictures_nor_order(task):
         assert bool(after.target) == bool(after.rejected)
 
 
-def test_a_demonstration_is_the_answer_in_tags_and_the_rejected_one_another_answer():
+def test_demonstration_is_the_answer_in_tags_and_the_rejected_one_another():
     tagged = {f"<answer>{color}</answer>" for color in COLORS}
     for prompt in DrawnPrompts("color", "train", 30, demonstrations=1.0):
         assert prompt.target == f"<answer>{prompt.answer}</answer>"
