@@ -1,4 +1,4 @@
-"""The benchmark of the algorithms runs: real processes, the real command line, few rollouts. No result is judged."""
+"""The benchmark of the algorithms runs in real processes with few rollouts; its results are not asserted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.runs import CACHE
 
-pytestmark = pytest.mark.slow  # every run imports everything anew
+pytestmark = pytest.mark.slow  # every run is a new process
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--model.lr_schedule=constant", "--model.group_size=2", f"--model.policy.cache_dir={CACHE}"]
@@ -25,7 +25,7 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_a_method_is_trained_validated_and_tested(tmp_path):
+def test_benchmark_trains_validates_and_tests_a_method(tmp_path):
     file = tmp_path / "algorithms.json"
     chosen = ["--methods", "dr_grpo", "--seeds", "7", "--rollouts", "4", "--every", "2", "--output", str(file)]
 
@@ -42,13 +42,13 @@ def test_a_method_is_trained_validated_and_tested(tmp_path):
     assert "dr_grpo" in done.stdout.splitlines()[-1]
 
 
-def test_what_the_training_command_refuses_ends_the_benchmark_with_its_message():
+def test_error_of_the_training_command_ends_the_benchmark():
     done = benchmark("--methods", "dr_grpo", "--seeds", "1", "--model.group_size=1")
     assert done.returncode != 0
     assert "DrGRPO compares the completions of a prompt: group_size must be >= 2, is 1" in done.stderr
 
 
-def test_an_unknown_method_is_refused_with_the_known_ones():
+def test_unknown_method_is_refused_with_the_known_ones():
     done = benchmark("--methods", "grop")
     assert done.returncode == 2
     assert "invalid choice: 'grop'" in done.stderr and "dapo" in done.stderr

@@ -1,4 +1,4 @@
-"""The benchmarks of log-probs and of packed rows run, at toy sizes. No time is judged."""
+"""The benchmarks of log-probs and of packed rows run at toy sizes; times are not asserted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow  # a process that imports everything anew
+pytestmark = pytest.mark.slow  # a new process each
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def lines(script: str, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_every_form_of_log_probs_is_a_line() -> None:
+def test_benchmark_measures_every_form_of_log_probs() -> None:
     sizes = ("--widths", "8", "16", "--rows", "16", "--vocabulary", "300", "--threads", "1")
     cases = ("full", "full, entropy", "tiles", "full frozen", "tiles frozen")
     printed = lines("logprobs", *sizes, "--cases", *cases)
@@ -32,7 +32,7 @@ def test_every_form_of_log_probs_is_a_line() -> None:
         assert [line[:18].strip() for line in printed[start + 2 :][: len(cases)]] == list(cases)
 
 
-def test_every_layout_is_a_column(tmp_path: Path) -> None:
+def test_benchmark_measures_every_layout(tmp_path: Path) -> None:
     printed = lines("shared_prompt", "--cases", "a", "--repeats", "1", "--folder", str(tmp_path / "tiny"))
     header, once, checkpointed = (line for line in printed if " / " in line)  # libraries print, too
     assert all(form in header for form in ("plain", "padded", "packed"))

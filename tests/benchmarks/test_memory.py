@@ -1,4 +1,4 @@
-"""The benchmarks of memory and of the host optimizer run, small and on the CPU. No figure is judged."""
+"""The benchmarks of memory and of the host optimizer run at toy sizes on the CPU; figures are not asserted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from argparse import Namespace
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 
@@ -13,14 +14,22 @@ import pytest
 import torch
 
 from rllava_pl.models.architectures import architecture
+from rllava_pl.types import Score
 
 ROOT = Path(__file__).parents[2]
 
 
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look their module up
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     spec.loader.exec_module(module)
+    return module
+
+
+def with_unequal_rewards(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Every rollout gets another reward, so that no group is uninformative, whatever random weights sample."""
+    rewards = count()
+    monkeypatch.setattr(module.Parity, "score", lambda self, rollout: Score(float(next(rewards))))
     return module
 
 
@@ -29,9 +38,10 @@ def out_of_memory(self, closure):
 
 
 @pytest.mark.slow  # the plan traces a model six times
-def test_every_phase_of_a_run_is_measured_beside_the_plan(tmp_path, capsys):
+def test_every_phase_of_a_run_is_measured_beside_the_plan(monkeypatch, tmp_path, capsys):
     file = tmp_path / "gpu.json"
-    script("gpu_24gb").main(["--size", "tiny", "--states", "int8", "--rollouts", "2", "--output", str(file)])
+    gpu = with_unequal_rewards(script("gpu_24gb"), monkeypatch)
+    gpu.main(["--size", "tiny", "--states", "int8", "--rollouts", "2", "--output", str(file)])
     report = json.loads(file.read_text())
     assert {"load", "rollout", "evaluate", "update"} <= report["phases"].keys()
     for name in ("rollout", "evaluate", "update"):
@@ -45,9 +55,10 @@ def test_every_phase_of_a_run_is_measured_beside_the_plan(tmp_path, capsys):
     assert "427,584 parameters" in capsys.readouterr().out
 
 
-def test_the_published_architecture_runs_with_the_tokenizer_of_the_tiny_model(monkeypatch, tmp_path):
-    """At its vocabulary and patch size; narrow and with few layers, because this is a CPU."""
-    gpu = script("gpu_24gb")
+@pytest.mark.slow  # 151,936 logits a token
+def test_published_architecture_runs_with_the_tokenizer_of_the_tiny_model(monkeypatch, tmp_path):
+    """At its vocabulary and patch size; narrow and with few layers for the CPU."""
+    gpu = with_unequal_rewards(script("gpu_24gb"), monkeypatch)
 
     def narrow(name):
         config = architecture(name)
@@ -67,7 +78,7 @@ def test_the_published_architecture_runs_with_the_tokenizer_of_the_tiny_model(mo
     assert row["response_tokens"] == 2 * 2 * 4 and row["grad_norm"] > 0
 
 
-def test_a_run_that_does_not_fit_is_reported_as_far_as_it_came(monkeypatch, tmp_path):
+def test_run_out_of_memory_is_reported_up_to_its_failure(monkeypatch, tmp_path):
     gpu = script("gpu_24gb")
     monkeypatch.setattr(gpu, "planned", lambda *_: Namespace(phases=(), shapes=Namespace(parameters=0)))
     monkeypatch.setattr(gpu.HostAdamW, "step", out_of_memory)
@@ -78,14 +89,14 @@ def test_a_run_that_does_not_fit_is_reported_as_far_as_it_came(monkeypatch, tmp_
     assert report["phases"]["rollout"]["host_bytes"] > 0 and report["rollouts"] == []
 
 
-def test_the_full_size_is_refused_without_a_gpu(monkeypatch):
+def test_full_size_is_refused_without_a_gpu(monkeypatch):
     gpu = script("gpu_24gb")
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="the full size needs a GPU; --size tiny runs on a CPU"):
         gpu.main([])
 
 
-def test_every_way_to_take_a_step_is_timed(tmp_path):
+def test_benchmark_times_every_optimizer(tmp_path):
     file = tmp_path / "steps.json"
     script("host_optimizer").main(["--parameters", "1", "--rounds", "1", "--output", str(file)])
     rows = json.loads(file.read_text())["rows"]

@@ -1,4 +1,4 @@
-"""The step-time benchmark runs: real processes, real trainers, small numbers. No time is judged."""
+"""The step-time benchmark runs in real processes with few steps; times are not asserted."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow  # every competitor imports everything anew
+pytestmark = pytest.mark.slow  # every competitor is a new process
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_ours_and_plain_take_turns_and_every_step_is_reported(tmp_path):
+def test_benchmark_alternates_ours_and_plain_and_reports_every_step(tmp_path):
     file = tmp_path / "times.json"
     command = [sys.executable, "benchmarks/step_time.py", "--competitors", "ours", "plain", "--output", str(file)]
     command += ["--prompts", "4", "--group-size", "2", "--warmup", "1", "--turns", "2", "--steps", "1"]

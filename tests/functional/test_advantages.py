@@ -139,7 +139,7 @@ def test_estimators_equal_a_slow_loop(name, dtype):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_equal_rewards_and_groups_of_one_get_exactly_zero(name):
+def test_equal_rewards_and_groups_of_one_give_exactly_zero(name):
     rewards, group = torch.tensor([0.7, 0.7, 0.7, 1.0]), torch.tensor([3, 3, 3, 9])
     assert (ESTIMATORS[name](rewards, group) == 0).all()
     # fp32 statistics would give 0.19 for 15 rewards, fp64 ones something of 1e-10
@@ -150,7 +150,7 @@ def test_equal_rewards_and_groups_of_one_get_exactly_zero(name):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_order_of_samples_and_names_of_groups_do_not_matter(name):
+def test_order_of_samples_and_group_ids_have_no_influence(name):
     for rewards, group in list(grouped_rewards(torch.float64, seed=2))[::10]:
         expected = ESTIMATORS[name](rewards, group)
         order = torch.randperm(len(rewards), generator=generator(0))
@@ -159,7 +159,7 @@ def test_order_of_samples_and_names_of_groups_do_not_matter(name):
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS.keys() - {"gpg"}))  # gpg counts the groups that teach something
-def test_other_groups_do_not_matter(name):
+def test_other_groups_have_no_influence(name):
     rewards, group = torch.tensor([1.0, 0.0, 0.3, 50.0, -20.0]), torch.tensor([1, 1, 1, 2, 2])
     torch.testing.assert_close(
         ESTIMATORS[name](rewards, group)[:3], ESTIMATORS[name](rewards[:3], group[:3]), rtol=0, atol=0
@@ -167,7 +167,7 @@ def test_other_groups_do_not_matter(name):
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS.keys() - {"opo"}))  # lengths would change with the rewards
-def test_a_constant_added_to_a_group_does_not_matter(name):
+def test_constant_added_to_a_group_has_no_influence(name):
     rewards, group = torch.randn(9, generator=generator(3), dtype=torch.float64), torch.arange(9) % 3
     shifted = rewards + group * 10.0
     assert_near(ESTIMATORS[name](shifted, group), ESTIMATORS[name](rewards, group), dtype=torch.float64)
@@ -198,7 +198,7 @@ def test_scale_of_rewards_cancels_with_std_only():
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_half_precision_is_raised_and_inputs_stay(name):
+def test_half_precision_is_raised_and_inputs_are_unchanged(name):
     rewards, group = torch.tensor([1.0, 0.0, 0.25], dtype=torch.bfloat16), torch.tensor([2, 2, 2])
     before = rewards.clone(), group.clone()
     result = ESTIMATORS[name](rewards, group)
@@ -207,12 +207,12 @@ def test_half_precision_is_raised_and_inputs_stay(name):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_an_empty_batch_gives_an_empty_result(name):
+def test_empty_batch_gives_an_empty_result(name):
     assert ESTIMATORS[name](torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_wrong_shapes_are_named(name):
+def test_wrong_shape_is_refused_by_name(name):
     both = r"both must be \(N,\), one entry a sample$"
     with pytest.raises(ValueError, match=rf"^group_N has shape \(2,\), the values have \(3,\); {both}"):
         ESTIMATORS[name](torch.zeros(3), torch.tensor([0, 1]))
@@ -220,7 +220,7 @@ def test_wrong_shapes_are_named(name):
         ESTIMATORS[name](torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int64))
 
 
-def test_wrong_lengths_norms_and_greedy_rewards_are_named():
+def test_wrong_length_norm_or_greedy_reward_is_refused_by_name():
     rewards, group = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(
         ValueError,
@@ -296,7 +296,7 @@ def test_reinforce_pp_of_known_rewards():
     torch.testing.assert_close(credit, expected, atol=1e-6, rtol=0)
 
 
-def test_a_tool_token_neither_discounts_nor_cuts_nor_pays():
+def test_tool_token_is_skipped_by_returns():
     # 1, .5 * 1 one trainable token earlier, .5 * .5 another one; the 5 stands at a token nobody sampled
     rewards, mask = torch.tensor([[0.0, 5, 0, 1]]), torch.tensor([[True, False, True, True]])
     assert advantages.reinforce_pp(rewards, mask, gamma=0.5)[1].tolist() == [[0.25, 0, 0.5, 1]]
@@ -367,7 +367,7 @@ def test_gae_equals_a_slow_loop(dtype):
         assert_near(whitened, slow_whiten(expected, batch.mask), dtype=dtype)
 
 
-def test_one_lambda_a_sample_equals_each_of_them_alone():
+def test_lambda_per_sample_equals_separate_calls():
     batch = list(batches(torch.float64, seed=11))[-1]
     arguments = batch.token_rewards, batch.values, batch.mask
     lams = torch.linspace(0, 1, len(batch.mask))
@@ -403,7 +403,7 @@ def test_returns_of_long_responses_equal_the_recursion(gamma):
 
 
 @pytest.mark.parametrize("name", TOKEN_ESTIMATORS)
-def test_order_of_rows_and_added_padding_do_not_matter(name):
+def test_order_of_rows_and_padding_have_no_influence(name):
     estimate = TOKEN_ESTIMATORS[name]
     for batch in list(batches(torch.float64, seed=14))[::10]:
         expected = estimate(batch)
@@ -426,7 +426,7 @@ def test_order_of_rows_and_added_padding_do_not_matter(name):
 
 @pytest.mark.parametrize("garbage", [1e30, nan, -torch.inf])
 @pytest.mark.parametrize("name", TOKEN_ESTIMATORS)
-def test_garbage_at_masked_tokens_influences_nothing(name, garbage):
+def test_garbage_at_masked_tokens_has_no_influence(name, garbage):
     for batch in list(batches(torch.float32, seed=15))[::10]:
         spoilt = batch._replace(
             token_rewards=batch.token_rewards.masked_fill(~batch.mask, garbage),
@@ -447,7 +447,7 @@ def test_whitened_advantages_have_mean_0_and_variance_1_over_the_batch(name):
 
 
 @pytest.mark.parametrize("name", TOKEN_ESTIMATORS)
-def test_token_estimators_raise_half_precision_and_leave_inputs(name):
+def test_token_estimators_raise_half_precision_and_keep_inputs(name):
     batch = list(batches(torch.bfloat16, seed=17))[-1]
     before = [x.clone() for x in batch]
     exact = Tokens(*(x.double() if x.is_floating_point() else x for x in batch))
@@ -474,13 +474,13 @@ def test_equal_rewards_give_no_credit_to_any_token():
     assert (advantages.reinforce_pp_baseline(rewards, torch.arange(4), mask) == 0).all()
 
 
-def test_no_gradient_reaches_the_critic_through_its_targets():
+def test_targets_of_the_critic_have_no_gradient():
     rewards, values = torch.zeros(1, 2), torch.ones(1, 2, requires_grad=True)
     credit, returns = advantages.gae(rewards, values, torch.ones(1, 2, dtype=torch.bool))
     assert not credit.requires_grad and not returns.requires_grad
 
 
-def test_wrong_masks_shapes_and_discounts_are_named():
+def test_wrong_mask_shape_or_discount_is_refused_by_name():
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     for call in (advantages.reinforce_pp, lambda r, m, **k: advantages.gae(r, x, m, **k)):
         with pytest.raises(

@@ -198,7 +198,7 @@ def known(p: float, options: dict[str, object], loss: Loss) -> list[float]:
         (chord, 0.2, {"mu": 1}, [0.16 * LN5, 0]),
     ],
 )
-def test_known_tokens(loss, p, options, expected):
+def test_known_tokens_have_their_losses(loss, p, options, expected):
     assert known(p, options, loss) == pytest.approx(expected, rel=1e-6)
 
 
@@ -207,7 +207,7 @@ def test_known_tokens(loss, p, options, expected):
     # mean entropy of the row is 1, p = 0.5: 0.5 * e^-1 * ln 2 = 0.127497, minus 0.5 / 0.6 or minus 0.5
     [(0.1, 0.127497 - 0.833333), (None, 0.127497 - 0.5)],
 )
-def test_known_tokens_of_srft(shaping, demonstration):
+def test_known_tokens_have_their_srft_losses(shaping, demonstration):
     logp = torch.tensor([[math.log(0.5), -1.0], [-2.0, -1.0]])
     mask, demo = torch.ones(2, 2, dtype=torch.bool), torch.tensor([[True, False], [False, False]])
     credit, rewards = torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), torch.tensor([1.0, 0.9])
@@ -225,7 +225,7 @@ def test_values_and_gradients_equal_a_slow_loop(loss, options, dtype):
             assert_near(actual, expected, dtype=dtype, rtol=RTOL[dtype])
 
 
-def test_the_cases_have_every_kind_of_row():
+def test_cases_have_every_kind_of_row():
     kinds = set()
     for case in drawn(torch.float64):
         for kept, demo in zip(case.mask, case.demo & case.mask, strict=True):
@@ -261,7 +261,7 @@ def test_weights_of_chord_are_detached(weighting, weight):
     assert torch.autograd.grad(loss, logp)[0].item() == pytest.approx(-0.5 * weight, rel=1e-12)
 
 
-def test_phi_keeps_its_precision_where_the_policy_is_sure():
+def test_phi_keeps_its_precision_for_probabilities_near_one():
     logp = torch.tensor([[-1e-6]])
     everywhere = torch.tensor([[True]])
     loss = chord(logp, logp, torch.ones(1, 1), everywhere, everywhere, mu=1.0)
@@ -301,7 +301,7 @@ def test_own_tokens_of_srft_follow_success():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *DTYPES])
-def test_a_reward_at_the_threshold_counts_as_solved(dtype):
+def test_reward_at_the_threshold_counts_as_solved(dtype):
     # 0.9 rounds down in fp32 and up in bf16; the threshold must round with it
     rewards, everywhere = torch.tensor([0.9], dtype=dtype), torch.tensor([[True]])
     logp = torch.tensor([[-1.0]])
@@ -314,7 +314,7 @@ def test_a_reward_at_the_threshold_counts_as_solved(dtype):
     ("loss", "options", "scale"),
     [(luffy, {"clip": 0.2}, 1.0), (uft, {}, 1.0), (hpt, {"rl_coef": 0.5}, 0.5), (chord, {"mu": 0.3}, 0.7)],
 )
-def test_without_demonstrations_the_clipped_loss_remains(loss, options, scale):
+def test_loss_without_demonstrations_is_the_clipped_loss(loss, options, scale):
     for case in drawn(torch.float64)[::10]:
         case = case._replace(demo=case.demo & False)
         expected = scale * clipped(case.logp, case.old, case.advantages).where(case.mask, 0.0)
@@ -326,7 +326,7 @@ def test_without_demonstrations_the_clipped_loss_remains(loss, options, scale):
 
 @EVERY_VARIANT
 @pytest.mark.parametrize("garbage", [1e30, -1e30, math.nan, math.inf])
-def test_what_a_branch_does_not_read_influences_nothing(loss, options, garbage):
+def test_inputs_that_a_branch_does_not_read_have_no_influence(loss, options, garbage):
     for case in drawn(torch.float32)[::100]:
         own, demo = case.mask & ~case.demo, case.mask & case.demo
         credit = {luffy: case.mask, srft: demo}.get(loss, own)
@@ -348,7 +348,7 @@ def test_what_a_branch_does_not_read_influences_nothing(loss, options, garbage):
 
 
 @EVERY_VARIANT
-def test_sample_order_and_padding_change_nothing(loss, options):
+def test_sample_order_and_padding_have_no_influence(loss, options):
     for case in drawn(torch.float64)[::20]:
         value, gradient = value_and_gradient(loss, case, options)
         order = torch.randperm(len(case.logp), generator=generator(0))
@@ -363,7 +363,7 @@ def test_sample_order_and_padding_change_nothing(loss, options):
 
 
 @EVERY_VARIANT
-def test_inputs_stay_as_they_are(loss, options):
+def test_inputs_are_unchanged(loss, options):
     for case in drawn(torch.float64)[::100]:
         before = Mixed(*(x.clone() for x in case))
         value_and_gradient(loss, case, options)
@@ -385,7 +385,7 @@ def test_extreme_log_probs_and_entropies_stay_finite(loss, options, dtype):
 
 @EVERY_LOSS
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (2, 3)])
-def test_a_batch_without_trainable_tokens_is_zero_and_connected(loss, options, shape):
+def test_batch_without_trainable_tokens_is_zero_and_connected(loss, options, shape):
     zeros, nowhere = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
     case = Mixed(zeros, zeros, zeros, nowhere, ~nowhere, zeros.new_ones(shape[0]), zeros)
     value, gradient = value_and_gradient(loss, case, options)
@@ -457,7 +457,7 @@ def random_schedules(seed: int) -> list[tuple[int, int, float, float]]:
     return list(zip(steps, lengths, *shares, strict=True))
 
 
-def test_phases_may_be_empty():
+def test_phases_of_a_schedule_may_be_empty():
     assert [uft_hint_probability(step, hint_steps=0) for step in (0, 1)] == [0, 0]
     assert chord_mu(0, warmup_steps=0, decay_steps=4, peak=0.5, valley=0.1) == 0.5
     assert [chord_mu(step, warmup_steps=2, decay_steps=0, peak=0.5, valley=0.1) for step in range(4)] == [
@@ -480,7 +480,7 @@ def test_gate_equals_a_slow_loop(threshold, gate, dtype):
         assert actual.tolist() == expected
 
 
-def test_defaults_of_the_gate():
+def test_default_gate_uses_demonstrations_of_unsolved_prompts():
     # none solved; one of two solved; 0.9 is not solved
     rewards, group = torch.tensor([0.0, 0.5, 1.0, 0.0, 0.9]), torch.tensor([3, 3, 1, 1, 2])
     assert hpt_gate(rewards, group).tolist() == [True, True, False, False, True]
@@ -512,14 +512,14 @@ TOKEN, EVERYWHERE = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
         (hpt, {"clip_high": -1.0}, "clip_low is 0.2, clip_high is -1.0; both must be 0 or positive distances from 1$"),
     ],
 )
-def test_wrong_options_are_named(loss, options, message):
+def test_wrong_option_is_refused_by_name(loss, options, message):
     case = Mixed(TOKEN, TOKEN, TOKEN, EVERYWHERE, EVERYWHERE, torch.zeros(1), TOKEN)
     with pytest.raises(ValueError, match=f"^{message}"):
         evaluate(loss, case, options)
 
 
 @EVERY_LOSS
-def test_wrong_shapes_are_named(loss, options):
+def test_wrong_shape_is_refused_by_name(loss, options):
     case = Mixed(TOKEN, TOKEN, TOKEN, EVERYWHERE, EVERYWHERE, torch.zeros(1), TOKEN)
     with pytest.raises(ValueError, match=r"^mask has dtype torch.float32; it must be torch.bool"):
         evaluate(loss, case._replace(mask=TOKEN), options)
@@ -537,7 +537,7 @@ def test_wrong_shapes_are_named(loss, options):
         evaluate(loss, case._replace(advantages=TOKEN[0]), options)
 
 
-def test_srft_wants_one_reward_a_row_and_one_entropy_a_token():
+def test_srft_refuses_wrong_shapes_of_rewards_and_entropies():
     with pytest.raises(
         ValueError, match=r"^rewards_N has shape \(2,\), mask \(1, 2\); they must be \(N,\) and \(N, T\)"
     ):
@@ -546,7 +546,7 @@ def test_srft_wants_one_reward_a_row_and_one_entropy_a_token():
         srft(TOKEN, TOKEN, EVERYWHERE, EVERYWHERE, torch.zeros(1), torch.zeros(1))
 
 
-def test_wrong_schedules_and_gates_are_named():
+def test_wrong_schedule_or_gate_is_refused_by_name():
     steps = "a number of steps must be 0 or positive$"
     with pytest.raises(ValueError, match=f"^step is -1; {steps}"):
         uft_hint_probability(-1, hint_steps=3)

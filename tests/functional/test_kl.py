@@ -76,7 +76,7 @@ def test_k3_continues_linearly_and_keeps_its_gradient(u):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_far_apart_policies_stay_finite_both_ways(estimator):
+def test_estimates_of_distant_policies_are_finite(estimator):
     value, gradient = value_and_gradient(torch.tensor([-5000.0, 0.0]), torch.tensor([0.0, -5000.0]), estimator)
     assert value.isfinite().all()
     assert (gradient.isfinite() & (gradient != 0)).all()
@@ -124,7 +124,7 @@ def test_half_precision_is_raised():
     assert value.item() == pytest.approx(math.exp(4) - 5, rel=1e-6)
 
 
-def test_unknown_estimators_are_named():
+def test_unknown_estimator_is_refused_by_name():
     allowed = r"'k1', 'abs', 'k2', 'k3', 'k1\+', 'abs\+', 'k3\+'"
     for name in ("k4", "k2+"):
         with pytest.raises(ValueError, match=f"^estimator is '{name[:2]}.*'; it must be one of {allowed}$"):
@@ -150,13 +150,13 @@ def test_coefficient_is_the_whole_state_of_a_controller():
     assert first.coef == second.coef
 
 
-def test_fixed_coefficient_stays():
+def test_fixed_coefficient_is_constant():
     controller = FixedKLController(0.04)
     controller.update(9.0, 10**6)
     assert controller.coef == 0.04
 
 
-def test_wrong_controllers_are_refused():
+def test_wrong_controller_option_is_refused():
     kl = "a KL coefficient must be 0 or positive$"
     with pytest.raises(ValueError, match=f"^init_coef is -1; {kl}"):
         AdaptiveKLController(-1, 0.1, 10)

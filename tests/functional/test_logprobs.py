@@ -50,7 +50,7 @@ def head_inputs(seed=0, dtype=torch.float64):
     return hidden, weight, torch.randint(V, (N, T), generator=rng)
 
 
-def test_known_distributions():
+def test_known_distributions_have_their_log_probs_and_entropies():
     logits = torch.tensor([[[1.0, 2, 5]]]).log()
     # p = (1, 2, 5) / 8: ln(1/4); entropy ln 8 - (2 ln 2 + 5 ln 5) / 8
     actual = token_log_probs(logits, torch.tensor([[1]]))
@@ -80,7 +80,7 @@ def test_values_equal_a_slow_loop(dtype):
             assert_near(value, matrix([list(expected)], ids), dtype=dtype)
 
 
-def test_entropy_of_wild_fp32_logits_keeps_its_digits():
+def test_entropy_of_extreme_fp32_logits_keeps_its_digits():
     logits = 150 * torch.randn(8, 16, 512, generator=generator(2))
     ids = torch.zeros(8, 16, dtype=torch.int64)
     entropy, exact = token_log_probs(logits, ids)[1], token_log_probs(logits.double(), ids)[1]
@@ -98,7 +98,7 @@ def test_gradients_are_those_of_finite_differences(temperature, banned):
     )
 
 
-def test_a_banned_target_gets_minus_hundred_and_no_gradient():
+def test_banned_target_gets_minus_hundred_and_no_gradient():
     logits = torch.randn(1, 2, 5, generator=generator(4), requires_grad=True)
     logp, entropy = token_log_probs(logits, torch.tensor([[3, 1]]), banned_ids=torch.tensor([3, 4]))
     assert logp[0, 0].item() == -100.0
@@ -110,7 +110,7 @@ def test_a_banned_target_gets_minus_hundred_and_no_gradient():
     assert (gradient[0, 1, :3] != 0).all()
 
 
-def test_what_a_banned_logit_says_does_not_matter():
+def test_banned_logits_have_no_influence():
     logits = torch.randn(2, 3, 6, generator=generator(5))
     ids = torch.randint(4, (2, 3), generator=generator(6))
     loud = logits.clone()
@@ -121,7 +121,7 @@ def test_what_a_banned_logit_says_does_not_matter():
         torch.testing.assert_close(actual, expected)
 
 
-def test_an_empty_ban_is_no_ban():
+def test_empty_list_of_banned_ids_bans_none():
     logits, ids = torch.randn(1, 2, 4, generator=generator(7)), torch.tensor([[0, 3]])
     expected = token_log_probs(logits, ids)
     for banned in ([], (), torch.tensor([], dtype=torch.int64)):
@@ -216,7 +216,7 @@ def test_products_with_the_vocabulary_are_as_few_as_can_be(frozen, entropy_weigh
         assert sum(recorder.names.count(name) for name in ("mm", "addmm_")) == products * tiles
 
 
-def test_tiles_gradients_are_those_of_finite_differences():
+def test_gradients_of_tiles_are_those_of_finite_differences():
     hidden, weight, ids = head_inputs(12)
     for inputs in ((hidden, weight), (hidden, weight.detach())):
         assert torch.autograd.gradcheck(
@@ -227,7 +227,7 @@ def test_tiles_gradients_are_those_of_finite_differences():
         )
 
 
-def test_logits_far_apart_lose_nothing():
+def test_distant_logits_keep_their_precision():
     """Standard deviation 150: the largest logit rises by hundreds from tile to tile."""
     hidden, weight = torch.eye(16), 150 * torch.randn(4096, 16, generator=generator(2))
     ids = torch.arange(16)[None]
@@ -237,7 +237,7 @@ def test_logits_far_apart_lose_nothing():
     assert (actual[1] - expected[1]).abs().max() < 1e-4
 
 
-def test_a_tile_without_a_token_that_may_be_sampled_weighs_nothing():
+def test_tile_of_banned_tokens_has_no_weight():
     hidden, weight, ids = head_inputs(17)
     options = {"banned_ids": list(range(6)), "chunk_tokens": 3}  # tiles of 2 columns: the first three are banned whole
     actual = chunked_token_log_probs(hidden, weight, ids, **options)
@@ -248,7 +248,7 @@ def test_a_tile_without_a_token_that_may_be_sampled_weighs_nothing():
     assert gradient.isfinite().all() and (gradient[:6] == 0).all()
 
 
-def test_a_graph_can_be_used_twice():
+def test_backward_can_run_twice():
     hidden, weight, ids = head_inputs(18)
     for inputs in ((hidden, weight), (hidden, weight.detach())):
         leaves = [x for x in inputs if x.requires_grad]
@@ -257,7 +257,7 @@ def test_a_graph_can_be_used_twice():
         torch.testing.assert_close(torch.autograd.grad(2 * logp.sum(), leaves), [2 * x for x in first])
 
 
-def test_tiles_inside_a_checkpoint():
+def test_tiles_work_inside_a_checkpoint():
     hidden, weight, ids = head_inputs(19)
     gradients = []
 
@@ -300,7 +300,7 @@ def test_logits_of_half_precision_are_raised_after_the_head(dtype):
             assert (gradient.double() - wanted).norm() <= 2 * torch.finfo(dtype).eps * wanted.norm()
 
 
-def test_tiles_are_made_again_in_the_precision_of_the_forward():
+def test_tiles_are_recomputed_in_the_precision_of_the_forward():
     """Autocast in the forward, in both passes (as under Lightning's bf16-mixed), or in neither."""
     hidden, weight, ids = head_inputs(15, torch.float32)
     results = []
@@ -321,7 +321,7 @@ def test_tiles_are_made_again_in_the_precision_of_the_forward():
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, math.nan])
-def test_temperature_must_be_positive(temperature):
+def test_temperature_that_is_not_positive_is_refused(temperature):
     hidden, weight, ids = head_inputs()
     message = rf"^temperature is {temperature}; it must be positive \(greedy sampling has no log-probs to train on\)$"
     with pytest.raises(ValueError, match=message):
@@ -330,7 +330,7 @@ def test_temperature_must_be_positive(temperature):
         chunked_token_log_probs(hidden, weight, ids, temperature=temperature)
 
 
-def test_wrong_shapes_and_slices_are_named():
+def test_wrong_shape_or_chunk_is_refused_by_name():
     hidden, weight, ids = head_inputs()
     with pytest.raises(
         ValueError, match=r"^logits have shape \(3, 5, 11\), ids \(3, 4\); they must be \(N, T, V\) and"

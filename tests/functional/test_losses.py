@@ -53,7 +53,7 @@ def loss_and_gradient(x: float, advantage: float, **options: float) -> tuple[flo
         (-0.5, 1, {}, -0.606531, -0.606531),  # a good token that became less likely, too
     ],
 )
-def test_known_tokens(x, advantage, options, loss, gradient):
+def test_known_tokens_have_their_losses(x, advantage, options, loss, gradient):
     assert loss_and_gradient(x, advantage, **options) == pytest.approx((loss, gradient), rel=1e-6)
 
 
@@ -94,14 +94,14 @@ def test_raising_a_good_token_lowers_the_loss():
     assert loss_and_gradient(0.01, -1)[0] > loss_and_gradient(0.0, -1)[0] > loss_and_gradient(-0.01, -1)[0]
 
 
-def test_without_a_clip_range_the_plain_ratio_remains():
+def test_clipped_without_a_range_is_the_plain_ratio():
     x, credit = torch.linspace(-30, 30, 61, dtype=torch.float64), torch.tensor([1.5, -0.5], dtype=torch.float64)
     for advantage in credit:
         actual = clipped(x, torch.zeros_like(x), advantage.expand(61), clip_low=1.0, clip_high=math.inf)
         assert_near(actual, -advantage * x.clamp(-20, 20).exp(), dtype=torch.float64)
 
 
-def test_every_token_stands_alone():
+def test_tokens_are_independent():
     logp, old, credit, _ = list(cases(torch.float64, seed=3))[-1]
     expected = clipped(logp, old, credit)
     order = torch.randperm(logp.numel(), generator=generator(0))
@@ -123,7 +123,7 @@ def test_half_precision_is_raised():
     assert weights.item() == pytest.approx(math.exp(0.125), rel=1e-6)
 
 
-def test_wrong_clip_ranges_are_named():
+def test_wrong_clip_range_is_refused_by_name():
     zeros = torch.zeros(1)
     both = "both must be 0 or positive distances from 1$"
     with pytest.raises(ValueError, match=rf"^clip_low is -0\.1, clip_high is 0\.2; {both}"):
@@ -146,7 +146,7 @@ def test_wrong_clip_ranges_are_named():
         ({"level": "sequence", "mode": "mask"}, [0.0, 0, 0]),
     ],
 )
-def test_known_weights(options, expected):
+def test_known_differences_have_their_weights(options, expected):
     old, engine = torch.tensor([[-1.0, -1, -1]]), torch.tensor([[-2.0, -1.5, -0.5]])
     weights = importance_weights(old, engine, torch.tensor([[True, True, False]]), **options)
     torch.testing.assert_close(weights, torch.tensor([expected]), atol=1e-6, rtol=1e-6)
@@ -189,7 +189,7 @@ def test_weights_ignore_masked_positions_padding_and_order(level):
         assert (padded[:, old.shape[1] :] == 0).all()
 
 
-def test_wrong_weight_options_are_named():
+def test_wrong_weight_option_is_refused_by_name():
     x, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"^level is 'row'; it must be one of 'token', 'sequence'$"):
         importance_weights(x, x, mask, level="row")

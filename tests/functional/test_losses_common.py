@@ -111,7 +111,7 @@ def test_extreme_ratios_and_empty_rows_give_finite_numbers(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_batch_without_trainable_tokens_stays_connected(name):
+def test_batch_without_trainable_tokens_stays_connected(name):
     logp = torch.randn(3, 4, generator=generator(52), requires_grad=True)
     nothing = torch.zeros(3, 4, dtype=torch.bool)
     loss = reduce_loss(LOSSES[name](logp, torch.zeros(3, 4), torch.ones(3, 4), nothing), nothing, "token-mean")
@@ -121,7 +121,7 @@ def test_a_batch_without_trainable_tokens_stays_connected(name):
 
 
 @pytest.mark.parametrize("name", MASKED)
-def test_masked_positions_influence_nothing(name):
+def test_masked_positions_have_no_influence(name):
     for case in list(cases(torch.float64, seed=53))[::4]:
         logp = case.logp.clone().requires_grad_()
         expected = LOSSES[name](logp, *case[1:])
@@ -137,7 +137,7 @@ def test_masked_positions_influence_nothing(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_padding_and_order_of_samples_change_nothing(name):
+def test_padding_and_order_of_samples_have_no_influence(name):
     for case in list(cases(torch.float64, seed=54))[::5]:
         expected = LOSSES[name](*case)
         order = torch.randperm(len(case.logp), generator=generator(0))
@@ -161,7 +161,7 @@ def test_losses_without_a_mask_are_elementwise(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_arguments_are_left_as_they_were(name):
+def test_arguments_are_unchanged(name):
     for case in list(cases(torch.float32, seed=56))[::50]:
         before = [x.clone() for x in case]
         LOSSES[name](*case)
@@ -190,7 +190,7 @@ def test_raising_a_good_token_lowers_the_loss(name):
 
 
 @pytest.mark.parametrize("name", MASKED)
-def test_wrong_masks_are_named(name):
+def test_wrong_mask_is_refused_by_name(name):
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"^mask has dtype torch.float32; it must be torch.bool"):
         LOSSES[name](x, x, x, torch.ones(2, 3))

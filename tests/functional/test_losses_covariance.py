@@ -120,7 +120,7 @@ def test_losses_equal_a_slow_loop(dtype):
         assert_near(actual_kl, matrix(kl, logp), dtype=dtype, rtol=RATIO_RTOL[dtype])
 
 
-def test_nothing_is_selected_where_nothing_can_be():
+def test_no_token_is_selected_without_eligible_ones():
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     x = torch.randn(2, 3, generator=generator(33))
     assert not kl_cov_select(x, x, nothing).any()
@@ -130,7 +130,7 @@ def test_nothing_is_selected_where_nothing_can_be():
     assert kl_cov_select(torch.zeros(2, 3), x, ~nothing)[0, 0]
 
 
-def test_the_number_selected_is_the_ratio_but_at_least_one():
+def test_number_of_selected_tokens_is_the_ratio_but_at_least_one():
     mask = torch.ones(10, 100, dtype=torch.bool)
     mask[:, 50:] = False
     logp, credit = torch.randn(2, 10, 100, generator=generator(34)).unbind(0)
@@ -150,7 +150,7 @@ def test_every_eligible_token_is_drawn_equally_often():
     assert all(abs(count - 200) < 61 for count in counts[:4])  # 5 standard deviations of B(800, 1/4)
 
 
-def test_the_draw_is_a_function_of_the_generator():
+def test_selection_is_a_function_of_the_generator():
     logp, old, credit, mask = torch.randn(4, 20, 30, generator=generator(36)).unbind(0)
     mask = mask > -1
 
@@ -168,7 +168,7 @@ def test_the_draw_is_a_function_of_the_generator():
 @pytest.mark.parametrize(
     "option", [{"clip_low": 0.1}, {"clip_high": 0.1}, {"ratio": 0.04}, {"lower": 0.5}, {"upper": 1.5}, {}]
 )
-def test_without_a_selection_the_losses_choose_with_their_own_options(option):
+def test_losses_without_a_selection_select_with_their_options(option):
     logp, old, credit, mask = torch.randn(4, 20, 30, generator=generator(41)).unbind(0)
     mask = mask > -1
     plain = clip_cov_select(logp, old, credit, mask, ratio=0.02, generator=generator(0))
@@ -199,7 +199,7 @@ def test_selection_ignores_padding_and_garbage():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
-def test_slices_of_one_selection_make_the_micro_batch_irrelevant(size):
+def test_slices_of_one_selection_give_equal_losses_for_every_micro_batch(size):
     logp, old, credit, mask = torch.randn(4, 6, 8, generator=generator(38), dtype=torch.float64).unbind(0)
     mask = mask > -1
     silenced = clip_cov_select(old, old, credit, mask, ratio=0.1, lower=0.0, generator=generator(0))
@@ -217,7 +217,7 @@ def test_slices_of_one_selection_make_the_micro_batch_irrelevant(size):
             assert not torch.equal(torch.cat(alone), whole)
 
 
-def test_silenced_tokens_have_no_gradient_and_others_that_of_the_clipped_loss():
+def test_selected_tokens_have_no_gradient_and_others_that_of_clipped():
     logp, old, credit = torch.randn(3, 4, 6, generator=generator(39), dtype=torch.float64).unbind(0)
     logp.requires_grad_()
     mask, selected = masks((2, 4, 6), generator(40)).unbind(0)
@@ -226,7 +226,7 @@ def test_silenced_tokens_have_no_gradient_and_others_that_of_the_clipped_loss():
     torch.testing.assert_close(actual, expected.masked_fill(selected | ~mask, 0.0), rtol=0, atol=0)
 
 
-def test_the_penalty_pulls_towards_the_old_policy_with_a_log_ratio_of_any_size():
+def test_penalty_pulls_towards_the_old_policy_at_any_log_ratio():
     logp = torch.tensor([[-1.0, -50.0, -2.0]], requires_grad=True)  # log-ratios 1, -48, 0
     old, everything = torch.tensor([[-2.0, -2.0, -2.0]]), torch.ones(1, 3, dtype=torch.bool)
     loss = kl_cov(logp, old, torch.zeros(1, 3), everything, beta=2.0, selected_NT=everything)
@@ -234,7 +234,7 @@ def test_the_penalty_pulls_towards_the_old_policy_with_a_log_ratio_of_any_size()
     torch.testing.assert_close(torch.autograd.grad(loss.sum(), logp)[0], torch.tensor([[2.0, -2.0, 0.0]]))
 
 
-def test_selection_carries_no_gradient():
+def test_selection_has_no_gradient():
     logp = LOGP.clone().requires_grad_()
     for selected in (
         kl_cov_select(logp, ADVANTAGES, EVERY_TOKEN),
@@ -244,7 +244,7 @@ def test_selection_carries_no_gradient():
         assert not selected.requires_grad
 
 
-def test_wrong_options_are_named():
+def test_wrong_option_is_refused_by_name():
     x, mask = LOGP, EVERY_TOKEN
     share = "the share of trainable tokens to select must be between 0 and 1$"
     with pytest.raises(ValueError, match=rf"^ratio is 2; {share}"):

@@ -42,7 +42,7 @@ def slow_gmpo(x: list[float], credit: list[float], kept: list[bool], low: float,
         (gmpo, [0.6, 0.1, -0.5], -1.0, 1.105171),
     ],
 )
-def test_known_rows(loss, x, advantage, expected):
+def test_known_rows_have_their_losses(loss, x, advantage, expected):
     for dtype in DTYPES:
         logp = torch.tensor([x], dtype=dtype)
         actual = loss(logp, torch.zeros_like(logp), torch.full_like(logp, advantage), EVERY_TOKEN)
@@ -59,7 +59,7 @@ def test_known_rows(loss, x, advantage, expected):
         (gmpo, slow_gmpo, 0.1, math.inf),
     ],
 )
-def test_equals_a_slow_loop(loss, slow, low, high, dtype):
+def test_losses_equal_a_slow_loop(loss, slow, low, high, dtype):
     for logp, old, credit, mask in cases(dtype, seed=20):
         actual = loss(logp, old, credit, mask, clip_low=low, clip_high=high)
         expected = [
@@ -69,7 +69,7 @@ def test_equals_a_slow_loop(loss, slow, low, high, dtype):
         assert_near(actual, matrix(expected, logp), dtype=dtype, rtol=RATIO_RTOL[dtype])
 
 
-def test_gspo_gradient_flows_through_the_own_token_alone():
+def test_gspo_gradient_flows_through_the_own_token_only():
     logp = torch.tensor([[0.1, -0.2, -0.3]], dtype=torch.float64, requires_grad=True)
     loss = gspo(logp, torch.zeros_like(logp), torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64), EVERY_TOKEN)
     jacobian = torch.stack([torch.autograd.grad(token, logp, retain_graph=True)[0][0] for token in loss[0]])
@@ -85,7 +85,7 @@ def test_gspo_clips_a_response_as_a_whole():
     assert (gradient[1] < 0).all()
 
 
-def test_gspo_has_one_value_a_row_beside_log_probs_of_any_size():
+def test_gspo_has_one_value_per_row_for_log_probs_of_any_size():
     logp, old = -30 * torch.rand(2, 5, 100, generator=generator(21))
     old = logp + 1e-5 * old  # a mean ratio within the range, which is narrower than fp32 is exact at -30
     everything = torch.ones(5, 100, dtype=torch.bool)
@@ -99,14 +99,14 @@ def test_gspo_has_one_value_a_row_beside_log_probs_of_any_size():
     # (0.6, 0.1, -0.5): A > 0 holds the first at 0.4, e^0 / 3 a token; A < 0 holds the last at -0.4, e^0.1 / 3 a token
     [(1.0, [0.0, -1 / 3, -1 / 3]), (-1.0, [0.368390, 0.368390, 0.0])],
 )
-def test_gmpo_clips_the_side_with_something_to_gain(advantage, gradient):
+def test_gmpo_clips_the_side_that_lowers_the_loss(advantage, gradient):
     logp = torch.tensor([[0.6, 0.1, -0.5]], requires_grad=True)
     loss = gmpo(logp, torch.zeros(1, 3), torch.full((1, 3), advantage), EVERY_TOKEN)
     actual = torch.autograd.grad(loss.mean(), logp)[0]
     torch.testing.assert_close(actual, torch.tensor([gradient]), atol=1e-6, rtol=0)
 
 
-def test_wrong_options_are_named():
+def test_wrong_option_is_refused_by_name():
     x = torch.zeros(1, 3)
     with pytest.raises(ValueError, match=r"^clip_low is 0\.0003, clip_high is -1; both must be .* distances from 1$"):
         gspo(x, x, x, EVERY_TOKEN, clip_high=-1)

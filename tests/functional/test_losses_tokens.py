@@ -79,7 +79,7 @@ def test_sapo_equals_a_slow_loop(temperatures, dtype):
         assert_near(actual, matrix(expected, logp), dtype=dtype)
 
 
-def test_sapo_lets_go_of_a_token_on_both_sides_and_sooner_if_it_is_bad():
+def test_sapo_gradient_falls_on_both_sides_and_faster_for_bad_tokens():
     x = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0], dtype=torch.float64)
 
     def weights(advantage: float) -> list[float]:
@@ -93,7 +93,7 @@ def test_sapo_lets_go_of_a_token_on_both_sides_and_sooner_if_it_is_bad():
     assert all(b < g for b, g in zip(bad[:2] + bad[3:], good[:2] + good[3:], strict=True))
 
 
-def test_values_of_known_tokens():
+def test_known_values_have_their_losses():
     # V = 1 is cut to 0.5: max(1, 2.25) / 2; V = 0.2 lies in range: 0.01 / 2
     loss = value_clipped(torch.tensor([1.0, 0.2]), torch.zeros(2), torch.tensor([2.0, 0.1]))
     torch.testing.assert_close(loss, torch.tensor([1.125, 0.005]), atol=1e-7, rtol=1e-6)
@@ -112,7 +112,7 @@ def test_values_equal_a_slow_loop(clip, dtype):
         assert_near(value_clipped(value, old, target, clip=clip), matrix(expected, old), dtype=dtype, rtol=rtol)
 
 
-def test_a_value_that_moved_too_far_gains_nothing_but_may_come_back():
+def test_value_outside_the_clip_has_a_gradient_back_only():
     values = torch.tensor([1.0, 1.0, 0.3], requires_grad=True)
     # towards the return beyond the range: no gradient. Away from it: V - R. Within the range: V - R
     loss = value_clipped(values, torch.zeros(3), torch.tensor([2.0, -1.0, 1.0]))
@@ -128,7 +128,7 @@ def test_cispo_keeps_the_gradient_that_clipping_drops():
     assert dropped.item() == 0
 
 
-def test_wrong_options_are_named():
+def test_wrong_option_is_refused_by_name():
     zeros = torch.zeros(1)
     with pytest.raises(
         ValueError, match=r"^clip_low is -1, clip_high is 4; both must be 0 or positive distances from 1$"

@@ -38,7 +38,7 @@ def slow_dpo(
     return loss, won, lost, beta * (label_smoothing * sigmoid(h) - (1 - label_smoothing) * sigmoid(-h))
 
 
-def test_a_known_pair():
+def test_known_pair_has_its_loss_and_rewards():
     # h = 0.5 * ((-10 + 11) - (-12 + 11)) = 1, -log sigmoid(1) = ln(1 + 1 / e) = 0.313262
     chosen, rejected, reference = (torch.tensor([x]) for x in (-10.0, -12.0, -11.0))
     loss, won, lost = dpo(chosen, rejected, reference, reference, beta=0.5)
@@ -71,7 +71,7 @@ def test_gradients_are_those_of_finite_differences(options):
     assert torch.autograd.gradcheck(lambda *x: dpo(*x, **options)[0], inputs, atol=1e-5, rtol=0)
 
 
-def test_at_the_reference_the_loss_is_ln_2_and_pushes_the_pair_apart():
+def test_loss_at_the_reference_is_ln_2_and_raises_the_margin():
     chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (-30.0, -5.0))
     loss, won, lost = dpo(chosen, rejected, chosen.detach(), rejected.detach())
     assert loss.item() == pytest.approx(math.log(2))
@@ -87,7 +87,7 @@ def test_rewards_are_detached():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_hopeless_margins_stay_finite(dtype):
+def test_extreme_margins_are_finite(dtype):
     leaf = torch.tensor([-1e6, -1e4, -0.0, 1e4, 1e6], dtype=dtype, requires_grad=True)
     zeros = torch.zeros_like(leaf)
     for options in SETTINGS:
@@ -100,7 +100,7 @@ def test_hopeless_margins_stay_finite(dtype):
     assert torch.autograd.grad(loss.sum(), leaf)[0][0].item() == pytest.approx(-0.1)
 
 
-def test_pairs_stand_alone_and_stay_as_they_are():
+def test_pairs_are_independent_and_unchanged():
     case = list(pairs(torch.float64, seed=2))[-1]
     before, expected = [x.clone() for x in case], dpo(*case)
     assert all(torch.equal(x, y) for x, y in zip(case, before, strict=True))
@@ -117,7 +117,7 @@ def test_half_precision_is_raised():
         assert torch.equal(actual, expected)
 
 
-def test_wrong_options_and_shapes_are_named():
+def test_wrong_option_or_shape_is_refused_by_name():
     x = torch.zeros(2)
     with pytest.raises(ValueError, match=r"^beta is 0; it must be a positive finite number, e.g. 0.1$"):
         dpo(x, x, x, x, beta=0)

@@ -59,7 +59,7 @@ def slow_loss(x: Tensor, mask: Tensor, mode: str, max_tokens: int) -> float:
         ("constant", 5, 2.5),
     ],
 )
-def test_two_rows_of_unequal_length(mode, max_tokens, expected):
+def test_two_rows_of_unequal_length_have_their_losses(mode, max_tokens, expected):
     loss = torch.tensor([[1.0, 1, 1, 1, 1], [10, 10, -7, 8, 9]])
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
     assert reduce_loss(loss, mask, mode, max_tokens=max_tokens).item() == pytest.approx(expected, rel=1e-6)
@@ -75,13 +75,13 @@ def test_two_rows_of_unequal_length(mode, max_tokens, expected):
         ("constant", 4, 0.75),
     ],
 )
-def test_a_row_without_tokens_counts_in_constant_mode_alone(mode, max_tokens, expected):
+def test_row_without_tokens_counts_in_constant_mode_only(mode, max_tokens, expected):
     loss = torch.tensor([[2.0, 4, 9], [7, 7, 7]])
     mask = torch.tensor([[True, True, False], [False] * 3])
     assert reduce_loss(loss, mask, mode, max_tokens=max_tokens).item() == expected
 
 
-def test_whitening_three_values():
+def test_three_values_are_whitened():
     # mean 2, unbiased variance 1
     white = masked_whiten(torch.tensor([[1.0, 2, 3, 99]]), torch.tensor([[True, True, True, False]]))
     torch.testing.assert_close(white, torch.tensor([[-1.0, 0, 1, 0]]))
@@ -161,7 +161,7 @@ def test_any_split_over_micro_batches_and_ranks_gives_the_same_gradient(mode):
 
 
 @pytest.mark.parametrize("bad", NON_FINITE)
-def test_nothing_at_masked_positions_reaches_value_or_gradient(bad):
+def test_masked_positions_influence_neither_value_nor_gradient(bad):
     clean = torch.tensor([[1.0, -2, 0, 4], [3, 0, 0, 0], [0, 0, 0, 0]])
     mask = torch.tensor([[True, True, False, True], [True, False, False, False], [False] * 4])
     functions = [masked_mean, lambda x, m: masked_mean(x, m, 1).sum(), lambda x, m: masked_whiten(x, m).pow(3).sum()]
@@ -188,7 +188,7 @@ def test_gradients_are_those_of_finite_differences():
         assert torch.autograd.gradcheck(lambda x, mode=mode: reduce_loss(x, mask, mode, max_tokens=5), x)
 
 
-def test_sample_order_and_padding_columns_change_nothing():
+def test_sample_order_and_padding_columns_have_no_influence():
     for x, _, _, mask in list(cases(torch.float64, seed=7))[::10]:
         order = torch.randperm(len(x), generator=generator(0))
         wide = torch.cat([x, torch.full_like(x, 1e6)], 1)
@@ -202,7 +202,7 @@ def test_sample_order_and_padding_columns_change_nothing():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_batch_without_tokens_gives_zero_and_stays_connected(mode):
+def test_batch_without_tokens_gives_zero_and_stays_connected(mode):
     x = torch.randn(3, 4, requires_grad=True)
     empty = torch.zeros(3, 4, dtype=torch.bool)
     loss = reduce_loss(x, empty, mode, max_tokens=4)
@@ -214,7 +214,7 @@ def test_a_batch_without_tokens_gives_zero_and_stays_connected(mode):
     assert (masked_whiten(x, empty) == 0).all()
 
 
-def test_denominator_is_taken_as_given_fractions_included():
+def test_given_denominator_is_used_fractions_included():
     loss, mask = torch.tensor([[1.0, 2.0]]), torch.tensor([[True, True]])
     for denominator in (0.5, torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)):
         value = reduce_loss(loss, mask, "token-mean", denominator=denominator)
@@ -224,7 +224,7 @@ def test_denominator_is_taken_as_given_fractions_included():
     assert reduce_loss(loss, mask, "constant", denominator=4).item() == 0.75
 
 
-def test_constants_and_single_tokens_whiten_to_zero():
+def test_constants_and_single_tokens_are_whitened_to_zero():
     # in fp32 statistics a constant would leave rounding / sqrt(eps) = 6e-4
     constant = torch.full((7, 13), 0.98)
     assert masked_whiten(constant, torch.ones(7, 13, dtype=torch.bool)).abs().max() < 1e-10
@@ -242,7 +242,7 @@ def test_half_precision_is_raised(dtype):
     assert reduce_loss(x, mask, "sequence-mean-token-sum") == torch.tensor(4096.0)
 
 
-def test_wrong_arguments_are_named():
+def test_wrong_argument_is_refused_by_name():
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     modes = "'token-mean', 'sequence-mean-token-mean', 'sequence-mean-token-sum', 'constant'"
     for function in (lambda: loss_denominator(mask, "mean"), lambda: reduce_loss(x, mask, "mean", denominator=1)):

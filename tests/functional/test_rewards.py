@@ -41,7 +41,7 @@ def test_padding_columns_and_sample_order_do_not_move_a_reward():
     assert torch.equal(place_rewards(rewards[order], mask[order]), placed[order])
 
 
-def test_batches_without_rows_or_tokens_have_no_place():
+def test_batch_without_rows_or_tokens_has_no_rewards():
     assert place_rewards(torch.zeros(0), torch.zeros(0, 3, dtype=torch.bool)).shape == (0, 3)
     assert place_rewards(torch.zeros(2), torch.zeros(2, 0, dtype=torch.bool)).shape == (2, 0)
 
@@ -62,12 +62,12 @@ def test_informative_groups_equal_a_slow_loop(dtype):
         assert informative_groups(rewards, group).tolist() == expected
 
 
-def test_a_difference_in_the_last_digit_is_information():
+def test_group_that_differs_in_the_last_digit_is_informative():
     rewards = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
     assert informative_groups(rewards, torch.tensor([0, 0])).tolist() == [True, True]
 
 
-def test_wrong_shapes_are_named():
+def test_wrong_shape_is_refused_by_name():
     mask = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(
         ValueError, match=r"^rewards have shape \(3,\), mask \(2, 3\); they must be \(N,\) and \(N, T\)$"
@@ -79,7 +79,7 @@ def test_wrong_shapes_are_named():
         informative_groups(torch.zeros(3), torch.zeros(2, dtype=torch.int64))
 
 
-def test_known_penalties_of_long_responses():
+def test_known_lengths_have_their_penalties():
     # the buffer runs from 16384 to 20480: its start, its middle, its end, one token beyond
     lengths = torch.tensor([0, 16384, 18432, 20480, 20481, 10**6])
     actual = overlong_penalty(lengths, max_tokens=20480, buffer_tokens=4096)
@@ -112,7 +112,7 @@ def test_penalties_need_no_buffer_and_no_rows():
     assert overlong_penalty(torch.zeros(0, dtype=torch.int64), max_tokens=10, buffer_tokens=4).shape == (0,)
 
 
-def test_a_penalty_is_single_precision_whatever_the_default():
+def test_penalty_is_fp32_for_every_default_dtype():
     torch.set_default_dtype(torch.float64)
     try:
         penalty = overlong_penalty(torch.tensor([9]), max_tokens=10, buffer_tokens=3)
@@ -122,7 +122,7 @@ def test_a_penalty_is_single_precision_whatever_the_default():
     assert penalty.item() == pytest.approx(-2 / 3)
 
 
-def test_penalties_leave_the_lengths_alone():
+def test_penalties_do_not_change_the_lengths():
     lengths = torch.tensor([3, 9])
     overlong_penalty(lengths, max_tokens=10, buffer_tokens=4)
     assert lengths.tolist() == [3, 9]
@@ -141,6 +141,6 @@ def test_penalties_leave_the_lengths_alone():
         ({"scale": math.nan}, "scale is nan; it must be 0 or a positive finite number"),
     ],
 )
-def test_wrong_penalties_are_named(options, message):
+def test_wrong_penalty_option_is_refused_by_name(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         overlong_penalty(torch.tensor([3]), **{"max_tokens": 10, "buffer_tokens": 4} | options)

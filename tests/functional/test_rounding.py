@@ -53,7 +53,7 @@ def test_int8_is_within_a_step_and_exact_on_average():
     assert set(back[:, 2].tolist()) == {0.0, -1.0} and abs(back[:, 2].mean() + 0.25) < 0.05
 
 
-def test_the_largest_of_a_block_keeps_its_sign():
+def test_largest_number_of_a_block_keeps_its_sign():
     """Rounding errors may put it above 127, and the largest noise on top; 128 would wrap around."""
     x = torch.zeros(1000, BLOCK)
     x[:, 0] = torch.rand(1000, generator=torch.Generator().manual_seed(0)).mul_(1e-3)
@@ -64,7 +64,7 @@ def test_the_largest_of_a_block_keeps_its_sign():
         assert (codes.view(-1, BLOCK)[:, 1] <= -126).all()
 
 
-def test_float8_is_right_on_average_and_relative():
+def test_float8_is_relative_and_exact_on_average():
     """Between 2**-5 and 2**-4 of the largest a step is 2**-9; 3.25 steps above 2**-5 become 3 or 4."""
     x = torch.zeros(TABLE_SIZE).view(-1, BLOCK)
     x[:, 0], x[:, 1] = 1.0, 2.0**-5 + 3.25 * 2.0**-9
@@ -77,14 +77,14 @@ def test_float8_is_right_on_average_and_relative():
     assert ((back / (7.0 * x) - 1.0).abs() <= 1 / 16).all()
 
 
-def test_a_small_second_moment_is_never_0_beside_a_large_one():
+def test_small_second_moment_beside_a_large_one_is_not_0():
     codes, scales = rounding.to_float8(torch.tensor([4.0, 1e-12, 0.0]), torch.zeros(BLOCK, dtype=torch.int32))
     back = rounding.from_float8(codes, scales)
     assert back[0] == 4.0
     assert back[1] == back[2] == 4.0 * 2.0**-16 * (1 + 1 / 16)
 
 
-def test_blocks_of_zeros_and_ragged_ends():
+def test_blocks_of_zeros_and_incomplete_blocks_are_restored():
     for encode, decode, noise in (
         (rounding.to_int8, rounding.from_int8, unit_noise_table()),
         (rounding.to_float8, rounding.from_float8, noise_table(19)),

@@ -13,7 +13,7 @@ def factors(count, **options):
     return [lr_factor(step, **options) for step in range(count)]
 
 
-def test_warm_up_moves_from_the_first_step_and_then_stays():
+def test_warm_up_is_positive_from_the_first_step_and_ends_at_one():
     assert factors(6, schedule="constant", warmup_steps=4, total_steps=0) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert factors(3, schedule="constant", warmup_steps=0, total_steps=0) == [1.0, 1.0, 1.0]
 
@@ -59,12 +59,12 @@ def test_factors_rise_to_one_then_never_rise_again(schedule, warmup_steps, final
         ),
     ],
 )
-def test_nonsense_is_refused_with_the_arithmetic(changes, message):
+def test_wrong_schedule_is_refused_with_the_arithmetic(changes, message):
     options = {"step": 0, "schedule": "linear", "warmup_steps": 2, "total_steps": 10, **changes}
     with pytest.raises(ValueError, match=f"^{message}$"):
         lr_factor(**options)
 
 
-def test_a_decay_of_no_steps_is_refused_during_warm_up_already():
+def test_decay_of_no_steps_is_refused_during_warm_up():
     with pytest.raises(ValueError, match="5 - 5 = 0 steps"):
         lr_factor(0, schedule="cosine", warmup_steps=5, total_steps=5)

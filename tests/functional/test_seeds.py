@@ -37,7 +37,7 @@ def test_known_seeds_never_change():
     assert seed_from(42, "sampling", -1, "é") == expected == KNOWN_SEED
 
 
-def test_every_counter_its_type_its_place_and_its_bounds_count():
+def test_seed_depends_on_value_type_place_and_bounds_of_counters():
     keys = [(), ("",), ("", ""), ("a", "b"), ("ab",), ("b", "a"), ("a", "b", ""), (1,), ("1",), (1, 1), (11,), (0,)]
     keys += [(-1,), (2**63,), (2**64,), ("int:1:1",), ("1int:1:1",), ("1", 1)]
     assert len({seed_from(*key) for key in keys}) == len(keys)
@@ -50,12 +50,12 @@ def test_seeds_fill_63_bits():
     assert (bits - 0.5).abs().max() < 5 * 0.5 / 4096**0.5
 
 
-def test_odd_text_is_hashed_too():
+def test_text_with_surrogates_is_hashed():
     assert seed_from("\udcff") != seed_from("\udcfe")
 
 
 @pytest.mark.parametrize("counter", [True, 1.0, None, b"a"])
-def test_other_types_are_refused(counter):
+def test_counter_of_another_type_is_refused(counter):
     message = f"is a {type(counter).__name__}; seeds are made of int and str$"
     with pytest.raises(TypeError, match=message):
         seed_from(0, counter)
@@ -76,7 +76,7 @@ def test_numbers_equal_a_slow_loop():
         assert actual.tolist() == [slow_uniform(seed, counter) for seed in seeds]
 
 
-def test_a_number_does_not_depend_on_its_batch():
+def test_number_does_not_depend_on_its_batch():
     seeds = torch.tensor([seed_from(index) for index in range(32)])
     whole = uniforms(seeds, 5)
     assert torch.equal(uniforms(seeds[7:8], 5), whole[7:8])
@@ -115,7 +115,7 @@ def test_seeds_must_be_int64():
         uniforms(torch.tensor([1], dtype=torch.int32), 0)
 
 
-def test_permutations_depend_on_the_seed_alone():
+def test_permutation_depends_on_the_seed_only():
     state = torch.get_rng_state()
     assert permutation(17, 8) == KNOWN_PERMUTATION
     assert torch.equal(torch.get_rng_state(), state)
@@ -124,12 +124,12 @@ def test_permutations_depend_on_the_seed_alone():
     assert permutation(5, 0) == []
 
 
-def test_every_place_is_equally_likely():
+def test_every_place_of_a_permutation_is_equally_likely():
     first = torch.tensor([permutation(seed_from(index), 6)[0] for index in range(3000)])
     counts = torch.bincount(first, minlength=6).double()
     assert ((counts - 500) ** 2 / 500).sum() < 5 + 5 * 10**0.5
 
 
-def test_a_negative_number_of_items_is_refused():
+def test_negative_number_of_items_is_refused():
     with pytest.raises(ValueError, match=r"^n is -1; a permutation has 0 or more items$"):
         permutation(0, -1)

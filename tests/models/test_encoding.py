@@ -15,7 +15,7 @@ from tests.models.conftest import FAMILIES, prompts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_encodes_like_its_prompts_alone(load: Callable[..., Policy], family: str) -> None:
+def test_prompts_of_a_batch_are_encoded_as_alone(load: Callable[..., Policy], family: str) -> None:
     policy = load(family)
     batch = prompts([0, 1, 3, 2])
     for together, prompt in zip(policy.encode(batch), batch, strict=True):
@@ -38,7 +38,7 @@ def test_image_tokens_equal_image_features(load: Callable[..., Policy], family: 
         assert bool(inputs.images) == bool(count)
 
 
-def test_patches_are_cut_by_their_grid_and_not_by_rows() -> None:
+def test_patches_are_split_by_their_grid() -> None:
     """Two prompts, 1 and 2 images of 2x2, 1x2 and 1x1 patches: 4 rows for the first, 2 + 1 for the second."""
     features = {
         "pixel_values": torch.arange(7.0)[:, None],
@@ -50,7 +50,7 @@ def test_patches_are_cut_by_their_grid_and_not_by_rows() -> None:
     assert second["image_grid_thw"].tolist() == [[1, 1, 2], [1, 1, 1]]
 
 
-def test_padding_is_on_the_left_and_in_no_position(load: Callable[..., Policy]) -> None:
+def test_padding_is_on_the_left_and_does_not_shift_positions(load: Callable[..., Policy]) -> None:
     policy = load("idefics3")
     inputs = policy.encode(prompts([0, 2]))
     batch = policy.collate(inputs)
@@ -60,7 +60,7 @@ def test_padding_is_on_the_left_and_in_no_position(load: Callable[..., Policy]) 
     assert batch["position_ids"][0].tolist() == [0] * pads + list(range(len(inputs[0])))
 
 
-def test_slots_and_images_must_agree(load: Callable[..., Policy]) -> None:
+def test_unequal_number_of_slots_and_images_is_refused(load: Callable[..., Policy]) -> None:
     (prompt,) = prompts([2])
     broken = dataclasses.replace(prompt, images=prompt.images[:1], source="train.jsonl row 7")
     message = r"prompt 'test:0' \(train.jsonl row 7\) shows 2 image slot\(s\) but carries 1 image\(s\)"
@@ -68,17 +68,17 @@ def test_slots_and_images_must_agree(load: Callable[..., Policy]) -> None:
         load("idefics3").encode([broken])
 
 
-def test_text_that_is_no_text_names_its_row(load: Callable[..., Policy]) -> None:
+def test_lone_surrogate_is_refused_with_its_row(load: Callable[..., Policy]) -> None:
     broken = dataclasses.replace(prompts([0])[0], messages=(Message("user", ("half \ud83d",)),), source="a.jsonl row 7")
     with pytest.raises(ValueError, match=r"prompt 'test:0' \(a.jsonl row 7\) has a lone surrogate in its text"):
         load("idefics3").encode([broken])
 
 
-def test_no_prompts_no_inputs(load: Callable[..., Policy]) -> None:
+def test_no_prompts_give_no_inputs(load: Callable[..., Policy]) -> None:
     assert load("idefics3").encode([]) == []
 
 
-def test_extended_inputs_are_text_behind_the_prompt() -> None:
+def test_extended_inputs_have_text_behind_the_prompt() -> None:
     pixels = torch.ones(1, 3)
     inputs = PromptInputs(
         torch.tensor([7, 9, 8]), {"mm_token_type_ids": torch.tensor([0, 1, 0])}, {"pixel_values": pixels}
@@ -92,7 +92,7 @@ def test_extended_inputs_are_text_behind_the_prompt() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_demonstration_is_its_text_and_the_end_token(load: Callable[..., Policy], family: str) -> None:
+def test_demonstration_is_encoded_as_its_text_and_the_end_token(load: Callable[..., Policy], family: str) -> None:
     policy = load(family)
     ids = policy.encode_response("<answer>red</answer>")
     assert ids.dtype == torch.int64
@@ -101,7 +101,7 @@ def test_a_demonstration_is_its_text_and_the_end_token(load: Callable[..., Polic
     assert policy.encode_response("").tolist() == [policy.tokenizer.eos_token_id]
 
 
-def test_no_special_tokens_are_added_to_a_demonstration(load: Callable[..., Policy]) -> None:
+def test_demonstration_gets_no_special_tokens(load: Callable[..., Policy]) -> None:
     """A tokenizer that puts its start token before every text, as Llama's do, must not put it into a response."""
     from tokenizers.processors import TemplateProcessing
 
@@ -115,7 +115,7 @@ def test_no_special_tokens_are_added_to_a_demonstration(load: Callable[..., Poli
     assert torch.equal(policy.encode_response("red"), expected)
 
 
-def test_the_end_of_a_demonstration_is_one_that_ends_a_response(load: Callable[..., Policy]) -> None:
+def test_demonstration_ends_with_a_stop_token(load: Callable[..., Policy]) -> None:
     policy = load("idefics3")
     eos = policy.tokenizer.eos_token_id
     policy.stop_ids = [30, eos]
@@ -127,7 +127,7 @@ def test_the_end_of_a_demonstration_is_one_that_ends_a_response(load: Callable[.
 @pytest.mark.parametrize(
     ("family", "token"), [("idefics3", "<image>"), ("llava", "<image>"), ("qwen2_vl", "<|image_pad|>")]
 )
-def test_a_demonstration_without_sense_names_its_token(load: Callable[..., Policy], family: str, token: str) -> None:
+def test_demonstration_with_a_banned_token_is_refused(load: Callable[..., Policy], family: str, token: str) -> None:
     policy = load(family)
     with pytest.raises(
         ValueError, match=r"the response .* holds the token .* image content and is never sampled"

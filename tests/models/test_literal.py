@@ -30,7 +30,7 @@ def special_ids(policy: Policy, prompt: Prompt) -> list[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_spelled_tokens_change_no_special_token_of_the_prompt(load: Callable[..., Policy], family: str) -> None:
+def test_spelled_tokens_add_no_special_token_to_the_prompt(load: Callable[..., Policy], family: str) -> None:
     """Random texts of special tokens, whole, cut and interleaved: the control tokens are those of harmless text."""
     policy, rng = load(family), random.Random(0)
     pieces = [*VISUAL, *CONTROL, *WRITTEN, "<", "|", "im_end|>", "<|im_", "\n", "assistant\n", " ", "a"]
@@ -56,7 +56,7 @@ def test_image_tokens_equal_features_whatever_the_text_says(load: Callable[..., 
     policy.model(**batch)  # which counts them itself, and refuses a mismatch
 
 
-def test_a_clean_prompt_beside_a_spelling_one_is_encoded_as_alone(load: Callable[..., Policy]) -> None:
+def test_prompt_beside_one_that_spells_tokens_is_encoded_as_alone(load: Callable[..., Policy]) -> None:
     policy = load("qwen2_vl")
     clean, spelling = question("Which?"), question("<|im_end|>" * 9, images=0)
     together, alone = policy.encode([spelling, clean])[1], policy.encode([clean])[0]
@@ -64,7 +64,7 @@ def test_a_clean_prompt_beside_a_spelling_one_is_encoded_as_alone(load: Callable
     assert together.tokens["mm_token_type_ids"].tolist() == alone.tokens["mm_token_type_ids"].tolist()
 
 
-def test_a_token_spelled_by_several_parts_is_text(load: Callable[..., Policy]) -> None:
+def test_token_spelled_across_parts_is_text(load: Callable[..., Policy]) -> None:
     policy = load("idefics3")
     for parts in (("a<|im_", "end|>b"), ("<im", "age>"), ("<", "|im_end|", ">")):
         assert special_ids(policy, question(*parts)) == special_ids(policy, question("ab"))
@@ -85,7 +85,7 @@ def test_every_role_may_spell_tokens(load: Callable[..., Policy]) -> None:
     assert special_ids(policy, Prompt("u", tuple(hostile))) == special_ids(policy, Prompt("u", tuple(harmless)))
 
 
-def test_tokens_that_are_meant_are_tokens_but_never_those_of_images(load: Callable[..., Policy]) -> None:
+def test_markup_is_read_as_tokens_except_those_of_images(load: Callable[..., Policy]) -> None:
     policy = load("idefics3")
     end = policy.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
     plain, meant = special_ids(policy, question("a")), special_ids(policy, question(Markup("a<end_of_utterance>")))
@@ -93,13 +93,13 @@ def test_tokens_that_are_meant_are_tokens_but_never_those_of_images(load: Callab
     assert special_ids(policy, question(Markup("<image><fake_token_around_image>"))) == plain
 
 
-def test_tokens_that_a_policy_writes_itself_keep_their_meaning(load: Callable[..., Policy]) -> None:
+def test_tokens_that_a_policy_writes_stay_tokens(load: Callable[..., Policy]) -> None:
     policy = load("idefics3")
     ids = policy.encode([question("Say <answer>.", images=0)])[0].input_ids_S.tolist()
     assert policy.tokenizer.convert_tokens_to_ids("<answer>") in ids
 
 
-def test_the_mark_is_a_token_that_nobody_else_writes(load: Callable[..., Policy]) -> None:
+def test_marker_is_a_token_that_template_and_tokenizer_do_not_write(load: Callable[..., Policy]) -> None:
     tokenizer = load("qwen2_vl").tokenizer
     assert choose_mark(tokenizer, "<|im_start|>user\nx<|im_end|>") == "<|endoftext|>"
     with pytest.raises(ValueError, match=r"no spare one to keep the two apart; .* \(special_tokens: reject\)"):

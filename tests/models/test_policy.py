@@ -70,13 +70,13 @@ def test_shared_prompt_equals_plain_with_lora(load: Callable[..., Policy], famil
 
 
 @pytest.mark.parametrize("family", ["idefics3", "qwen2_vl"])
-def test_a_response_of_one_token_needs_the_prompt_only(load: Callable[..., Policy], family: str) -> None:
+def test_shared_prompt_equals_plain_for_responses_of_one_token(load: Callable[..., Policy], family: str) -> None:
     policy = load(family)
     assert_same(policy, random_batch(policy, [1, 2], tokens=1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_do_not_depend_on_what_else_is_in_the_batch(load: Callable[..., Policy], family: str) -> None:
+def test_log_probs_do_not_depend_on_the_rest_of_the_batch(load: Callable[..., Policy], family: str) -> None:
     policy = load(family)
     batch = random_batch(policy, [0, 1, 3, 2])
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_log_probs_do_not_depend_on_what_else_is_in_the_batch(load: Callable[...
 
 
 @pytest.mark.parametrize("family", ["idefics3", "qwen3_vl"])
-def test_offloaded_activations_change_no_bit(
+def test_activation_offload_is_bit_equal(
     load: Callable[..., Policy], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what is offloaded are the inputs of layers: few tensors, and none of the layers' weights."""
@@ -118,7 +118,7 @@ def test_offload_without_checkpointing_is_refused(tiny_path: Callable[[str], str
         VLM(tiny_path("idefics3"), activation_offload=True)
 
 
-def test_what_stands_behind_a_response_does_not_matter(load: Callable[..., Policy]) -> None:
+def test_padding_behind_a_response_has_no_influence(load: Callable[..., Policy]) -> None:
     policy = load("idefics3")
     batch = random_batch(policy, [1, 1])
     garbage = torch.where(batch.mask_NT, batch.response_ids_NT, 77)
@@ -143,9 +143,7 @@ def test_log_probs_from_hidden_states_are_those_of_the_logits(load: Callable[...
 
 @pytest.mark.parametrize("share_prompt", [True, False], ids=["shared", "plain"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hidden_states_are_those_that_predict_each_token(
-    load: Callable[..., Policy], family: str, share_prompt: bool
-) -> None:
+def test_hidden_states_predict_each_token(load: Callable[..., Policy], family: str, share_prompt: bool) -> None:
     """Row by row, each response read alone behind its prompt without its last token."""
     policy = load(family, share_prompt=share_prompt)
     batch = random_batch(policy, IMAGES["mixed"])
@@ -170,7 +168,7 @@ def test_forward_reads_the_hidden_states(load: Callable[..., Policy], share_prom
     assert whole.values_NT is None
 
 
-def test_masked_tokens_inside_a_response_have_no_state_and_no_log_prob(load: Callable[..., Policy]) -> None:
+def test_masked_token_inside_a_response_has_no_state_and_no_log_prob(load: Callable[..., Policy]) -> None:
     policy = load("idefics3")
     batch = random_batch(policy, [1, 1])
     holes = batch.mask_NT.clone()
@@ -181,7 +179,7 @@ def test_masked_tokens_inside_a_response_have_no_state_and_no_log_prob(load: Cal
         torch.testing.assert_close(policy(some).logp_NT, every.masked_fill(~holes, 0.0), atol=1e-6, rtol=0)
 
 
-def test_nothing_to_train_is_no_state_and_still_a_graph(load: Callable[..., Policy]) -> None:
+def test_batch_without_trained_tokens_still_has_a_graph(load: Callable[..., Policy]) -> None:
     """A silenced micro-batch goes through the model, so that every rank can call backward."""
     policy = load("idefics3")
     batch = random_batch(policy, [1, 1])
@@ -260,13 +258,13 @@ def test_vlm_is_an_empty_module_until_loaded_in_place(tiny_path: Callable[[str],
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_a_policy_needs_a_positive_temperature(load: Callable[..., Policy], temperature: float) -> None:
+def test_temperature_that_is_not_positive_is_refused(load: Callable[..., Policy], temperature: float) -> None:
     policy = load("idefics3")
     with pytest.raises(ValueError, match=f"the policy's temperature is {temperature}; log-probs need a positive one"):
         Policy(policy.model, policy.processor, temperature=temperature)
 
 
-def test_the_layout_without_the_attention_is_never_used(load: Callable[..., Policy]) -> None:
+def test_policy_with_another_attention_uses_the_plain_form(load: Callable[..., Policy]) -> None:
     """With another attention the packed row would let every token see every other: the plain form must take over."""
     policy = load("idefics3", attn_implementation="eager")
     assert not policy.shares_prompt
@@ -276,9 +274,7 @@ def test_the_layout_without_the_attention_is_never_used(load: Callable[..., Poli
         torch.testing.assert_close(policy(batch).logp_NT, reference(batch).logp_NT, atol=1e-5, rtol=0)
 
 
-def test_an_unknown_family_trains_in_the_plain_form(
-    load: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_family_uses_the_plain_form(load: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch) -> None:
     reference = load("idefics3")
     batch = random_batch(reference, [1, 1])
     expected = log_probs_and_gradients(reference, batch)
@@ -294,7 +290,7 @@ def test_an_unknown_family_trains_in_the_plain_form(
 
 
 @pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
-def test_sampling_is_untouched_by_the_shared_attention(load: Callable[..., Policy], family: str) -> None:
+def test_shared_attention_does_not_change_sampling(load: Callable[..., Policy], family: str) -> None:
     shared, plain = load(family), load(family, share_prompt=False)
     inputs = shared.collate(shared.encode(prompts([1, 1])))
     del inputs["position_ids"]
@@ -348,7 +344,7 @@ def text_only(tiny_path: Callable[[str], str]) -> tuple[Qwen2ForCausalLM, PreTra
     return AutoModelForCausalLM.from_config(config), tokenizer
 
 
-def test_a_text_only_language_model_is_a_policy_too(tiny_path: Callable[[str], str], tmp_path: Path) -> None:
+def test_text_only_language_model_is_a_policy(tiny_path: Callable[[str], str], tmp_path: Path) -> None:
     for part in text_only(tiny_path):
         part.save_pretrained(tmp_path)
     policy = VLM(str(tmp_path)).load()
@@ -357,7 +353,7 @@ def test_a_text_only_language_model_is_a_policy_too(tiny_path: Callable[[str], s
         policy.encode(prompts([1]))
 
 
-def test_a_head_with_a_bias_is_asked_for_its_logits(tiny_path: Callable[[str], str]) -> None:
+def test_head_with_a_bias_gives_the_log_probs_of_its_logits(tiny_path: Callable[[str], str]) -> None:
     """Tiles multiply with the head's weight alone: a bias of 5 on one token would be lost."""
     model, tokenizer = text_only(tiny_path)
     model.lm_head.bias = torch.nn.Parameter(5.0 * (torch.arange(len(tokenizer)) == 30))

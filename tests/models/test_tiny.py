@@ -100,14 +100,14 @@ def test_image_tokens_equal_image_features(loaded, image_counts):
     assert logits.isfinite().all()
 
 
-def test_pictures_of_any_shape_fit(loaded):
+def test_images_of_any_shape_are_encoded(loaded):
     """Qwen keeps the shape and so changes the number of tokens; the others scale every picture to one size."""
     _, model, processor = loaded
     with torch.no_grad():
         assert model(**ask(processor, 2, 1, width=100)).logits.isfinite().all()
 
 
-def test_picture_reaches_the_logits(loaded):
+def test_image_changes_the_logits(loaded):
     _, model, processor = loaded
     inputs = ask(processor, 1)
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_same_arguments_give_the_same_bytes_and_another_seed_others(tmp_path):
     assert (tmp_path / "a/model.safetensors").read_bytes() != (tmp_path / "c/model.safetensors").read_bytes()
 
 
-def test_callers_random_state_dtype_and_threads_do_not_matter(tmp_path):
+def test_build_ignores_the_random_state_dtype_and_threads_of_its_caller(tmp_path):
     plain = build(tmp_path / "plain")
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     threads = torch.get_num_threads()
@@ -184,7 +184,7 @@ def test_callers_random_state_dtype_and_threads_do_not_matter(tmp_path):
     assert (plain / "model.safetensors").read_bytes() == (odd / "model.safetensors").read_bytes()
 
 
-def test_warm_up_leaves_vision_alone_and_changes_the_language_model(tmp_path):
+def test_warm_up_changes_the_language_model_only(tmp_path):
     directories = [build(tmp_path / str(n), warmup_steps=n) for n in (0, 2)]
     before, after = (AutoModelForImageTextToText.from_pretrained(d).state_dict() for d in directories)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -213,7 +213,7 @@ def test_unknown_family_lists_the_known_ones(tmp_path):
         ({"warmup_steps": -1}, "warmup_steps is -1; use 0 for an untrained model or a positive number"),
     ],
 )
-def test_wrong_arguments_are_named(tmp_path, changes, message):
+def test_wrong_argument_is_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(tmp_path / "x", **changes)
 

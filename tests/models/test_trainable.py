@@ -22,7 +22,7 @@ def trained_parts(policy: Policy) -> set[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vision_tower_and_connector_freeze_apart(load: Callable[..., Policy], family: str) -> None:
+def test_vision_tower_and_connector_freeze_separately(load: Callable[..., Policy], family: str) -> None:
     tower = load(family, freeze=["vision_tower"])
     connector = load(family, freeze=["connector"])
     frozen = {name for name, p in tower.named_parameters() if not p.requires_grad}
@@ -41,7 +41,7 @@ def test_language_model_and_embeddings_freeze(load: Callable[..., Policy]) -> No
     assert frozen == ["model.model.text_model.embed_tokens.weight"]
 
 
-def test_a_glob_that_matches_nothing_is_an_error(load: Callable[..., Policy]) -> None:
+def test_glob_that_matches_nothing_is_refused(load: Callable[..., Policy]) -> None:
     with pytest.raises(ValueError, match=r"freeze: 'model\.visoin\.\*' matches nothing; names of this model look like"):
         load("idefics3", freeze=["model.visoin.*"])
     with pytest.raises(ValueError, match=r"lora\.target_modules: '\*\.q' matches nothing"):
@@ -74,9 +74,7 @@ def test_streamed_weights_are_those_of_the_checkpoint(
 
 
 @pytest.mark.parametrize("family", ["idefics3", "qwen2_vl"])
-def test_adapters_are_merged_in_the_stream_and_left_alone_in_the_model(
-    load: Callable[..., Policy], family: str
-) -> None:
+def test_adapters_are_merged_in_the_stream_and_unchanged_in_the_model(load: Callable[..., Policy], family: str) -> None:
     policy, base = load(family, lora=LoRA(r=4, alpha=8)), load(family)
     torch.manual_seed(0)
     for name, parameter in policy.named_parameters():
