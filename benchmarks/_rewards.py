@@ -1,4 +1,4 @@
-"""Rewards of reward_pool.py, in a file that a process of their own can import."""
+"""Rewards of reward_pool.py, in a file that worker processes can import."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from rllava_pl.types import Rollout, Score
 
 
 class Tags(AnswerTagReward):
-    """As of the package, but in a process of its own."""
+    """The reward of the package, but in a worker process."""
 
     isolation = "process"
 
 
 class Hanging(BaseReward):
-    """Hangs over the texts that ask for it."""
+    """Hangs when the response is ``hang``."""
 
     def score(self, rollout: Rollout) -> Score:
-        """1, or never."""
+        """1, or it never returns."""
         while rollout.text == "hang":
             time.sleep(1)
         return Score(1.0)

@@ -13,20 +13,20 @@ from rllava_pl.types import Rollout, Score
 
 RewardFault = Literal["none", "nan", "inf", "wrong_type", "raises", "hangs", "exits", "eats_memory"]
 IN_PROCESS = get_args(RewardFault)[:-3]
-"""Faults that are survived without a separate process."""
+"""Faults that cost one sample even without a worker process."""
 
 
 class FaultyReward(BaseReward):
     """Scores 0, and fails for the samples that the schedule selects.
 
-    ``none``: returns None; ``nan``, ``inf``: not finite; ``wrong_type``: a text; ``raises``: an exception; ``hangs``:
-    never returns; ``exits``: ends its process; ``eats_memory``: allocates until none is left. The last three need a
-    separate process, which rewards have unless ``scoring.isolation`` is ``none``.
+    ``none``: returns None; ``nan``, ``inf``: not finite; ``wrong_type``: a string; ``raises``: an exception; ``hangs``:
+    never returns; ``exits``: ends its process; ``eats_memory``: until none is left. The last three need a worker
+    process, in which rewards run unless ``scoring.isolation`` says otherwise.
 
     Args:
-        faults: Kinds.
-        rate: Part of the samples that fail.
-        seed: Of the schedule, a function of prompt, weights and tokens of the sample.
+        faults: Kinds of faults, all equally likely.
+        rate: Fraction of the samples that it does not score.
+        seed: Of the schedule, which depends on prompt, weight version and tokens of the sample.
     """
 
     def __init__(self, faults: list[RewardFault], rate: float = 0.05, seed: int = 0) -> None:
@@ -38,7 +38,7 @@ class FaultyReward(BaseReward):
         return self.schedule.at(rollout.prompt.uid, *rollout.weight_versions, *rollout.response_ids.tolist())
 
     def score(self, rollout: Rollout) -> Score:
-        """0, or the fault."""
+        """0, or a fault."""
         match self.fault(rollout):
             case "":
                 return Score(0.0)
