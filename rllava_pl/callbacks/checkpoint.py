@@ -16,43 +16,43 @@ from rllava_pl.callbacks.files import run_directory, shown
 from rllava_pl.checkpoint import manifest
 from rllava_pl.checkpoint.atomic import remove, remove_leftovers, temporary_beside
 from rllava_pl.distributed.collectives import world_size
-from rllava_pl.modules.base import RLModule
+from rllava_pl.modules import PolicyModule
 from rllava_pl.strategies import RLStrategyMixin
 
 log = logging.getLogger(__name__)
 
 NAME = r"rollout-\d{6,}\.ckpt"
-"""Of the checkpoints of this callback; nothing else is ever deleted."""
+"""File names of this callback's checkpoints; nothing else is ever deleted."""
 
 
 class RolloutCheckpoint(Callback):
-    """Saves the whole run every n passes of the loop, so that ``--ckpt_path last`` continues it exactly.
+    """Saves the complete run every n rollouts, so that ``--ckpt_path last`` resumes it exactly.
 
     Lightning's ``ModelCheckpoint`` counts optimizer steps, of which a rollout has several and sometimes none. Older
-    checkpoints are deleted only after the new one is in place. The run is also saved at its end and when a SIGTERM or
-    SIGUSR1 asks it to leave. If a checkpoint cannot be written on the way, such as to a full disk, the run goes on with
-    a warning and the older ones; at the end that is an error.
+    checkpoints are deleted only after the new one is complete. The run is also saved at its end, and when SIGTERM or
+    SIGUSR1 ends it. If a checkpoint cannot be written during training, for instance to a full disk, a warning is logged
+    and training continues; at the end of the run this is an error.
 
     Args:
-        dirpath: Where to; by default ``checkpoints`` in the run's folder.
-        every_n_rollouts: Passes of the loop between two checkpoints.
-        keep: Number of newest checkpoints that stay; 0 keeps all.
+        dirpath: Directory of the checkpoints; by default ``checkpoints`` in the run's folder.
+        every_n_rollouts: Rollouts between two checkpoints.
+        keep: Number of newest checkpoints to keep; 0 keeps all.
     """
 
     def __init__(self, dirpath: str = "", every_n_rollouts: int = 10, keep: int = 2) -> None:
         if every_n_rollouts < 1:
-            raise ValueError(f"every_n_rollouts is {every_n_rollouts}; checkpoints are at least one rollout apart")
+            raise ValueError(f"every_n_rollouts is {every_n_rollouts}; it must be at least 1")
         if keep < 0:
-            raise ValueError(f"keep is {keep}; use 0 to keep all checkpoints or the number of newest ones that stay")
+            raise ValueError(f"keep is {keep}; use 0 to keep all checkpoints, or the number of newest ones to keep")
         self.dirpath = dirpath
         self.every_n_rollouts = every_n_rollouts
         self.keep = keep
         self.last_path = ""
         self._saved = (-1, 0)
-        """Rollouts, and rounds of an unfinished collection, that the newest checkpoint holds."""
+        """Rollouts, and generation rounds in the group buffer, of the newest checkpoint."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove what a killed process left half written."""
+        """Remove unfinished files of a killed process."""
         directory = self.directory(trainer)
         if stage == "fit" and trainer.is_global_zero:
             remove_leftovers(directory, NAME)
@@ -60,45 +60,49 @@ class RolloutCheckpoint(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Save if it is time."""
-        module = cast(RLModule, pl_module)
-        if module.rollout_index % self.every_n_rollouts or self._saved[0] == module.rollout_index:
+        """Save every n rollouts."""
+        module = cast(PolicyModule, pl_module)
+        rollouts = module.state.rollouts
+        if rollouts % self.every_n_rollouts or self._saved[0] == rollouts:
             return
         try:
             self._save(trainer, module)
         except OSError as error:
-            if world_size() > 1 and not isinstance(trainer.strategy, RLStrategyMixin):  # the other ranks do not know
+            if world_size() > 1 and not isinstance(trainer.strategy, RLStrategyMixin):  # one rank alone has the error
                 raise
-            log.warning("no checkpoint after %d rollouts, training goes on: %s", module.rollout_index, error)
+            log.warning("no checkpoint after %d rollouts, training continues: %s", rollouts, error)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the run."""
-        self._save(trainer, cast(RLModule, pl_module))
+        self._save(trainer, cast(PolicyModule, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save a run that was asked to leave; after an error nobody knows what is in memory."""
-        if not isinstance(exception, SIGTERMException) or not _trains(trainer):
+        """Save a run that a signal ends; after an error the state in memory may be inconsistent."""
+        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if not isinstance(exception, SIGTERMException) or not training:
             return
         try:
-            self._save(trainer, cast(RLModule, pl_module))
-        except OSError as error:  # raised, it would keep the callbacks behind from leaving: exit code, SLURM's queue
-            kept = f"the last checkpoint is {shown(self.last_path)}" if self.last_path else "this run has none"
-            log.error("stopped by a signal, and not saved: %s; %s", error, kept)
+            self._save(trainer, cast(PolicyModule, pl_module))
+        except (
+            OSError
+        ) as error:  # raising it would skip the callbacks behind, which set the exit code and requeue a SLURM job
+            kept = f"the last checkpoint is {shown(self.last_path)}" if self.last_path else "there is no checkpoint"
+            log.error("stopped by a signal, not saved: %s; %s", error, kept)
         else:
             if trainer.is_global_zero:
-                log.warning("stopped by a signal, saved in %s; go on with --ckpt_path last", shown(self.last_path))
+                log.warning("stopped by a signal, saved to %s; resume with --ckpt_path last", shown(self.last_path))
 
     def directory(self, trainer: Trainer) -> Path:
-        """Where this run's checkpoints lie."""
+        """Directory of this run's checkpoints."""
         return Path(self.dirpath).expanduser() if self.dirpath else run_directory(trainer) / "checkpoints"
 
     def newest(self, trainer: Trainer) -> str | None:
-        """The newest whole checkpoint, for ``Trainer.fit(ckpt_path=...)``; None if there is none yet.
+        """The newest complete checkpoint, for ``Trainer.fit(ckpt_path=...)``; None if there is none yet.
 
-        Where loggers number the runs, those of earlier numbers count too: a run that goes on has a new one.
+        Where loggers number the runs, earlier numbers are searched as well, since a resumed run has a new one.
 
         Raises:
-            DamagedCheckpoint: There are some, and none is whole.
+            DamagedCheckpoint: There are checkpoints, but none is complete.
         """
         directories = list(self._directories(trainer))
         if trainer.is_global_zero:
@@ -115,19 +119,20 @@ class RolloutCheckpoint(Callback):
         else:
             yield directory
 
-    def _save(self, trainer: Trainer, module: RLModule) -> None:
+    def _save(self, trainer: Trainer, module: PolicyModule) -> None:
         directory = self.directory(trainer)
-        state = (module.rollout_index, module.collection.rounds)
+        buffer = getattr(module, "group_buffer", None)  # supervised methods have none
+        state = (module.state.rollouts, buffer.rounds if buffer else 0)
         if self._saved != state:
-            path = directory / f"rollout-{module.rollout_index:06d}.ckpt"
-            with module.phase("save"):
+            path = directory / f"rollout-{module.state.rollouts:06d}.ckpt"
+            with module.phases("save"):
                 trainer.save_checkpoint(path)
             self._saved, self.last_path = state, str(path)
         if trainer.is_global_zero and self.keep:
             self._prune(directory)
 
     def _prune(self, directory: Path) -> None:
-        """Delete all but the newest; what is damaged counts for nothing and stays."""
+        """Delete all but the newest; damaged checkpoints are neither counted nor deleted."""
         ages: dict[Path, int] = {}
         for path in _checkpoints(directory):
             try:
@@ -135,19 +140,13 @@ class RolloutCheckpoint(Callback):
             except manifest.DamagedCheckpoint:
                 continue
         for path in sorted(ages, key=ages.__getitem__)[: -self.keep]:
-            doomed = temporary_beside(
-                path
-            )  # a directory takes time to delete, and half of it must not look like damage
-            remove(doomed)
-            path.rename(doomed)
-            remove(doomed)
+            renamed = temporary_beside(path)  # a half-deleted directory must not look like a damaged checkpoint
+            remove(renamed)
+            path.rename(renamed)
+            remove(renamed)
 
 
 def _checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted(path for path in directory.iterdir() if re.fullmatch(NAME, path.name))
-
-
-def _trains(trainer: Trainer) -> bool:
-    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking

@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rllava_pl.models.policy import Policy
-    from rllava_pl.modules.base import RLModule
+    from rllava_pl.modules import PolicyModule
 
 log = logging.getLogger(__name__)
 
 NOTE = "rllava_pl_export.json"
-"""Says what an export was made of, and marks a directory as one that a later export may replace."""
+"""File that says what was exported, and marks a directory that a later export may replace."""
 
 
 class ExportHF(Callback):
     """Writes the policy in Hugging Face format: weights, config, generation config, tokenizer and image processor.
 
     LoRA adapters are merged and tied weights written once, under the names of the original checkpoint, so that
-    transformers and inference servers load the directory like any other model. A new export replaces the older one as a
-    whole; a directory that is no export is never touched.
+    transformers and inference servers load the directory like any other model. A new export replaces the previous one
+    as a whole; a directory with other content is never changed.
 
     Args:
-        dirpath: Where to; by default ``hf`` in the run's folder.
+        dirpath: Directory of the export; by default ``hf`` in the run's folder.
         every_n_rollouts: Rollouts between two exports; 0 exports at the end of the run only.
     """
 
@@ -50,70 +50,71 @@ class ExportHF(Callback):
         self.dirpath = dirpath
         self.every_n_rollouts = every_n_rollouts
         self.directory: Path | None = None
-        """Where the export of the present run goes; known from ``setup`` on."""
+        """Directory of the present run's export; set in ``setup``."""
         self._exported = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a directory with other content now, not after hours of training."""
+        """Refuse a directory with other content before the training."""
         if stage == "fit":
             self.directory = Path(self.dirpath).expanduser() if self.dirpath else run_directory(trainer) / "hf"
             check_replaceable(self.directory)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing of this run is exported yet."""
+        """Reset what was exported."""
         self._exported = -1
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Export if it is time."""
-        module = cast("RLModule", pl_module)
-        if self.every_n_rollouts and module.rollout_index % self.every_n_rollouts == 0:
+        """Export every n rollouts."""
+        module = cast("PolicyModule", pl_module)
+        if self.every_n_rollouts and module.state.rollouts % self.every_n_rollouts == 0:
             self._export(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the end of the run."""
-        self._export(trainer, cast("RLModule", pl_module))
+        self._export(trainer, cast("PolicyModule", pl_module))
 
-    def _export(self, trainer: Trainer, module: RLModule) -> None:
-        if self.directory is None or self._exported == module.rollout_index:
+    def _export(self, trainer: Trainer, module: PolicyModule) -> None:
+        state = module.state
+        if self.directory is None or self._exported == state.rollouts:
             return
         weights = adapter_for(trainer.strategy).full_weights(module.policy.model)
         if trainer.is_global_zero:
-            note = {"rollouts": module.rollout_index, "updates": module.weight_version, "policy": module.source.path}
+            note = {"rollouts": state.rollouts, "updates": state.updates, "policy": module.policy.path}
             export(module.policy, weights, self.directory, note)
         else:
-            for _ in weights:  # every rank takes part in gathering what is sharded
+            for _ in weights:  # every rank takes part in gathering sharded weights
                 pass
-        self._exported = module.rollout_index
+        self._exported = state.rollouts
 
 
 def export(
     policy: Policy, weights: Iterable[tuple[str, Tensor]], directory: Path, note: Mapping[str, object] | None = None
 ) -> None:
-    """Write a policy as a model directory, in one step.
+    """Write a policy as a model directory, atomically.
 
     Args:
-        policy: Gives architecture, configs and processor; its own weights are not read.
+        policy: Architecture, configs and processor; its weights are not read.
         weights: ``(name, full tensor)`` of the whole model without adapters, as ``full_weights`` streams them.
         directory: Absent, empty, or an earlier export, which is replaced.
-        note: Kept in the directory as ``rllava_pl_export.json``.
+        note: Written to the directory as ``rllava_pl_export.json``.
 
     Raises:
-        FileExistsError: The directory holds something else.
+        FileExistsError: The directory has other content.
     """
     check_replaceable(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = temporary_beside(directory)
+    temporary = temporary_beside(directory)
     try:
         with no_progress_bar():
-            _save_model(policy.model, dict(weights), draft)
-        _save_processor(policy, draft)
+            _save_model(policy.model, dict(weights), temporary)
+        _save_processor(policy, temporary)
         record = {"rllava_pl": rllava_pl.__version__, **(note or {})}
-        (draft / NOTE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-        replace_directory(draft, directory)
+        (temporary / NOTE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        replace_directory(temporary, directory)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     log.info("exported the policy to %s", directory)
 
 
@@ -121,19 +122,19 @@ def check_replaceable(directory: Path) -> None:
     """Refuse a directory that is neither absent, nor empty, nor an earlier export.
 
     Raises:
-        FileExistsError: Replacing it would delete files of someone else.
+        FileExistsError: Replacing it would delete other files.
     """
     if directory.is_dir() and (not any(directory.iterdir()) or (directory / NOTE).is_file()):
         return
     if directory.exists():
         raise FileExistsError(
-            f"ExportHF: {directory} exists and is no earlier export (it has no {NOTE}), so it will not be replaced; "
+            f"ExportHF: {directory} exists and is not an earlier export (it has no {NOTE}), so it is not replaced; "
             "choose another dirpath or remove it"
         )
 
 
 def _save_model(model: PreTrainedModel, weights: dict[str, Tensor], directory: Path) -> None:
-    """Weights and configs through a weightless twin: the model itself may be sharded, or have adapters.
+    """Save weights and configs through a copy without weights, since the model may be sharded or have adapters.
 
     ``save_pretrained`` of a model with adapters would write the adapters alone.
     """
@@ -142,22 +143,22 @@ def _save_model(model: PreTrainedModel, weights: dict[str, Tensor], directory: P
     if not _drop_tied(model, weights):
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     with torch.device("meta"):
-        twin = type(model)._from_config(config, dtype=model.dtype)
-    twin.generation_config = model.generation_config
-    twin.save_pretrained(directory, state_dict=weights)
+        copied = type(model)._from_config(config, dtype=model.dtype)
+    copied.generation_config = model.generation_config
+    copied.save_pretrained(directory, state_dict=weights)
 
 
 def _save_processor(policy: Policy, directory: Path) -> None:
-    """Chat template, tokenizer and image processor, without what the last call happened to pad or cut to."""
+    """Chat template, tokenizer and image processor, without the padding and truncation of the last call."""
     backend = getattr(policy.tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # transformers sets both anew at every call, and would save them
+    if backend is not None:  # transformers sets both in every call, and would save them
         backend.no_padding()
         backend.no_truncation()
     policy.processor.save_pretrained(directory)
 
 
 def _drop_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> bool:
-    """Remove the second name of tied weights; False if an adapter on one of the two has made them differ."""
+    """Remove the second name of tied weights; False if an adapter on one of the two made them differ."""
     tied = True
     for name, source in model.all_tied_weights_keys.items():
         if name in weights and source in weights:

@@ -1,4 +1,4 @@
-"""Where the files of a run go, and how people are told."""
+"""Where the files of a run are, and how their paths are printed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def run_directory(trainer: Trainer) -> Path:
 
 
 def shown(path: Path | str) -> str:
-    """A path as people read and copy it: relative if it lies in the working directory, else absolute."""
+    """A path for printing: relative to the working directory if it is inside, else absolute."""
     full = Path(path).absolute()
     return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)

@@ -1,4 +1,4 @@
-"""Measured memory of every phase, beside what the plan predicts."""
+"""Measured memory of every phase beside that of the memory plan."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from rllava_pl.callbacks.plan_settings import placement_with, settings_of
-from rllava_pl.memory import Plan, Prompts, placement_of, plan
+from rllava_pl.memory import MemoryPlan, PromptSize, placement_of, plan
 from rllava_pl.memory.units import gib
 
 if TYPE_CHECKING:
-    from rllava_pl.modules.base import RLModule
-    from rllava_pl.types import PromptBatch, PromptInputs
+    from rllava_pl.modules import PolicyModule
+    from rllava_pl.types import PromptBatch
 
-PLANNED = {"rollout": ("rollout",), "evaluate": ("reference",), "update": ("update", "optimizer"), "save": ("save",)}
-"""Phases of a run, and those of the plan that happen in them."""
+PLANNED = {"rollout": ("rollout",), "logprobs": ("logprobs",), "update": ("update", "optimizer"), "save": ("save",)}
+"""Phases of a run, and the phases of the plan that belong to them."""
 log = logging.getLogger(__name__)
 
 
 class MemoryReport(Callback):
-    """Logs the peak of every phase as ``memory/<phase>_gib``, and what was planned as ``memory/predicted_<phase>_gib``.
+    """Logs the peak of every phase as ``memory/<phase>_gib``, and the planned one as ``memory/predicted_<phase>_gib``.
 
-    On a GPU the peak is that of torch's allocator, with what else the card holds at the end of the phase (context, an
-    engine's own memory). On a CPU (Linux) it is the growth of the process since the first rollout began, plus the
-    weights that were loaded by then: interpreter and libraries are not counted. The plan takes every response to be as
-    long as ``sampling.max_tokens``, and every prompt as long as the longest of the first rollout. Rank 0 alone reports,
-    and of several reports in a run, such as the CLI's and one of an overlay, only the first.
+    On a GPU the peak is that of torch's allocator plus all other memory in use at the end of the phase (context, an
+    engine's memory). On a CPU (Linux) it is the growth of the process since the start of the first rollout, plus the
+    weights that were loaded before; interpreter and libraries are not counted. The plan assumes that every response has
+    ``sampling.max_tokens`` tokens and every prompt the length of the longest of the first rollout. Only rank 0 reports,
+    and only the first of several reports in a run.
 
     Args:
-        predict: Make the plan before the first rollout; a few seconds.
+        predict: Make the plan before the first rollout, which takes from a few seconds to a minute.
     """
 
     def __init__(self, predict: bool = True) -> None:
@@ -46,51 +46,52 @@ class MemoryReport(Callback):
         """Largest GiB by phase, of the whole run."""
         self._reports = False
         self._meter: Meter | None = None
-        self._running: list[list[int | str]] = []
+        self._peaks: list[int] = []
+        """Bytes of the phases that are running, outermost first."""
         self._recent: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Be told of phases."""
-        observers = cast("RLModule", pl_module).observers
+        """Observe the phases."""
+        observers = cast("PolicyModule", pl_module).phases.observers
         self._reports = trainer.is_global_zero and not any(isinstance(x, MemoryReport) for x in observers)
         if self._reports:
             observers.append(self)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Before the first rollout: plan, and take stock."""
+        """Before the first rollout, make the plan and start to measure."""
         if self._meter is not None or not self._reports:
             return
-        module = cast("RLModule", pl_module)
+        module = cast("PolicyModule", pl_module)
         if self.predict:
             self.predicted = self._plan(trainer, module, cast("PromptBatch", batch))
         self._meter = meter(module)
 
     def phase_begins(self, name: str) -> None:
-        """Start anew; what the phase around it has reached so far is kept."""
+        """Measure this phase; the peak of the phase around it so far is kept."""
         if self._meter is not None:
-            self._fold()
-            self._running.append([name, 0])
-            self._meter.restart()
+            self._read(self._meter)
+            self._peaks.append(0)
 
     def phase_ends(self, name: str, seconds: float) -> None:
-        """Note the peak, also as one of the phase around it."""
-        if self._meter is None or not self._running:
+        """Record the peak, also for the phase around it."""
+        if self._meter is None or not self._peaks:
             return
-        self._fold()
-        peak = cast(int, self._running.pop()[1])
+        self._read(self._meter)
+        peak = self._peaks.pop()
         self._recent[name] = max(self._recent.get(name, 0.0), gib(peak))
-        if self._running:
-            self._running[-1][1] = max(cast(int, self._running[-1][1]), peak)
-        self._meter.restart()
+        if self._peaks:
+            self._peaks[-1] = max(self._peaks[-1], peak)
 
-    def _fold(self) -> None:
-        if self._running and self._meter is not None:
-            self._running[-1][1] = max(cast(int, self._running[-1][1]), self._meter.peak())
+    def _read(self, meter: Meter) -> None:
+        """Add the peak since the last reading to the innermost phase."""
+        if self._peaks:
+            self._peaks[-1] = max(self._peaks[-1], meter.peak())
+        meter.restart()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Log the rollout that has just ended."""
+        """Log the peaks of the rollout that has ended."""
         if not self._reports:
             return
         recent, self._recent = self._recent, {}
@@ -98,25 +99,25 @@ class MemoryReport(Callback):
         metrics = {f"memory/{name}_gib": size for name, size in recent.items()}
         metrics |= {f"memory/predicted_{name}_gib": self.predicted[name] for name in recent if name in self.predicted}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=cast("RLModule", pl_module).rollout_index)
+            logger.log_metrics(metrics, step=cast("PolicyModule", pl_module).state.rollouts)
         trainer.callback_metrics.update({name: torch.tensor(size) for name, size in metrics.items()})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A table of all phases."""
+        """Print a table of all phases."""
         if self._reports and self.measured:
             _print(self.measured, self.predicted)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Be told of nothing any more, however the run ended."""
-        observers = cast("RLModule", pl_module).observers
+        """Stop observing, also after an error."""
+        observers = cast("PolicyModule", pl_module).phases.observers
         if self in observers:
             observers.remove(self)
 
-    def _plan(self, trainer: Trainer, module: RLModule, batch: PromptBatch) -> dict[str, float]:
-        """Predicted GiB by phase; nothing, and a line in the log, where there is no plan for this run."""
+    def _plan(self, trainer: Trainer, module: PolicyModule, batch: PromptBatch) -> dict[str, float]:
+        """Predicted GiB by phase; empty, with a warning, if the run cannot be planned."""
         try:
             found = planned(trainer, module, batch)
-        except Exception as error:  # a plan is a service: whatever is wrong with it must not end a run
+        except Exception as error:  # a plan is optional: an error in it must not end the run
             log.warning("no memory plan: %s", error)
             return {}
         peaks = {phase.name: phase.gpu if found.settings.device == "cuda" else phase.host for phase in found.phases}
@@ -127,8 +128,8 @@ class MemoryReport(Callback):
         }
 
 
-def planned(trainer: Trainer, module: RLModule, batch: PromptBatch) -> Plan:
-    """The plan of a run that is about to begin."""
+def planned(trainer: Trainer, module: PolicyModule, batch: PromptBatch) -> MemoryPlan:
+    """The plan of a run, from its Trainer, module and first batch."""
     strategy = trainer.strategy
     zero = getattr(strategy, "config", {}).get("zero_optimization", {}) if hasattr(strategy, "config") else {}
     options = {
@@ -144,26 +145,22 @@ def planned(trainer: Trainer, module: RLModule, batch: PromptBatch) -> Plan:
         precision=str(trainer.precision),
         ranks=trainer.world_size,
         batch_prompts=len(batch),
-        prompts=_measured(module, batch),
+        prompt=prompt_size(module, batch),
         device="cuda" if module.policy.device.type == "cuda" else "cpu",
     )
     return plan(settings, module.optimizer)
 
 
-def _measured(module: RLModule, batch: PromptBatch) -> Prompts:
+def prompt_size(module: PolicyModule, batch: PromptBatch) -> PromptSize:
     """The longest prompt of a batch, the most images of one, and the most tokens of an image."""
-    inputs = module.policy.encode(list(batch))
-    images = [len(prompt.images) for prompt in batch]
-    longest, most = max(len(x) for x in inputs), max(images)
-    tokens = max(_image_tokens(module, x) / max(1, n) for x, n in zip(inputs, images, strict=True))
-    return Prompts(longest, most, max(1, round(tokens)))
-
-
-def _image_tokens(module: RLModule, inputs: PromptInputs) -> int:
-    """Placeholders of images in a prompt."""
     config = module.policy.model.config
     image_id = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-    return 0 if image_id is None else int((inputs.input_ids_S == image_id).sum())
+    inputs, images = module.policy.encode(list(batch)), [len(prompt.images) for prompt in batch]
+    image_tokens = (
+        int((x.input_ids_S == image_id).sum()) / max(1, n) if image_id is not None else 0
+        for x, n in zip(inputs, images, strict=True)
+    )
+    return PromptSize(max(len(x) for x in inputs), max(images), max(1, round(max(image_tokens))))
 
 
 # -- meters ----------------------------------------------------------------------------------------------------------
@@ -180,7 +177,7 @@ class Meter(Protocol):
 
 
 def meter(module: nn.Module) -> Meter:
-    """The meter of the device that computes."""
+    """The meter of the device that trains."""
     parameters = {id(p): p for p in module.parameters()}.values()
     if any(p.is_cuda for p in parameters):
         return CUDAMeter()
@@ -190,7 +187,7 @@ def meter(module: nn.Module) -> Meter:
 
 
 def _mapped_files() -> list[range]:
-    """Addresses of files that are mapped into this process (Linux)."""
+    """Addresses of the files that are mapped into this process (Linux)."""
     maps = Path("/proc/self/maps")
     lines = [line.split() for line in maps.read_text().splitlines()] if maps.exists() else []
     ends = (line[0].split("-") for line in lines if line[4] != "0")
@@ -198,7 +195,7 @@ def _mapped_files() -> list[range]:
 
 
 class CUDAMeter:
-    """Torch's allocator at its peak, and whatever else is on the card."""
+    """Peak of torch's allocator, and all other memory in use on the GPU."""
 
     def restart(self) -> None:
         """Forget the peak."""
@@ -212,13 +209,13 @@ class CUDAMeter:
 
 
 class ProcessMeter:
-    """Memory of this process (Linux), counted from what it held when the meter was made; pages of files do not count.
+    """Growth of this process (Linux) since the meter was made, without pages of files.
 
-    Freed memory that the C library holds on to is given back at every restart: it would hide what the next phase needs.
+    Freed memory that the C library keeps is returned to the system at every restart, since later phases would reuse it.
 
     Args:
-        loaded: Bytes of weights that were loaded by then and count. Those that will be trained and are still pages of
-            their file do not: they begin to count when the first update writes them.
+        loaded: Bytes of weights that were loaded before and count. Trained weights that are still pages of their file
+            are not among them: they count from the first update on, which writes them.
     """
 
     STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -240,7 +237,7 @@ class ProcessMeter:
         return self._own("VmHWM") - self.base
 
     def _own(self, total: str) -> int:
-        """Bytes of ``total`` that are no pages of files, such as libraries; 0 where there is no such table."""
+        """Bytes of ``total`` that are not pages of files, such as libraries; 0 on systems without ``/proc``."""
         if not self.STATUS.exists():
             return 0
         sizes = dict(line.split(":", 1) for line in self.STATUS.read_text().splitlines())

@@ -1,4 +1,4 @@
-"""What the memory plan needs to know of a module and its rollout callback."""
+"""The inputs of the memory plan, read from a module and its rollout callback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from rllava_pl.callbacks.vllm import VLLMRollout
 from rllava_pl.callbacks.vllm_server import VLLMServerRollout
 from rllava_pl.memory.placement import Placement, host_adamw
-from rllava_pl.memory.settings import Engine, EngineMemory, Prompts, Settings, Source
+from rllava_pl.memory.settings import EngineMemory, PlannedEngine, PlannedModel, PlanSettings, PromptSize
 from rllava_pl.memory.units import GIB
 from rllava_pl.optim import HostAdamW
 from rllava_pl.rollout.callbacks import RolloutCallback, TransformersRollout
@@ -17,48 +17,52 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from rllava_pl.modules.base import RLModule
+    from rllava_pl.loop.options import Batching
+    from rllava_pl.modules import PolicyModule
 
 
 def settings_of(
-    module: RLModule,
+    module: PolicyModule,
     callbacks: Sequence[object],
     *,
     placement: Placement,
     precision: str,
     ranks: int,
     batch_prompts: int,
-    prompts: Prompts,
+    prompt: PromptSize,
     device: Literal["cuda", "cpu"],
-) -> Settings:
-    """The plan's view of a run.
+) -> PlanSettings:
+    """The inputs of the plan of a run.
 
     Args:
-        module: The algorithm; it need not have loaded its policy.
+        module: The algorithm; its policy need not be loaded.
         callbacks: Of the Trainer.
-        placement: Where the strategy keeps things.
+        placement: Of the strategy and the optimizer.
         precision: Of the Trainer.
         ranks: Processes of the run.
         batch_prompts: Prompts of a rollout on each rank.
-        prompts: How large a prompt is taken to be.
-        device: What computes.
+        prompt: Size of every prompt.
+        device: Where the policy is trained.
     """
+    policy, max_tokens = module.policy, module.sampling.max_tokens
     rollout = next((x for x in callbacks if isinstance(x, RolloutCallback)), TransformersRollout())
-    engine = engine_of(rollout, device=device, precision=precision, dtype=module.source.dtype)
-    exact = engine.kind == "embedded" and module.source.dtype == "float32" and precision == "32-true"
-    return Settings(
-        source=Source.of(module.source),
+    engine = planned_engine(rollout, device=device, precision=precision, dtype=policy.dtype)
+    exact = engine.kind == "embedded" and policy.dtype == "float32" and precision == "32-true"
+    old_logp = getattr(module, "computes_old_logp", False) and not exact
+    group_rows = module.group_size + module.extra_rows
+    return PlanSettings(
+        model=PlannedModel.of(policy),
         precision=precision,
-        group=module.group_size + module.extra_members,
-        max_tokens=module.sampling.max_tokens,
+        group_rows=group_rows,
+        max_tokens=max_tokens,
         batch_prompts=batch_prompts,
-        minibatches=module.num_minibatches,
-        micro_batch_size=module.micro_batch_size,
-        prompts=prompts,
-        critic=getattr(module, "critic_kind", "none"),
-        reference=module.needs_reference and module.source.lora is None,
-        evaluates=module.needs_reference or module.needs_values or (module.evaluates_old_logp and not exact),
-        entropy_loss=bool(module.entropy_coef),
+        num_minibatches=module.batching.num_minibatches,
+        micro_batch_size=_micro_batch_rows(module.batching, group_rows, prompt.tokens, max_tokens),
+        prompt=prompt,
+        critic=getattr(module, "critic", "none"),
+        reference=module.needs_reference and policy.lora is None,
+        computes_logprobs=module.needs_reference or module.needs_values or old_logp,
+        entropy_loss=bool(getattr(module, "entropy_coef", 0.0)),
         placement=placement,
         ranks=ranks,
         engine=engine,
@@ -66,18 +70,27 @@ def settings_of(
     )
 
 
-def engine_of(callback: RolloutCallback, *, device: str, precision: str, dtype: str) -> Engine:
-    """The engine a rollout callback will build."""
+def _micro_batch_rows(batching: Batching, group_rows: int, prompt_tokens: int, max_tokens: int) -> int:
+    """Rows of a micro-batch when every response is of full length; 0: no limit."""
+    if not batching.micro_batch_tokens:
+        return batching.micro_batch_size
+    groups = batching.micro_batch_tokens // (prompt_tokens + group_rows * max_tokens)
+    rows = groups * group_rows or max(1, (batching.micro_batch_tokens - prompt_tokens) // max_tokens)
+    return min(rows, batching.micro_batch_size or rows)
+
+
+def planned_engine(callback: RolloutCallback, *, device: str, precision: str, dtype: str) -> PlannedEngine:
+    """The engine that a rollout callback will build."""
     if isinstance(callback, VLLMServerRollout):
-        return Engine("server")
+        return PlannedEngine("server")
     if isinstance(callback, VLLMRollout):
         auto = "release_kv" if device == "cuda" else "resident"
         memory = cast(EngineMemory, auto if callback.memory == "auto" else callback.memory)
         wide = callback.dtype == "float32" or (callback.dtype, precision, dtype) == ("auto", "32-true", "float32")
-        return Engine("vllm", memory, round(callback.kv_cache_gib * GIB), dtype_bytes=4 if wide else 2)
-    return Engine("embedded", batch_prompts=getattr(callback, "batch_prompts", 64))
+        return PlannedEngine("vllm", memory, round(callback.kv_cache_gib * GIB), dtype_bytes=4 if wide else 2)
+    return PlannedEngine("embedded", batch_prompts=getattr(callback, "batch_prompts", 64))
 
 
 def placement_with(placement: Placement, optimizer: Optimizer) -> Placement:
-    """The placement of a strategy with this optimizer: ``HostAdamW`` moves gradients and states to the host."""
+    """The placement of a strategy with this optimizer: ``HostAdamW`` keeps gradients and states on the host."""
     return host_adamw(**optimizer.precisions) if isinstance(optimizer, HostAdamW) else placement

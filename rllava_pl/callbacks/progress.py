@@ -1,4 +1,4 @@
-"""Progress of the whole run in rollouts, in a terminal and in a log file."""
+"""Progress of the run in rollouts, in a terminal and in a log file."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from rich.text import Text
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rllava_pl.modules.base import RLModule
+    from rllava_pl.modules import PolicyModule
 
 RECENT = 20
 """Rollouts over which ``s/rollout`` is averaged."""
-SHOWN = {"reward": ("train/reward", ".3f"), "accuracy": ("train/reward/accuracy", ".3f"), "kl": ("train/kl", ".2g")}
-"""What is shown of the last rollout, if it was logged: label to metric and format."""
+SHOWN = {"reward": ("train/reward", ".3f"), "accuracy": ("train/reward_accuracy", ".3f"), "kl": ("train/kl", ".2g")}
+"""Label to metric and format; of the last rollout, if it was logged."""
 
 
 class Pace:
-    """Seconds a rollout and time to go, from the moments at which rollouts ended.
+    """Seconds per rollout and remaining time, from the times at which rollouts ended.
 
-    Example: rollouts 10, 11, 12 of 20 end 4 s, 6 s and 8 s after the run went on at 9: over these three a rollout took
-    8/3 s, so 8 x 8/3 = 21.3 s are left.
+    Example: a run is resumed at 9 of 20 rollouts, and rollouts 10, 11, 12 end after 4 s, 6 s and 8 s. A rollout took
+    8/3 s, so 8 x 8/3 = 21.3 s remain.
 
     Args:
-        total: Rollouts of the whole run; ``math.inf`` if not known.
-        done: Rollouts of the run that ended before this process.
-        now: Time in seconds at which this process went on.
+        total: Rollouts of the whole run; ``math.inf`` if unknown.
+        done: Rollouts that ended before this process.
+        now: Time in seconds at which this process started or resumed the run.
     """
 
     def __init__(self, total: float, done: int, now: float) -> None:
@@ -51,13 +51,13 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Mean of the last ``RECENT`` rollouts, everything between them included; nan before the first."""
+        """Mean of the last ``RECENT`` rollouts, including everything between them; nan before the first."""
         steps = len(self._recent) - 1
         return (self._recent[-1] - self._recent[0]) / steps if steps else math.nan
 
     @property
     def eta_seconds(self) -> float:
-        """Rollouts to go times the mean of this process, pauses for validation included; nan if not known."""
+        """Remaining rollouts times the mean of this process, including validation; nan if unknown."""
         done, start = self._first
         if self.done == done or math.isinf(self.total):
             return math.nan
@@ -84,20 +84,20 @@ def clock(seconds: int) -> str:
 
 
 def describe(logged: Mapping[str, Tensor]) -> str:
-    """``reward 0.734  accuracy 0.812  kl 0.0021``, as far as they were logged."""
+    """``reward 0.734  accuracy 0.812  kl 0.0021``; metrics that were not logged are left out."""
     return "  ".join(f"{label} {float(logged[name]):{form}}" for label, (name, form) in SHOWN.items() if name in logged)
 
 
 class RolloutProgressBar(RichProgressBar):
-    """Rollouts done of the whole run, reward, accuracy and KL of the last one, seconds a rollout and time to go.
+    """Shows rollouts done, reward, accuracy and KL of the last one, seconds per rollout and remaining time.
 
-    Lightning's own bar counts the batches of an epoch, which mean nothing here. In a terminal this is one bar; where
-    output goes to a file it is a plain line every ``every_n_rollouts`` rollouts, without control characters::
+    Lightning's own bar counts the batches of an epoch, which do not measure progress here. In a terminal this is one
+    bar; in a file it is a plain line every ``every_n_rollouts`` rollouts, without control characters::
 
         rollout 120/300  reward 0.734  accuracy 0.812  kl 0.0021  0.21 s/rollout  ETA 0:38
 
     Args:
-        every_n_rollouts: Rollouts between two plain lines; 0 for none. A terminal's bar moves at every rollout.
+        every_n_rollouts: Rollouts between two plain lines; 0: none. The bar in a terminal is updated at every rollout.
     """
 
     def __init__(self, every_n_rollouts: int = 10) -> None:
@@ -112,47 +112,47 @@ class RolloutProgressBar(RichProgressBar):
 
     @property
     def is_enabled(self) -> bool:
-        """Whether a moving bar is drawn: on rank zero, and only where the output can be redrawn."""
+        """Whether a bar is drawn: on rank zero, and only where the output can be redrawn."""
         return super().is_enabled and self._live
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look at where the output goes."""
+        """Find out where the output goes."""
         super().setup(trainer, pl_module, stage)
         console = Console()
         self._live = console.is_jupyter or console.is_interactive
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show where the run stands; after a resume that is not at zero."""
-        module = cast("RLModule", pl_module)
-        self.pace = Pace(module.max_rollouts or math.inf, module.rollout_index, monotonic())
+        """Show how many rollouts are done, which after a resume are not 0."""
+        module = cast("PolicyModule", pl_module)
+        self.pace = Pace(module.max_rollouts or math.inf, module.state.rollouts, monotonic())
         super().on_train_start(trainer, pl_module)
         if self.is_enabled:
             self.train_progress_bar_id = self._add_task(self.pace.total, "Rollouts")
             self._update(self.train_progress_bar_id, self.pace.done, hard=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The bar runs on through all epochs."""
+        """One bar covers all epochs."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Start the clock at the first rollout, after what other callbacks do before the training."""
+        """Start the clock at the first rollout, after what other callbacks do in ``on_train_start``."""
         if math.isnan(self.pace.seconds):
             self.pace = Pace(self.pace.total, self.pace.done, monotonic())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Move on by one rollout."""
-        self.pace.tick(cast("RLModule", pl_module).rollout_index, monotonic())
+        """Advance by one rollout."""
+        self.pace.tick(cast("PolicyModule", pl_module).state.rollouts, monotonic())
         self.metrics = describe(trainer.callback_metrics)
         self._update(self.train_progress_bar_id, self.pace.done)
         if self.every_n_rollouts and self.pace.done % self.every_n_rollouts == 0:
             self._print_line(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing ends with an epoch."""
+        """One bar covers all epochs."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the bar as it is, so that what is printed next stands below it."""
+        """Stop drawing the bar, so that further output is below it."""
         if self.is_enabled:
             self._stop_progress()
         elif self.every_n_rollouts:
@@ -161,7 +161,7 @@ class RolloutProgressBar(RichProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Nothing: Lightning's column of metrics would wrap; ``metrics`` stands in one of its own."""
+        """Nothing: Lightning's column of metrics would wrap; they are shown behind the pace."""
         return {}
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
@@ -192,7 +192,7 @@ class RolloutProgressBar(RichProgressBar):
 
 
 class _Text(ProgressColumn):
-    """A column that is never wrapped; too narrow a terminal cuts it."""
+    """A column that is cut in a narrow terminal, not wrapped."""
 
     def __init__(self, text: Callable[[Task], str]) -> None:
         super().__init__(Column(no_wrap=True))

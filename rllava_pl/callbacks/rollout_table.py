@@ -1,4 +1,4 @@
-"""The same few prompts answered again and again: what the policy has learnt, for people to read."""
+"""Answers to the same few prompts during training, as a page for people to read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -16,114 +16,122 @@ from rllava_pl.callbacks.files import run_directory, shown
 from rllava_pl.callbacks.rollout_page import Answer, Moment
 from rllava_pl.callbacks.splits import batches, split_loaders
 from rllava_pl.checkpoint.atomic import write_text
-from rllava_pl.rewards.output import Judgement
+from rllava_pl.rewards import RewardOutput
 from rllava_pl.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from rllava_pl.modules.base import RLModule
+    from rllava_pl.modules import PolicyModule
 
 log = logging.getLogger(__name__)
 
 
 class RolloutTable(Callback):
-    """Answers to the first prompts of the validation split before, during and after training, side by side.
+    """Shows answers to the first prompts of the validation split before, during and after training, side by side.
 
-    They go to ``rollouts.html`` in the run's folder, one page with everything in it, which is rewritten at every look;
-    to TensorBoard (text and images, counted in rollouts) where that is the logger; and at the end, before and after, to
-    the terminal. Looking leaves the training as it is: samples depend on counters, not on what was drawn before.
+    They are written to ``rollouts.html`` in the run's folder, a page without external files; to TensorBoard (text and
+    images, by rollout) if that is the logger; and at the end, before and after, to the terminal. The training is not
+    affected: samples depend on counters, not on what was sampled before.
 
     Args:
-        num_prompts: Prompts shown.
-        samples: Draws of each prompt at the training temperature beside the most likely answer; 0: none.
-        every_n_rollouts: Rollouts between two looks; 0 looks before and after training only.
+        num_prompts: Prompts in the table.
+        samples: Answers to each prompt at the training temperature beside the most likely one; 0: none.
+        every_n_rollouts: Rollouts between two columns; 0: columns before and after training only.
     """
 
     def __init__(self, num_prompts: int = 8, samples: int = 2, every_n_rollouts: int = 50) -> None:
         if num_prompts < 1:
-            raise ValueError(f"num_prompts is {num_prompts}; a table shows at least 1 prompt")
+            raise ValueError(f"num_prompts is {num_prompts}; it must be at least 1")
         if min(samples, every_n_rollouts) < 0:
             raise ValueError(f"samples is {samples} and every_n_rollouts {every_n_rollouts}; neither may be negative")
         self.num_prompts = num_prompts
         self.samples = samples
         self.every_n_rollouts = every_n_rollouts
         self.path: Path | None = None
-        """The page of the present run; None if there is no table."""
+        """Page of the present run; None if there is no table."""
         self.moments: list[Moment] = []
         self._uids: list[str] = []
         self._prompts: list[Prompt] = []
         self._images: list[list[str]] = []
 
     def state_dict(self) -> dict[str, object]:
-        """The columns so far: a resumed run goes on with the table it had."""
+        """The columns so far, with which a resumed run continues."""
         return {"uids": self._uids, "moments": [dataclasses.asdict(moment) for moment in self.moments]}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Take the columns over."""
+        """Restore the columns."""
         self._uids = list(cast("list[str]", state_dict["uids"]))
-        self.moments = [_moment(**record) for record in cast("list[dict]", state_dict["moments"])]  # type: ignore[type-arg]
+        self.moments = [_moment(**record) for record in cast("list[dict[str, Any]]", state_dict["moments"])]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the prompts and answer them before the first rollout."""
-        module = cast("RLModule", pl_module)
+        module = cast("PolicyModule", pl_module)
         loaders = split_loaders(trainer.datamodule, "val")  # type: ignore[attr-defined]
         first = list(islice(chain.from_iterable(batches(loaders)), self.num_prompts))
-        prompts = trainer.strategy.broadcast(first)  # the same on every rank, because every rank answers them
-        directory = run_directory(trainer)
+        prompts = trainer.strategy.broadcast(first)  # every rank answers the same prompts
+        directory = run_directory(trainer)  # collective
         self.path = directory / "rollouts.html" if prompts else None
         if self.path is None:
-            log.warning("RolloutTable: the data has no validation split to take prompts from; there will be no table")
+            log.warning(
+                "RolloutTable: no table is written, because the data has no validation split to take prompts from"
+            )
             return
-        self._take(prompts)
+        self._use(prompts)
         if self.moments:
             self._write(trainer, module)
         else:
-            self._look(trainer, module)
+            self._add_column(trainer, module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Look if it is time."""
-        module = cast("RLModule", pl_module)
-        if self.every_n_rollouts and module.rollout_index % self.every_n_rollouts == 0:
-            self._look(trainer, module)
+        """Add a column every n rollouts."""
+        module = cast("PolicyModule", pl_module)
+        if self.every_n_rollouts and module.state.rollouts % self.every_n_rollouts == 0:
+            self._add_column(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for the last time, and show before and after."""
-        self._look(trainer, cast("RLModule", pl_module))
+        """Add the last column, and print before and after."""
+        self._add_column(trainer, cast("PolicyModule", pl_module))
         if self.path is not None and self.moments and trainer.is_global_zero:
             print_before_and_after(self._prompts, self.moments, self.path)
 
-    def _take(self, prompts: list[Prompt]) -> None:
-        """These prompts from now on; restored columns stay only if they are about the same ones."""
+    def _use(self, prompts: list[Prompt]) -> None:
+        """Use these prompts; restored columns are kept only if they belong to the same ones."""
         uids = [prompt.uid for prompt in prompts]
         if self.moments and uids != self._uids:
-            log.warning("RolloutTable: the validation prompts are not those of the checkpoint; the table begins anew")
+            log.warning(
+                "RolloutTable: the validation prompts are not those of the checkpoint; earlier columns are dropped"
+            )
             self.moments = []
         self._prompts, self._uids = prompts, uids
         self._images = [[page.data_uri(image) for image in prompt.images] for prompt in prompts]
 
-    def _look(self, trainer: Trainer, module: RLModule) -> None:
-        """Answer all prompts, on every rank because weights may have to be gathered, and write on rank zero."""
-        if self.path is None or any(moment.rollout == module.rollout_index for moment in self.moments):
+    def _add_column(self, trainer: Trainer, module: PolicyModule) -> None:
+        """Answer all prompts, on every rank because weights may have to be gathered, and write them on rank zero."""
+        if self.path is None or any(moment.rollout == module.state.rollouts for moment in self.moments):
             return
-        greedy = _answers(*module.examine(self._prompts, stream="table"))
-        drawn = _answers(*module.examine(self._prompts, samples=self.samples, stream="table")) if self.samples else []
+        greedy = _answers(*module.evaluator.evaluate(self._prompts, stream="table"))
+        drawn = (
+            _answers(*module.evaluator.evaluate(self._prompts, samples=self.samples, stream="table"))
+            if self.samples
+            else []
+        )
         sampled = [drawn[p * self.samples : (p + 1) * self.samples] for p in range(len(greedy))]
-        self.moments.append(Moment(module.rollout_index, greedy, sampled))
+        self.moments.append(Moment(module.state.rollouts, greedy, sampled))
         self._write(trainer, module)
         self._log(trainer)
 
-    def _write(self, trainer: Trainer, module: RLModule) -> None:
+    def _write(self, trainer: Trainer, module: PolicyModule) -> None:
         if trainer.is_global_zero and self.path is not None:
-            title = f"{type(module).__name__}: answers over {module.rollout_index} rollouts"
+            title = f"{type(module).__name__}: answers over {module.state.rollouts} rollouts"
             text = page.render(title, self._prompts, self._images, self.moments)
             try:
                 write_text(self.path, text)
-            except OSError as error:  # a picture of a run is not worth the run; the next column tries again
+            except OSError as error:  # the table is not worth ending the run; the next column is written again
                 log.warning(
-                    "RolloutTable: %s was not written after %d rollouts: %s", self.path, module.rollout_index, error
+                    "RolloutTable: %s was not written after %d rollouts: %s", self.path, module.state.rollouts, error
                 )
 
     def _log(self, trainer: Trainer) -> None:
@@ -136,12 +144,12 @@ class RolloutTable(Callback):
 
 
 def log_moment(writer: SummaryWriter, prompts: Sequence[Prompt], moment: Moment, *, images: bool) -> None:
-    """One text a prompt, indented as a code block: TensorBoard reads Markdown, which answers must not be taken for."""
+    """One text a prompt, indented as a code block, so that TensorBoard does not read answers as Markdown."""
     import numpy as np
 
     for p, prompt in enumerate(prompts):
         answers = [moment.greedy[p], *moment.sampled[p]]
-        lines = [page.prompt_text(prompt), f"expected: {prompt.answer}"]
+        lines = [page.prompt_text(prompt), f"expected: {prompt.answer_text}"]
         for k, answer in enumerate(answers):
             lines += ["", f"{'sampled' if k else 'greedy'}, {_reward(answer)}:", answer.text]
         block = "\n".join("    " + line for line in page.printable("\n".join(lines)).splitlines())
@@ -152,7 +160,7 @@ def log_moment(writer: SummaryWriter, prompts: Sequence[Prompt], moment: Moment,
 
 
 def print_before_and_after(prompts: Sequence[Prompt], moments: Sequence[Moment], path: Path) -> None:
-    """First and last column as text; what the model wrote is neither markup nor control characters here."""
+    """First and last column as text, without markup and control characters of the model."""
     from rich import get_console
     from rich.table import Table
     from rich.text import Text
@@ -164,27 +172,27 @@ def print_before_and_after(prompts: Sequence[Prompt], moments: Sequence[Moment],
         table.add_column(f"rollout {moment.rollout}", ratio=1)
         table.add_column("reward", justify="right")
     for prompt, before, after in zip(prompts, first.greedy, last.greedy, strict=True):
-        cells = [prompt.answer, before.text, _number(before), after.text, _number(after)]
+        cells = [prompt.answer_text, before.text, _number(before), after.text, _number(after)]
         table.add_row(*(Text(_one_line(cell), no_wrap=True, overflow="ellipsis") for cell in cells))
     console = get_console()
     console.print(table)
-    console.print(Text(f"with images and all moments: {shown(path)}"), soft_wrap=True)
+    console.print(Text(f"with images and all columns: {shown(path)}"), soft_wrap=True)
 
 
-def _answers(rollouts: Sequence[Rollout], judgement: Judgement) -> list[Answer]:
+def _answers(rollouts: Sequence[Rollout], output: RewardOutput) -> list[Answer]:
     return [
         Answer(
             rollout.text,
             rollout.finish_reason,
-            judgement.rewards[n],
-            {name: values[n] for name, values in judgement.components.items()},
+            output.rewards[n],
+            {name: values[n] for name, values in output.components.items()},
         )
         for n, rollout in enumerate(rollouts)
     ]
 
 
-def _moment(rollout: int, greedy: list[dict], sampled: list[list[dict]]) -> Moment:  # type: ignore[type-arg]
-    """From the state in a checkpoint."""
+def _moment(rollout: int, greedy: list[dict[str, Any]], sampled: list[list[dict[str, Any]]]) -> Moment:
+    """Read the state of a checkpoint."""
     drawn = [[Answer(**answer) for answer in answers] for answers in sampled]
     return Moment(rollout, [Answer(**answer) for answer in greedy], drawn)
 

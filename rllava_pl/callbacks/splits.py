@@ -1,4 +1,4 @@
-"""The prompts of a split, read through whatever data module the Trainer has."""
+"""The prompts of a split of the Trainer's data module."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Loader = DataLoader[Prompt | None]
 
 
 def split_loaders(datamodule: LightningDataModule | None, split: Split) -> list[Loader]:
-    """Loaders of one split, which hold this rank's part of it; none without data module or without such a split."""
+    """Loaders of this rank's part of a split; empty without a data module or without this split."""
     if datamodule is None or not is_overridden(f"{split}_dataloader", datamodule):
         return []
     sources = getattr(datamodule, "specs", None)
     if isinstance(sources, Mapping) and not sources[split]:
         return []
     if split == "test":
-        datamodule.setup("test")  # fitting has prepared the other two only
+        datamodule.setup("test")  # fitting has set up the other two only
     if not len(getattr(datamodule, f"{split}_prompts", (None,))):
         return []
     loaders = getattr(datamodule, f"{split}_dataloader")()
@@ -32,9 +32,7 @@ def split_loaders(datamodule: LightningDataModule | None, split: Split) -> list[
 
 
 def batches(loaders: Iterable[Loader], limit: float = 1.0) -> Iterator[PromptBatch]:
-    """Batches of the loaders, each cut as Lightning reads ``limit``: an int is a number of batches, a float a share."""
-    return chain.from_iterable(islice(loader, _limited(limit, len(loader))) for loader in loaders)
-
-
-def _limited(limit: float, length: int) -> int:
-    return min(limit, length) if isinstance(limit, int) else int(limit * length)
+    """The first batches of each loader: a number (int ``limit``) or a fraction (float) of them, as in Lightning."""
+    return chain.from_iterable(
+        islice(loader, limit if isinstance(limit, int) else int(limit * len(loader))) for loader in loaders
+    )

@@ -1,4 +1,4 @@
-"""What a run came to, in one panel and one file."""
+"""The results of a run, in one panel and one file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rllava_pl.checkpoint.atomic import write_text
 from rllava_pl.loop.evaluation import Scores
 
 if TYPE_CHECKING:
-    from rllava_pl.modules.base import RLModule
+    from rllava_pl.modules import PolicyModule
 
 _IMPORTED = time.monotonic()
 
@@ -32,14 +32,14 @@ class Record:
     """The content of ``summary.json``."""
 
     accuracy_before: float | None
-    """Greedy, over the test split; None without a test split, or if no reward has the component ``accuracy``."""
+    """Greedy, over the test split; None without a test split or a reward component ``accuracy``."""
     accuracy_after: float | None
     reward_before: float | None
     reward_after: float | None
     seconds: float
     """From the start of the process to this summary; after a resume that of the last process."""
     peak_rss_gb: float | None
-    """Largest resident memory of the process in 10^9 bytes; None where the system does not say."""
+    """Largest resident memory of the process in 10^9 bytes; None on systems that do not report it."""
     rollouts: int
     updates: int
     test_before: Mapping[str, float]
@@ -47,16 +47,16 @@ class Record:
     test_after: Mapping[str, float]
     versions: Mapping[str, str]
     paths: Mapping[str, str]
-    """What the run left behind, by kind; only what exists."""
+    """Files of the run, by kind; only those that exist."""
     config: Mapping[str, object]
 
 
 class RunSummary(Callback):
-    """Scores the test split before the first rollout and after the last, and says what came of the run.
+    """Scores the test split before the first rollout and after the last, and summarizes the run.
 
-    The panel and ``summary.json`` in the run's folder have accuracy and reward before and after, time, memory, and
-    where table, checkpoint and export lie. ``Trainer(limit_test_batches=...)`` says how much of the test split is
-    scored; 0 leaves it out.
+    The panel and ``summary.json`` in the run's folder contain accuracy and reward before and after, time, memory, and
+    the paths of table, checkpoint and export. ``Trainer(limit_test_batches=...)`` limits the part of the test split
+    that is scored; 0: none.
     """
 
     def __init__(self) -> None:
@@ -64,32 +64,32 @@ class RunSummary(Callback):
         self.after: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, object]:
-        """The scores from before the first rollout, which a resumed run can no longer measure."""
+        """The scores before the first rollout, which a resumed run cannot measure."""
         return {"before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Take them over."""
+        """Restore these scores."""
         self.before = dict(cast("dict[str, float]", state_dict["before"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the untrained policy."""
-        module = cast("RLModule", pl_module)
-        if module.rollout_index == 0:
+        module = cast("PolicyModule", pl_module)
+        if module.state.rollouts == 0:
             self.before = score_test_split(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the trained policy."""
-        self.after = score_test_split(trainer, cast("RLModule", pl_module))
+        self.after = score_test_split(trainer, cast("PolicyModule", pl_module))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and print, once every other callback has put its files in place."""
+        """Write and print, after all other callbacks have written their files."""
         directory = run_directory(trainer)
         if trainer.is_global_zero:
-            record = self._record(trainer, cast("RLModule", pl_module), directory)
+            record = self._record(trainer, cast("PolicyModule", pl_module), directory)
             write_text(directory / "summary.json", json.dumps(asdict(record), indent=2, default=str) + "\n")
             print_summary(record)
 
-    def _record(self, trainer: Trainer, module: RLModule, directory: Path) -> Record:
+    def _record(self, trainer: Trainer, module: PolicyModule, directory: Path) -> Record:
         return Record(
             accuracy_before=self.before.get("accuracy"),
             accuracy_after=self.after.get("accuracy"),
@@ -97,8 +97,8 @@ class RunSummary(Callback):
             reward_after=self.after.get("reward"),
             seconds=round(process_seconds(), 3),
             peak_rss_gb=peak_rss_gb(),
-            rollouts=module.rollout_index,
-            updates=module.weight_version,
+            rollouts=module.state.rollouts,
+            updates=module.state.updates,
             test_before=self.before,
             test_after=self.after,
             versions=versions(),
@@ -107,18 +107,18 @@ class RunSummary(Callback):
         )
 
 
-def score_test_split(trainer: Trainer, module: RLModule) -> dict[str, float]:
+def score_test_split(trainer: Trainer, module: PolicyModule) -> dict[str, float]:
     """Means over the test split, greedy, as ``trainer.test`` would log them; empty without a test split. Collective."""
     if not trainer.limit_test_batches:
         return {}
     scores = Scores(module.device)
     for prompts in batches(split_loaders(trainer.datamodule, "test"), trainer.limit_test_batches):  # type: ignore[attr-defined]
-        scores.update(module.examine(list(prompts), stream="test")[1])
+        scores.update(module.evaluator.evaluate(list(prompts), stream="test")[1])
     return scores.compute()
 
 
 def process_seconds() -> float:
-    """Seconds since this process was started; where the system does not say, since this file was imported."""
+    """Seconds since the start of this process; on systems that do not report it, since the import of this file."""
     since_import = time.monotonic() - _IMPORTED
     stat = Path("/proc/self/stat")
     if not stat.is_file():
@@ -138,7 +138,7 @@ def peak_rss_gb() -> float | None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers depend on."""
+    """Of Python and of the packages that results depend on."""
     from importlib.metadata import version
     from platform import python_version
 
@@ -153,7 +153,7 @@ def versions() -> dict[str, str]:
 
 
 def paths(trainer: Trainer, directory: Path) -> dict[str, str]:
-    """Where things lie, by kind; only what exists."""
+    """Paths by kind; only those that exist."""
     found: dict[str, Path | str | None] = {"folder": directory, "config": directory / "config.yaml"}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RolloutTable):
@@ -166,11 +166,11 @@ def paths(trainer: Trainer, directory: Path) -> dict[str, str]:
     return {kind: str(Path(path).absolute()) for kind, path in found.items() if path and Path(path).exists()}
 
 
-def config(trainer: Trainer, module: RLModule) -> dict[str, object]:
-    """What the run was made of, as far as it is known here; ``config.yaml`` of the command line has everything."""
+def config(trainer: Trainer, module: PolicyModule) -> dict[str, object]:
+    """The main options of the run; ``config.yaml`` of the command line has all of them."""
     return {
         "algorithm": type(module).__name__,
-        "policy": {"class": type(module.source).__name__, "path": str(module.source.path)},
+        "policy": {"class": type(module.policy).__name__, "path": str(module.policy.path)},
         "rewards": [type(reward).__name__ for reward in module.rewards],
         "sampling": asdict(module.sampling),
         "model": dict(module.hparams),
@@ -185,7 +185,7 @@ def config(trainer: Trainer, module: RLModule) -> dict[str, object]:
 
 
 def print_summary(record: Record) -> None:
-    """The panel, and below it, unwrapped so that they can be copied, the next commands."""
+    """Print the panel, and below it the next commands, unwrapped so that they can be copied."""
     from rich import get_console
     from rich.panel import Panel
     from rich.table import Table
@@ -220,14 +220,14 @@ def _inside(folder: str, path: str) -> str:
 
 
 def _change(before: float | None, after: float | None) -> str:
-    """``0.167 -> 0.953 (+0.786)``; without a before just the after."""
+    """``0.167 → 0.953 (+0.786)``; without ``before`` only the second number."""
     if after is None:
         return ""
     return f"{after:.3f}" if before is None else f"{before:.3f} → {after:.3f} ({after - before:+.3f})"
 
 
 def next_commands(paths: Mapping[str, str]) -> dict[str, str]:
-    """What to try now, as far as the run has left what it takes."""
+    """Commands to run next; those whose files do not exist are left out."""
     quoted = {kind: shlex.quote(shown(path)) for kind, path in paths.items()}
     commands = {}
     if {"config", "checkpoint"} <= paths.keys():

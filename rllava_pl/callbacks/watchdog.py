@@ -1,4 +1,4 @@
-"""Ends a run that hangs, and says where."""
+"""Ends a run that hangs, and reports where."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import NamedTuple, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rllava_pl.distributed.collectives import rank, world_size
-from rllava_pl.distributed.failure_detector import Peers, Word
-from rllava_pl.modules.base import RLModule
+from rllava_pl.distributed.failure_detector import FailureDetector, Message
+from rllava_pl.modules import PolicyModule
 from rllava_pl.redaction import escaped, redact
 
 log = logging.getLogger(__name__)
@@ -28,27 +28,27 @@ EXIT_CODES = MappingProxyType(
         "between": 80,
         "rollout": 81,
         "reward": 82,
-        "evaluate": 83,
+        "logprobs": 83,
         "update": 84,
         "sync": 85,
         "save": 86,
         "validate": 87,
     }
 )
-"""Of a phase that took too long; ``between``: outside of any, e.g. in the data loader."""
-OWN_PHASE = 89
-"""A phase that only a subclass knows took too long."""
+"""Of a phase that took too long; ``between``: outside of all phases, e.g. in the data loader."""
+OTHER_PHASE = 89
+"""A phase that a subclass adds took too long."""
 LOST = 88
 """Another rank died or failed."""
 RECENT = 20
-"""Last times of a phase, whose median says how long it takes."""
+"""Number of last durations of a phase whose median is its usual duration."""
 
 GRACE_SECONDS = 20.0
-"""For a rank to feel by itself what another one failed with."""
+"""In which a rank may fail with the same error as another rank."""
 
 
-class Phase(NamedTuple):
-    """A phase under watch."""
+class WatchedPhase(NamedTuple):
+    """A phase that is running."""
 
     name: str
     since: float
@@ -56,18 +56,19 @@ class Phase(NamedTuple):
 
 
 class Watchdog(Callback):
-    """Ends the process when a phase takes far longer than usual, or another rank has died, and says which and where.
+    """Ends the process when a phase takes far longer than usual or another rank has died, and reports where.
 
-    A run that hangs costs as much as one that works. The report on standard error names phase, rollout, rank, seconds
-    and the prompts that the engine had not answered, with the stacks of all threads; the other ranks print theirs. The
-    exit code says which phase it was (``EXIT_CODES``), so that a scheduler can start the run again from its last
-    checkpoint. A debugger that holds the main thread stops the clock.
+    The report on standard error names phase, rollout, rank, seconds and the prompts that the engine has not answered,
+    with the stacks of all threads; the other ranks print their own. The exit code tells the phase (``EXIT_CODES``), so
+    that a scheduler can restart the run from its last checkpoint. A phase has no limit while a debugger holds the main
+    thread.
 
     Args:
-        factor: A phase may take this many times the median of its last twenty times.
-        floor_seconds: It may always take so long.
-        first_seconds: Limit of the first time of each phase (loading, compiling), and of what lies between phases.
-        deadlines: Limits in seconds by phase, instead of these.
+        factor: Limit of a phase as a multiple of the median of its last twenty durations.
+        floor_seconds: Smallest limit.
+        first_seconds: Limit of the first time of each phase, which includes loading and compiling, and of the time
+            between phases.
+        deadlines: Limits in seconds by phase, in place of all of these.
     """
 
     def __init__(
@@ -83,56 +84,56 @@ class Watchdog(Callback):
                 "positive"
             )
         if unknown := sorted(set(deadlines or {}) - set(EXIT_CODES)):
-            raise ValueError(f"deadlines: there is no phase {unknown[0]!r}; there are {', '.join(EXIT_CODES)}")
+            raise ValueError(f"deadlines: there is no phase {unknown[0]!r}; the phases are {', '.join(EXIT_CODES)}")
         self.factor = factor
         self.floor_seconds = floor_seconds
         self.first_seconds = first_seconds
         self.deadlines = dict(deadlines or {})
         self._times: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
-        self._phases: list[Phase] = []
-        self._peers: Peers | None = None
+        self._phases: list[WatchedPhase] = []
+        self._failure_detector: FailureDetector | None = None
         self._lost = threading.Event()
         self._stopped = threading.Event()
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take up the line to the other ranks. Collective."""
-        if world_size() > 1 and self._peers is None:
+        """Connect to the other ranks. Collective."""
+        if world_size() > 1 and self._failure_detector is None:
             try:
-                self._peers = Peers(self._hear, machines=trainer.num_nodes)
+                self._failure_detector = FailureDetector(self._on_message, machines=trainer.num_nodes)
             except OSError as error:
-                log.warning("no line between ranks, the death of one is not told to the others: %s", error)
+                log.warning("ranks are not connected, so the failure of one is not reported to the others: %s", error)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to watch."""
-        self._module = cast(RLModule, pl_module)
-        self._module.observers.append(self)
+        """Start the thread that checks the limits."""
+        self._module = cast(PolicyModule, pl_module)
+        self._module.phases.observers.append(self)
         self._phases = [self._phase("between")]
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, args=(self._stopped,), name="watchdog", daemon=True).start()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What comes now is no longer a loop with usual times."""
+        """Stop: what follows is not part of the loop."""
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Tell the other ranks; if it is another rank's death that is felt here, say whose."""
+        """Report the error to the other ranks; exit with ``LOST`` if the death of another rank caused it."""
         self._stop()
-        if self._peers is None or not isinstance(exception, Exception):
+        if self._failure_detector is None or not isinstance(exception, Exception):
             return
         text = escaped(redact(f"{type(exception).__name__}: {exception}"))[:500]
-        self._peers.say(Word("failed", rank(), text, LOST))
-        if isinstance(exception, RuntimeError) and self._lost.wait(2.0):  # torch's collectives raise no other
+        self._failure_detector.send(Message("failed", rank(), text, LOST))
+        if isinstance(exception, RuntimeError) and self._lost.wait(2.0):  # collectives of torch raise this
             sys.stderr.write(redact("".join(traceback.format_exception(exception))))
             _exit(LOST)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the line."""
+        """Disconnect from the other ranks."""
         self._stop()
-        if self._peers is not None:
-            self._peers.close()
-            self._peers = None
+        if self._failure_detector is not None:
+            self._failure_detector.close()
+            self._failure_detector = None
 
     def _stop(self) -> None:
         if not self._stopped.is_set():
@@ -140,22 +141,22 @@ class Watchdog(Callback):
             faulthandler.cancel_dump_traceback_later()
         if self._phases:
             self._phases = []
-            self._module.observers.remove(self)
+            self._module.phases.observers.remove(self)
 
     # -- phases -------------------------------------------------------------------------------------------------------
 
     def phase_begins(self, name: str) -> None:
-        """Start its clock."""
+        """Start the clock of a phase."""
         self._phases = [*self._phases, self._phase(name)]
 
     def phase_ends(self, name: str, seconds: float) -> None:
-        """Remember how long it took; what comes next begins now."""
+        """Record the duration; the time between phases starts here."""
         self._times[name].append(seconds)
         outer = self._phases[:-1]
         self._phases = outer if len(outer) > 1 else [self._phase("between")]
 
-    def _phase(self, name: str) -> Phase:
-        return Phase(name, monotonic(), self.limit(name))
+    def _phase(self, name: str) -> WatchedPhase:
+        return WatchedPhase(name, monotonic(), self.limit(name))
 
     def limit(self, name: str) -> float:
         """Seconds that the phase may take now."""
@@ -166,64 +167,64 @@ class Watchdog(Callback):
         return max(self.factor * median(self._times[name]), self.floor_seconds)
 
     def _watch(self, stopped: threading.Event) -> None:
-        """Look at the clock until told to stop."""
+        """Check the limits until ``stopped``."""
         while not stopped.wait(min(1.0, self.floor_seconds / 4)):
             if not (phases := self._phases):
                 continue
             late = next((phase for phase in reversed(phases) if monotonic() - phase.since > phase.limit_seconds), None)
             if late is not None and not _in_debugger():
-                self._bark(late)
-            # If the main thread holds the interpreter's lock, this one never runs again, and C code ends the process.
+                self._on_timeout(late)
+            # If the main thread holds the interpreter's lock, this thread never runs again, and faulthandler exits.
             left = min(phase.since + phase.limit_seconds for phase in phases) - monotonic()
             faulthandler.dump_traceback_later(max(left, 0.0) + self.floor_seconds, exit=True)
 
-    def _bark(self, phase: Phase) -> None:
+    def _on_timeout(self, phase: WatchedPhase) -> None:
         seconds = monotonic() - phase.since
-        told = (
-            f"phase {phase.name!r} of rollout {self._module.rollout_index} has taken {seconds:.0f} s, its limit is "
+        text = (
+            f"phase {phase.name!r} of rollout {self._module.state.rollouts} has taken {seconds:.0f} s, its limit is "
             f"{phase.limit_seconds:.0f} s"
         )
         if waiting := self._module.engine.pending:
-            told += f"; the engine has not answered for {', '.join(waiting[:8])}" + (", ..." if waiting[8:] else "")
-        _report(f"rank {rank()}: {told}", stacks=True)
-        if self._peers is not None:
-            self._peers.say(Word("stalled", rank(), told, EXIT_CODES.get(phase.name, OWN_PHASE)))
-        _exit(EXIT_CODES.get(phase.name, OWN_PHASE))
+            text += f"; the engine has not answered for {', '.join(waiting[:8])}" + (", ..." if waiting[8:] else "")
+        _report(f"rank {rank()}: {text}", stacks=True)
+        if self._failure_detector is not None:
+            self._failure_detector.send(Message("stalled", rank(), text, EXIT_CODES.get(phase.name, OTHER_PHASE)))
+        _exit(EXIT_CODES.get(phase.name, OTHER_PHASE))
 
     # -- other ranks --------------------------------------------------------------------------------------------------
 
-    def _hear(self, word: Word) -> None:
-        """What another rank says, or no longer says; in a thread of its own."""
-        if word.kind == "stalled":
-            _report(f"rank {rank()}: rank {word.rank} says: {word.text}", stacks=True)
-            _exit(word.code)
-        if word.kind == "gone":
-            _report(f"rank {rank()}: rank {word.rank} is gone: its process ended without a word (killed?){self._where}")
+    def _on_message(self, message: Message) -> None:
+        """Exit after a failure of another rank; called in the thread of the failure detector."""
+        if message.kind == "stalled":
+            _report(f"rank {rank()}: rank {message.rank} says: {message.text}", stacks=True)
+            _exit(message.code)
+        if message.kind == "gone":
+            _report(f"rank {rank()}: rank {message.rank} is gone: its process was killed or crashed{self._where}")
             self._lost.set()
-            sleep(3.0)  # let the main thread say what it felt of it
-        elif self._stopped.wait(1.0):  # the same has happened here
+            sleep(3.0)  # the main thread may report the error that this caused
+        elif self._stopped.wait(1.0):  # this rank has failed as well
             return
         else:
-            _report(f"rank {rank()}: rank {word.rank} failed: {word.text}{self._where}")
+            _report(f"rank {rank()}: rank {message.rank} failed: {message.text}{self._where}")
             if self._stopped.wait(GRACE_SECONDS):
                 return
         _exit(LOST)
 
     @property
     def _where(self) -> str:
-        return f"; phase {self._phases[-1].name!r} of rollout {self._module.rollout_index}" if self._phases else ""
+        return f"; phase {self._phases[-1].name!r} of rollout {self._module.state.rollouts}" if self._phases else ""
 
 
 def _report(text: str, *, stacks: bool = False) -> None:
-    """Past Python's buffers and locks, which others may hold."""
+    """Write to standard error directly, since other threads may hold Python's buffers and locks."""
     os.write(2, f"\n[watchdog] {redact(text)}\n".encode())
     if stacks:
         faulthandler.dump_traceback(2)
 
 
 def _exit(code: int) -> None:
-    """At once: nothing that hangs is asked to clean up."""
-    sleep(0.5)  # what was said to the other ranks gets there
+    """Exit at once, without cleaning up what may hang."""
+    sleep(0.5)  # messages to the other ranks are delivered
     os._exit(code)
 
 

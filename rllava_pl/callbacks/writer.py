@@ -1,4 +1,4 @@
-"""What ``predict`` answered, as a file."""
+"""The answers of ``predict`` as a file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rllava_pl.callbacks.files import run_directory, shown
 from rllava_pl.checkpoint.atomic import write_text
 from rllava_pl.distributed.collectives import world_size
-from rllava_pl.types import Rollout
+from rllava_pl.types import Json, Rollout
 
-Row = dict[str, str | int]
+Row = dict[str, Json]
 
 
 class RolloutWriter(Callback):
-    """Writes the answers of ``predict`` as JSON lines, in the order of the rows, whatever the number of ranks.
+    """Writes the answers of ``predict`` as JSON lines, in the order of the data set on any number of ranks.
 
     One line: ``{"uid": "digits:17", "text": "<answer>4</answer>", "answer": "4", "finish_reason": "stop",
-    "response_tokens": 4}``; ``answer`` is the expected one. The file appears when all is done.
+    "response_tokens": 4}``, where ``answer`` is the expected one. The file is written at the end.
 
     Args:
         path: File to write; by default ``predictions.jsonl`` in the run's folder.
@@ -33,7 +33,7 @@ class RolloutWriter(Callback):
         self._rows: list[Row] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
+        """Start with no rows."""
         self._rows = []
 
     def on_predict_batch_end(
@@ -45,7 +45,7 @@ class RolloutWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep what the file needs; the rollouts themselves may go."""
+        """Keep the rows of the file, without tensors and images."""
         self._rows += [_row(rollout) for rollout in outputs]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,7 +68,7 @@ def _row(rollout: Rollout) -> Row:
 
 
 def _of_all_ranks(rows: list[Row]) -> list[Row]:
-    """Rank r of W has rows r, r + W, r + 2W, ... of the split."""
+    """Interleave the rows: rank r of W has rows r, r + W, r + 2W, ... of the split."""
     if world_size() == 1:
         return rows
     parts: list[list[Row]] = [[] for _ in range(world_size())]

@@ -51,7 +51,7 @@ def test_a_rollout_is_given_up_at_once_and_the_boundary_before_it_saved(tmp_path
     _, module = fit_until(Ask("rollout", signal.SIGTERM), tmp_path, callbacks=[callback])
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["rollout-000001.ckpt"]
     assert manifest.check(Path(callback.last_path)).updates == module.weight_version == 2
-    assert "go on with --ckpt_path last" in caplog.text
+    assert "resume with --ckpt_path last" in caplog.text
 
 
 def test_an_update_that_has_begun_is_brought_to_the_end_of_the_pass(tmp_path):
