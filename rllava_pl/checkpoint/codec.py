@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from rllava_pl.types import (
     TrainingBatch,
 )
 
-Plain: TypeAlias = "bool | int | float | str | Tensor | list[Plain] | tuple[Plain, ...] | dict[str, Plain] | None"
+Plain: TypeAlias = "bool | int | float | str | Tensor | list[Plain] | tuple[Plain, ...] | Mapping[str, Any] | None"
 """What ``torch.load(..., weights_only=True)`` reads."""
 
 KIND = "kind"
@@ -67,18 +67,18 @@ def encode(value: object) -> Encoded:
     return {"value": encoder.node(value), "tensors": encoder.tensors, "objects": encoder.objects}
 
 
-def decode(plain: Encoded | Mapping[str, Any]) -> object:
+def decode(plain: Encoded | Plain) -> object:
     """The value that was encoded; mappings come back as dictionaries.
 
     Raises:
         ValueError: It is nothing that this version of ``encode`` returns.
     """
     try:
-        tensors, objects = plain["tensors"], plain["objects"]
-        decoder = _Decoder(tensors)
-        for entry in objects:
+        encoded = cast(Encoded, plain)
+        decoder = _Decoder(encoded["tensors"])
+        for entry in encoded["objects"]:
             decoder.objects.append(decoder.value(entry))
-        return decoder.value(plain["value"])
+        return decoder.value(encoded["value"])
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"no encoded value of this version: {type(error).__name__}: {error}") from error
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,7 +26,7 @@ Tensors: TypeAlias = Mapping[str, "Shard | Tensor"]
 """By name; a plain tensor is equal on all ranks that have it."""
 
 FILE_BYTES = 1 << 29
-"""A file is serialised in memory before it is written; a rank starts another one at this size."""
+"""A file is serialised in memory before it is written, so a rank divides its shards into files of at most this size."""
 
 
 class _Range(Tensor):
@@ -74,11 +73,12 @@ def save(tensors: Tensors, directory: Path) -> None:
     sizes: dict[str, int] = {}
     for part in gather_objects(own):
         sizes |= {name: max(size, sizes.get(name, 0)) for name, size in part.items()}
-    file_of = {name: 1 + total // FILE_BYTES for name, total in zip(sizes, accumulate(sizes.values()), strict=True)}
-    numbers = {number: k for k, number in enumerate(sorted(set(file_of.values())), 1)}
-    writer = HuggingFaceStorageWriter(
-        str(directory), {name: numbers[number] for name, number in file_of.items()}, save_distributed=True
-    )
+    file_of, number, filled = {}, 1, 0
+    for name, size in sizes.items():
+        if filled and filled + size > FILE_BYTES:
+            number, filled = number + 1, 0
+        file_of[name], filled = number, filled + size
+    writer = HuggingFaceStorageWriter(str(directory), file_of, save_distributed=True)
     with _os_errors(directory):
         dcp.save(_ranges(tensors), storage_writer=writer)
 

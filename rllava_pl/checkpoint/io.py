@@ -1,4 +1,4 @@
-"""Checkpoint files that appear whole or not at all, know what they hold, and are read with care."""
+"""Checkpoints in one file: written in one step, with a manifest, and read as tensors and plain data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from rllava_pl.checkpoint.atomic import flush, locked, remove, remove_leftovers,
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to disk, then renames; a kill or a full disk leaves the old file as it was.
+    """Writes a temporary file, flushes it, then renames it; a kill or a full disk leaves the old file unchanged.
 
-    The bytes are streamed to the file, so that a checkpoint never needs a second copy of itself in memory. Addresses
-    of remote stores (``s3://...``) are left to Lightning.
+    The bytes are streamed to the file, so that saving needs no second copy of the checkpoint in memory. Remote
+    addresses (``s3://...``) are left to Lightning.
     """
 
     def __init__(self) -> None:
-        self._swept: set[Path] = set()
+        self._cleaned: set[Path] = set()
+        """Directories without leftovers of earlier processes."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, object], path: str | Path, storage_options: object | None = None
@@ -32,30 +33,39 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Replace ``path`` by the new checkpoint in one step.
 
         Raises:
-            OSError: The file could not be written, with the bytes that are needed and free; ``path`` is as it was.
+            OSError: The file could not be written; states the bytes needed and free. ``path`` is unchanged.
         """
         if _is_remote(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._sweep(target.parent)
-        draft = temporary_beside(target)
+        if target.parent not in self._cleaned:
+            remove_leftovers(target.parent, r".+\.ckpt")
+            self._cleaned.add(target.parent)
+        temporary = temporary_beside(target)
         needed = bytes_of(checkpoint)
+        facts = checkpoint.get(manifest.FACTS)
         try:
-            _require_space(needed, target)
-            with draft.open("wb") as file, locked(draft):
-                manifest.save_archive(checkpoint, file, _facts(checkpoint))
+            if needed > shutil.disk_usage(target.parent).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with temporary.open("wb") as file, locked(temporary):
+                manifest.save_archive(checkpoint, file, facts if isinstance(facts, Mapping) else {})
                 file.flush()
-                flush(draft)
-                (replace_directory if target.is_dir() else Path.replace)(draft, target)
+                flush(temporary)
+                (replace_directory if target.is_dir() else Path.replace)(temporary, target)
             flush(target.parent)
         except (OSError, RuntimeError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__  # torch hides what the file said
+            cause = error if isinstance(error, OSError) else error.__context__  # torch raises a RuntimeError of its own
             if not isinstance(cause, OSError):
                 raise
-            raise OSError(cause.errno, _failure(target, needed, cause)) from cause
+            free = shutil.disk_usage(target.parent).free
+            raise OSError(
+                cause.errno,
+                f"{target} could not be written ({cause.strerror}): it needs {needed:,} bytes, {free:,} are free; the "
+                "previous file is unchanged",
+            ) from cause
         finally:
-            remove(draft)
+            remove(temporary)
 
     def load_checkpoint(
         self,
@@ -63,23 +73,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a file, as tensors and plain data alone unless ``weights_only=False`` says otherwise.
+        """Read a file, as tensors and plain data only unless ``weights_only`` is False.
 
         Raises:
-            DamagedCheckpoint: The file is not what its manifest says.
+            DamagedCheckpoint: The file differs from its manifest.
             ValueError: It is a directory, which only the strategy that wrote it can read.
         """
+        if not _is_remote(path) and Path(path).is_dir():
+            raise ValueError(
+                f"{path} is a directory, saved by a sharded strategy, and resumes under that strategy only; to use its "
+                "weights, export them with ExportHF and name the export as the policy's path"
+            )
         if not _is_remote(path) and Path(path).exists():
-            _refuse_directory(Path(path))
             refuse_damaged(Path(path))
         only = True if weights_only is None else weights_only
         return super().load_checkpoint(path, map_location, only)
-
-    def _sweep(self, directory: Path) -> None:
-        """Remove what killed processes left, before the first file of this one."""
-        if directory not in self._swept:
-            remove_leftovers(directory, r".+\.ckpt")
-            self._swept.add(directory)
 
 
 def bytes_of(checkpoint: object) -> int:
@@ -102,43 +110,17 @@ def _is_remote(path: str | Path) -> bool:
     return "://" in os.fspath(path)
 
 
-def _facts(checkpoint: Mapping[str, object]) -> Mapping[str, object]:
-    facts = checkpoint.get(manifest.FACTS)
-    return facts if isinstance(facts, Mapping) else {}
-
-
-def _require_space(needed: int, target: Path) -> None:
-    if needed > shutil.disk_usage(target.parent).free:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _failure(target: Path, needed: int, cause: OSError) -> str:
-    free = shutil.disk_usage(target.parent).free
-    return (
-        f"{target} could not be written ({cause.strerror}): it needs {needed:,} bytes, {free:,} are free; what was "
-        "there before is untouched"
-    )
-
-
-def _refuse_directory(path: Path) -> None:
-    if path.is_dir():
-        raise ValueError(
-            f"{path} is a directory, saved by a sharded strategy, and goes on under that strategy only; for the "
-            "weights alone, name the directory that ExportHF wrote as the policy's path"
-        )
-
-
 def refuse_damaged(path: Path) -> None:
     """Compare a file or directory with its manifest, if it has one.
 
     Raises:
-        DamagedCheckpoint: Naming it, what is wrong, and what to do.
+        DamagedCheckpoint: Naming the path, what is wrong, and what to do.
     """
     try:
         manifest.check(path)
-    except manifest.NoManifest:  # of another program
+    except manifest.NoManifest:  # written by another program
         return
     except manifest.DamagedCheckpoint as error:
         raise manifest.DamagedCheckpoint(
-            f"{path} is damaged: {error}; `--ckpt_path last` takes the newest whole one"
+            f"{path} is damaged: {error}; `--ckpt_path last` resumes the newest intact one"
         ) from None

@@ -1,8 +1,8 @@
-"""What a checkpoint says of itself: sizes and SHA-256 of its files, how far the run was, and what wrote it.
+"""The manifest of a checkpoint: sizes and SHA-256 of its files, progress of the run, versions that wrote it.
 
 A sharded checkpoint is a directory with a ``manifest.json``. A checkpoint in one file is what ``torch.save`` writes, a
-ZIP archive, and its manifest is the archive's comment: one rename commits both, ``torch.load`` reads the file as ever,
-``unzip -z FILE`` prints the manifest, and a copy of the file is a copy of the whole.
+ZIP archive, and its manifest is the comment of the archive: one rename commits both, ``torch.load`` reads the file as
+usual, ``unzip -z FILE`` prints the manifest, and a copy of the file has it, too.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from rllava_pl.distributed.collectives import world_size
 
 FORMAT = 1
 NAME = "manifest.json"
-"""Of a directory's manifest."""
+"""File name of a directory's manifest."""
 FACTS = "rllava_pl"
-"""Key of a Lightning checkpoint under which a module leaves the facts for the manifest."""
+"""Key of a Lightning checkpoint under which a module stores the facts for the manifest."""
 ARCHIVE = "archive"
-"""Name, in the manifest of a single file, of all before the comment."""
+"""Name, in the manifest of a single file, for everything before the comment."""
 END = struct.Struct("<H")
 """Last field of a ZIP archive before the comment: the comment's length."""
 
-_found_whole: set[tuple[Path, tuple[int, ...]]] = set()
-"""Checkpoints that this process has read, with the times at which they last changed."""
+_intact: set[tuple[Path, tuple[int, ...]]] = set()
+"""Checkpoints that this process has checked, with the times at which they last changed."""
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was saved, or cannot tell."""
+    """A checkpoint differs from what was saved, or has no readable manifest."""
 
 
 class NoManifest(DamagedCheckpoint):
-    """A checkpoint of another program."""
+    """A checkpoint that another program wrote."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a file must hold."""
+    """Size and hash of a file."""
 
     bytes: int
     sha256: str
@@ -56,22 +56,22 @@ class Content:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was committed. Counters are 0 where whoever saved it has none."""
+    """What was saved. Counters are 0 if the module has none."""
 
     files: Mapping[str, Content]
     """By path within the directory."""
     rollouts: int = 0
-    """Passes of the loop that were done."""
+    """Finished passes of the loop."""
     updates: int = 0
-    """Optimizer steps that were done."""
+    """Optimizer steps."""
     config_sha256: str = ""
-    """Of the options that the module was built with."""
+    """Hash of the options that the module was built with."""
     world_size: int = field(default_factory=world_size)
-    """Ranks that wrote it."""
+    """Number of ranks that wrote it."""
     saved_at_ns: int = field(default_factory=time.time_ns)
-    """Since 1970; tells the newest of several."""
+    """Time since 1970; decides which of several is the newest."""
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
-    """Of the packages that wrote it."""
+    """Versions of the packages that wrote it."""
     format: int = FORMAT
 
     def dumps(self) -> str:
@@ -100,14 +100,14 @@ class Manifest:
             counters = {name: int(body[name]) for name in ("rollouts", "updates", "world_size", "saved_at_ns")}
             return cls(files, config_sha256=str(body["config_sha256"]), versions=dict(body["versions"]), **counters)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise DamagedCheckpoint(f"its manifest lacks a field or holds a wrong one: {error!r}") from None
+            raise DamagedCheckpoint(f"a field of its manifest is missing or wrong: {error!r}") from None
 
 
 def read(checkpoint: Path) -> Manifest:
-    """The manifest of a file or directory, with a look at names and sizes but not at the content.
+    """The manifest of a file or directory; compares names and sizes, but not contents.
 
     Raises:
-        DamagedCheckpoint: There is none, or a file is missing, too many or not of the size it should have.
+        DamagedCheckpoint: There is no manifest, or a file is missing, unexpected or of another size.
     """
     manifest, sizes = _of_directory(checkpoint) if checkpoint.is_dir() else _of_file(checkpoint)
     for name in sorted(sizes.keys() | manifest.files.keys()):
@@ -118,28 +118,28 @@ def read(checkpoint: Path) -> Manifest:
 
 
 def check(checkpoint: Path) -> Manifest:
-    """Read the whole checkpoint and compare it with its manifest; once, unless a file changes.
+    """Compare the contents of a checkpoint with its manifest; only once unless a file changes.
 
     Raises:
-        DamagedCheckpoint: Saying what differs.
+        DamagedCheckpoint: Naming what differs.
     """
     manifest = read(checkpoint)
     state = (checkpoint.absolute(), _changes_ns(checkpoint))
-    if state in _found_whole:
+    if state in _intact:
         return manifest
     for name, content in manifest.files.items():
         digest = _digest_of_archive(checkpoint, content.bytes) if name == ARCHIVE else digest_of(checkpoint / name)
         if digest != content.sha256:
             raise DamagedCheckpoint(f"{name} was changed: its SHA-256 is not the one in the manifest")
-    _found_whole.add(state)
+    _intact.add(state)
     return manifest
 
 
 def newest(checkpoints: Iterable[Path]) -> Path | None:
-    """The newest checkpoint that is whole, None if there are none at all; damaged newer ones are named in a warning.
+    """The newest intact checkpoint, None if there are no checkpoints; a warning names the damaged ones.
 
     Raises:
-        DamagedCheckpoint: There are some, but none is whole.
+        DamagedCheckpoint: All of them are damaged.
     """
     found: dict[Path, Manifest] = {}
     damaged: dict[Path, str] = {}
@@ -155,10 +155,10 @@ def newest(checkpoints: Iterable[Path]) -> Path | None:
             damaged[path] = str(error)
             continue
         if damaged:
-            rank_zero_warn(f"going on from {path}, the newest that is whole; damaged: {_listing(damaged)}")
+            rank_zero_warn(f"resuming {path}, the newest intact checkpoint; damaged: {_listing(damaged)}")
         return path
     if damaged:
-        raise DamagedCheckpoint(f"no checkpoint is whole: {_listing(damaged)}; to start anew, move them away")
+        raise DamagedCheckpoint(f"no checkpoint is intact: {_listing(damaged)}; to start a new run, move them away")
     return None
 
 
@@ -173,9 +173,9 @@ def digest_of(path: Path) -> str:
 
 
 def save_archive(checkpoint: Mapping[str, object], file: BinaryIO, facts: Mapping[str, object]) -> None:
-    """``torch.save`` with a manifest; streams and hashes as it goes, so that memory and disk are gone through once."""
+    """``torch.save`` with a manifest; hashes while it writes, so that nothing is read twice."""
     writer = _HashingWriter(file)
-    torch.save(checkpoint, writer)  # type: ignore[arg-type]  # write and flush are all it needs
+    torch.save(checkpoint, writer)  # type: ignore[arg-type]  # it calls write and flush only
     content = Content(file.tell(), writer.digest.hexdigest())
     comment = Manifest({ARCHIVE: content}, **facts).dumps().encode()  # type: ignore[arg-type]
     file.seek(-END.size, 2)
@@ -183,7 +183,7 @@ def save_archive(checkpoint: Mapping[str, object], file: BinaryIO, facts: Mappin
 
 
 class _HashingWriter:
-    """Hashes what is written to a file, which comes in order."""
+    """Hashes what is written to a file; torch writes sequentially."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -221,17 +221,17 @@ def _changes_ns(checkpoint: Path) -> tuple[int, ...]:
 
 
 def names_in(directory: Path) -> list[str]:
-    """Files below a directory, sorted."""
+    """Paths of all files in a directory, relative to it, sorted."""
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
 def _digest_of_archive(path: Path, size: int) -> str:
-    """As of the archive before its comment was added."""
+    """SHA-256 of the archive as it was before the comment was added."""
     digest, left = hashlib.sha256(), size - END.size
     with path.open("rb") as file:
-        while piece := file.read(min(left, 1 << 20)):
-            digest.update(piece)
-            left -= len(piece)
+        while chunk := file.read(min(left, 1 << 20)):
+            digest.update(chunk)
+            left -= len(chunk)
     digest.update(END.pack(0))
     return digest.hexdigest()
 

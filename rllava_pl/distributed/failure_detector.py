@@ -1,8 +1,7 @@
-"""A line between ranks, on which the death of a process is heard at once.
+"""Detection of ranks that ended or failed, over a TCP connection from every rank to rank 0.
 
-A collective call waits for a dead rank until its own time-out, and its error names an address at best. The operating
-system closes the connections of a process that ends, however it ends; so every rank keeps one to rank 0, which passes
-on what it hears.
+A collective waits for a dead rank until its own time-out, and its error names an address at best. The operating system
+closes the connections of a process that ends, in whatever way; rank 0 forwards what it detects to the other ranks.
 """
 
 from __future__ import annotations
@@ -21,41 +20,42 @@ from typing import Literal, NamedTuple
 from rllava_pl.distributed.collectives import gather_objects, rank, world_size
 
 Kind = Literal["gone", "failed", "stalled", "bye"]
-PATIENCE_SECONDS = 30.0
-"""For all ranks to take up the line."""
-LONGEST = 4096
-"""Bytes of a word."""
+CONNECT_SECONDS = 30.0
+"""For all ranks to connect."""
+MAX_BYTES = 4096
+"""Received at a time; at least the length of a message."""
 
 
-class Word(NamedTuple):
-    """What is said on the line."""
+class Message(NamedTuple):
+    """What one rank sends to all others."""
 
     kind: Kind
-    """``gone``: a process ended without a word; ``failed``: with an exception; ``stalled``: a phase takes too long."""
+    """``gone``: its connection broke; ``failed``: an exception; ``stalled``: a phase takes too long; ``bye``: it ends
+    normally."""
     rank: int
-    """Of whom it is said."""
+    """The rank that this is about."""
     text: str = ""
-    """What there is to say of it."""
+    """Details for the log."""
     code: int = 0
-    """Exit code that belongs to it."""
+    """Exit code."""
 
 
-class Peers:
-    """This rank's end of the line; all ranks build theirs together. The ranks of one machine talk over loopback.
+class FailureDetector:
+    """Connects this rank to all others; all ranks construct theirs together. One machine uses the loopback interface.
 
     Args:
-        heard: Called, in a thread of its own, with every word of another rank but its ``bye``.
-        machines: Number of machines the ranks are on.
+        on_message: Called, in another thread, with every message of another rank except ``bye``.
+        machines: Number of machines of the run.
 
     Raises:
-        OSError: Not all ranks could take up the line.
+        OSError: Not all ranks could connect.
     """
 
-    def __init__(self, heard: Callable[[Word], None], machines: int = 1) -> None:
+    def __init__(self, on_message: Callable[[Message], None], machines: int = 1) -> None:
         self._rank = rank()
-        self._heard = heard
-        self._lines: dict[int, socket.socket] = {}
-        self._rest: dict[int, bytes] = {}
+        self._on_message = on_message
+        self._connections: dict[int, socket.socket] = {}
+        self._incomplete: dict[int, bytes] = {}
         self._left: set[int] = set()
         self._lock = threading.Lock()
         local = machines == 1
@@ -64,92 +64,92 @@ class Peers:
         port, token = gather_objects(own)[0]
         try:
             if server:
-                self._take_calls(server, token)
+                self._accept_all(server, token)
             else:
-                self._call("127.0.0.1" if local else os.environ["MASTER_ADDR"], port, token)
+                self._connect("127.0.0.1" if local else os.environ["MASTER_ADDR"], port, token)
         except OSError:
-            self.close()  # who did get through must not take it for a death
+            self.close()  # the ranks that are connected must not take it for a failure
             raise
-        atexit.register(self.close)  # who leaves in order, by whatever exception, is not dead
-        threading.Thread(target=self._listen, name="peers", daemon=True).start()
+        atexit.register(self.close)  # an exit after an exception is not a broken connection
+        threading.Thread(target=self._receive_all, name="failure-detector", daemon=True).start()
 
-    def say(self, word: Word) -> None:
-        """Tell all other ranks; what cannot be delivered is nobody's concern any more."""
-        self._send(word, self._lines)
+    def send(self, message: Message) -> None:
+        """Send to all other ranks; one that cannot be reached is reported by its own connection."""
+        self._send(message, self._connections)
 
     def close(self) -> None:
-        """Leave; the others do not take it for a death. Idempotent."""
+        """Announce a normal end, which the other ranks do not report. Idempotent."""
         if self._rank not in self._left:
             self._left.add(self._rank)
-            self.say(Word("bye", self._rank))
+            self.send(Message("bye", self._rank))
 
-    def _take_calls(self, server: socket.socket, token: str) -> None:
+    def _accept_all(self, server: socket.socket, token: str) -> None:
         with server:
-            server.settimeout(PATIENCE_SECONDS)
-            while len(self._lines) < world_size() - 1:
-                line, _ = server.accept()
-                _keep_alive(line)
+            server.settimeout(CONNECT_SECONDS)
+            while len(self._connections) < world_size() - 1:
+                connection, _ = server.accept()
+                _keep_alive(connection)
                 try:
-                    greeting = line.recv(LONGEST).decode(errors="replace").split()
+                    greeting = connection.recv(MAX_BYTES).decode(errors="replace").split()
                 except OSError:
                     greeting = []
                 if len(greeting) == 2 and hmac.compare_digest(greeting[0].encode(), token.encode()):
-                    self._lines[int(greeting[1])] = line
-                    line.sendall(b"\n")
-                else:  # a stranger
-                    line.close()
+                    self._connections[int(greeting[1])] = connection
+                    connection.sendall(b"\n")
+                else:  # not a rank of this run
+                    connection.close()
 
-    def _call(self, host: str, port: int, token: str) -> None:
-        line = socket.create_connection((host, port), timeout=PATIENCE_SECONDS)
-        _keep_alive(line)
-        line.sendall(f"{token} {self._rank}".encode())
-        if not line.recv(1):
-            raise OSError("rank 0 did not accept this rank on the line between ranks")
-        self._lines[0] = line
+    def _connect(self, host: str, port: int, token: str) -> None:
+        connection = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
+        _keep_alive(connection)
+        connection.sendall(f"{token} {self._rank}".encode())
+        if not connection.recv(1):
+            raise OSError("rank 0 did not accept the connection of this rank")
+        self._connections[0] = connection
 
-    def _listen(self) -> None:
-        """Until every line has ended."""
-        with selectors.DefaultSelector() as waiting:
-            for peer, line in self._lines.items():
-                waiting.register(line, selectors.EVENT_READ, peer)
-            while waiting.get_map():
-                for key, _ in waiting.select():
-                    line, peer = self._lines[key.data], int(key.data)
-                    if not self._receive(line, peer):
-                        waiting.unregister(line)
+    def _receive_all(self) -> None:
+        """Run until every connection is closed."""
+        with selectors.DefaultSelector() as selector:
+            for sender, connection in self._connections.items():
+                selector.register(connection, selectors.EVENT_READ, sender)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    connection, sender = self._connections[key.data], int(key.data)
+                    if not self._receive(connection, sender):
+                        selector.unregister(connection)
 
-    def _receive(self, line: socket.socket, peer: int) -> bool:
-        """One portion of a line; False at its end."""
+    def _receive(self, connection: socket.socket, sender: int) -> bool:
+        """Handle the bytes that have arrived; False at the end of the connection."""
         try:
-            portion = line.recv(LONGEST)
-        except OSError:  # reset, or a machine that no longer answers
-            portion = b""
-        *texts, self._rest[peer] = (self._rest.get(peer, b"") + portion).split(b"\n")
-        words = [Word(*json.loads(text)) for text in texts]
-        if not portion and peer not in self._left:
-            words = [Word("gone", peer)]
-        for word in words:
+            data = connection.recv(MAX_BYTES)
+        except OSError:  # reset, or the machine does not answer any more
+            data = b""
+        *lines, self._incomplete[sender] = (self._incomplete.get(sender, b"") + data).split(b"\n")
+        messages = [Message(*json.loads(line)) for line in lines]
+        if not data and sender not in self._left:
+            messages = [Message("gone", sender)]
+        for message in messages:
             if self._rank == 0:
-                self._send(word, set(self._lines) - {peer})
-            if word.kind in ("bye", "gone"):
-                self._left.add(word.rank)
-            if word.kind != "bye":
-                self._heard(word)
-        return bool(portion)
+                self._send(message, set(self._connections) - {sender})
+            if message.kind in ("bye", "gone"):
+                self._left.add(message.rank)
+            if message.kind != "bye":
+                self._on_message(message)
+        return bool(data)
 
-    def _send(self, word: Word, to: Iterable[int]) -> None:
+    def _send(self, message: Message, receivers: Iterable[int]) -> None:
         with self._lock:
-            for peer in to:
+            for receiver in receivers:
                 try:
-                    self._lines[peer].sendall(json.dumps(word).encode() + b"\n")
+                    self._connections[receiver].sendall(json.dumps(message).encode() + b"\n")
                 except OSError:
-                    continue  # gone: its own line will say so
+                    continue  # reported when its connection is read
 
 
-def _keep_alive(line: socket.socket) -> None:
-    """A machine that lost its power closes nothing: ask it after ten silent seconds, and four times in all."""
-    line.settimeout(PATIENCE_SECONDS)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_KEEPIDLE"):  # Linux; elsewhere the system's own times hold
+def _keep_alive(connection: socket.socket) -> None:
+    """Detect a machine that lost power, which closes nothing: probe after ten silent seconds, and four times in all."""
+    connection.settimeout(CONNECT_SECONDS)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):  # Linux; other systems use their own times
         for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 4), ("TCP_KEEPCNT", 4)):
-            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

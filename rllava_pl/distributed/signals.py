@@ -1,7 +1,7 @@
-"""Signals that ask a run to leave: noted when they come, acted upon where all ranks can leave together.
+"""Signals that request the end of a run: recorded when they arrive, acted upon where all ranks can stop together.
 
 A handler may run between any two lines of Python, in the middle of an optimizer step or while other ranks wait in a
-collective. So it only takes a note; the run looks at the note at places where its state can be saved.
+collective. It therefore only records the signal; the run checks the record where its state can be saved.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rllava_pl.distributed.collectives import gather_objects
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1) if os.name == "posix" else (signal.SIGTERM,)
-"""In rising order of precedence: a requeue (SIGUSR1, from SLURM) must not get lost behind the SIGTERM that follows."""
+"""In rising order of precedence: SIGUSR1 (SLURM's requeue) must not be hidden by the SIGTERM that follows it."""
 EXIT_CODE = 143
-"""What shells and schedulers know as "ended by SIGTERM"."""
+"""What shells and schedulers report for a process that SIGTERM ended."""
 
 
 class Interrupted(SIGTERMException):
-    """Ends the run on every rank, with exit code 143; callbacks see it in ``on_exception`` and may save.
+    """Ends the run on every rank, with exit code 143; callbacks get it in ``on_exception`` and may save.
 
     Args:
-        number: Of the signal.
+        number: The signal's number.
     """
 
     def __init__(self, number: int) -> None:
@@ -36,65 +36,65 @@ class Interrupted(SIGTERMException):
 
 
 class Aborted(Exception):
-    """Stops this rank's sampling; whoever catches it asks the other ranks with ``leave_if_asked``."""
+    """Stops sampling on this rank; the code that catches it calls ``stop_if_signalled`` on all ranks."""
 
 
-class _Note:
-    """What the handlers of this process have seen."""
+class _Record:
+    """The handler, and what it has received in this process."""
 
     def __init__(self) -> None:
-        self.seen = 0
-        """0, or 1 + the place of the signal in ``WATCHED``."""
+        self.received = 0
+        """0, or 1 + the position of the signal in ``WATCHED``."""
         self.process = 0
         self.earlier: dict[int, Any] = {}
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a child that was forked since: not its note
+        if os.getpid() != self.process:  # a child that was forked later has the default action
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.seen = max(self.seen, 1 + WATCHED.index(signal.Signals(number)))
+        self.received = max(self.received, 1 + WATCHED.index(signal.Signals(number)))
 
 
-_note = _Note()
+_record = _Record()
 
 
-def watch() -> None:
-    """Take notes from now on; what was installed before is kept for ``pass_on``. Only the main thread can."""
+def install_handlers() -> None:
+    """Install the handler, in the main thread only; ``call_previous_handler`` has the handlers that it replaces."""
     if threading.current_thread() is not threading.main_thread():
         return
-    if signal.getsignal(signal.SIGTERM) is not _note:  # a validation inside a fit must not lose the note
-        _note.seen, _note.process = 0, os.getpid()
-        _note.earlier = {number: signal.signal(number, _note) for number in WATCHED}
+    if signal.getsignal(signal.SIGTERM) is not _record:  # a validation inside a fit must not clear the record
+        _record.received, _record.process = 0, os.getpid()
+        _record.earlier = {number: signal.signal(number, _record) for number in WATCHED}
 
 
-def asked() -> bool:
-    """Whether a signal has come to this process."""
-    return _note.seen > 0
+def signalled() -> bool:
+    """Whether this process has received a signal."""
+    return _record.received > 0
 
 
-def abort_if_asked() -> None:
+def abort_if_signalled() -> None:
     """Stop sampling on this rank alone.
 
     Raises:
-        Aborted: A signal has come.
+        Aborted: This process has received a signal.
     """
-    if asked():
+    if signalled():
         raise Aborted
 
 
-def leave_if_asked() -> None:
-    """Leave on all ranks if a signal has come to any of them. Collective.
+def stop_if_signalled() -> None:
+    """Stop on all ranks if any of them has received a signal; collective.
 
     Raises:
-        Interrupted: It has.
+        Interrupted: One has.
     """
-    if seen := max(gather_objects(_note.seen)):
-        raise Interrupted(WATCHED[seen - 1])
+    if received := max(gather_objects(_record.received)):
+        raise Interrupted(WATCHED[received - 1])
 
 
-def pass_on(number: int) -> None:
-    """Call the handler that was there before, such as Lightning's, which puts a SLURM job back into its queue."""
-    earlier = _note.earlier.get(number)
+def call_previous_handler(number: int) -> None:
+    """Call the handler that was installed before, such as Lightning's, which requeues a SLURM job."""
+    earlier = _record.earlier.get(number)
     if callable(earlier):
         cast("Callable[[int, FrameType | None], object]", earlier)(number, None)

@@ -199,8 +199,9 @@ class RLFSDPStrategy(FullyShardedStrategy, FSDPStrategy):
         """A forward without a backward leaves the parameters of the root gathered."""
         from torch.distributed.fsdp._runtime_utils import _reshard
 
-        if self._wrapped is not None and self._wrapped._handle is not None:
-            _reshard(self._wrapped, self._wrapped._handle, free_unsharded_flat_param=True)
+        handle = cast("FullyShardedDataParallel", self._wrapped)._handle
+        if handle is not None and handle.uses_sharded_strategy:  # a single rank shards nothing
+            _reshard(self._wrapped, handle, free_unsharded_flat_param=True)
 
     def shards(self) -> dict[int, Shard]:
         """A parameter is a range of the flat parameter of its unit, of which every rank holds an equal range."""
