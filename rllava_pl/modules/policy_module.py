@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from rllava_pl.checkpoint import manifest
-from rllava_pl.checkpoint.batch_progress import begin_anew
+from rllava_pl.checkpoint.batch_progress import restart_interrupted
 from rllava_pl.checkpoint.io import AtomicCheckpointIO
 from rllava_pl.distributed import signals
 from rllava_pl.distributed.collectives import gather_objects, world_size
@@ -222,13 +222,13 @@ class PolicyModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Note signals from now on, in place of Lightning's handlers, which act in the middle of a step."""
-        signals.watch()
+        signals.install_handlers()
 
     def on_validation_start(self) -> None:
         """Give the updater the strategy; note signals from now on."""
         self.updater.connect(adapter_for(self.trainer.strategy), Path(self.trainer.default_root_dir))
         self.evaluator.connect(self.engine)
-        signals.watch()
+        signals.install_handlers()
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -258,7 +258,7 @@ class PolicyModule(LightningModule):
             "config_sha256": hashlib.sha256(options.encode()).hexdigest(),
             "saved_at_ns": state.saved_at_ns,
         }
-        begin_anew(checkpoint["loops"]["fit_loop"], self.trainer)
+        restart_interrupted(checkpoint["loops"]["fit_loop"], self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fill in the frozen weights, so that loading stays strict about everything else.
