@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rllava_pl.rollout.common import BatchEngine
 from rllava_pl.rollout.engine import ManagedEngine
 from rllava_pl.rollout.sync_check import FULL_PRECISION, HALF_PRECISION, GapLimit, SyncCheck
 from rllava_pl.strategies.adapter import adapter_for
@@ -96,17 +97,6 @@ class TransformersRollout(RolloutCallback):
         )
 
 
-class CopiedWeights(RolloutEngine, Protocol):
-    """An engine that samples with a copy of the policy's weights."""
-
-    policy: Policy
-    images: int
-
-    @property
-    def context_tokens(self) -> int:
-        """Longest prompt and response together."""
-
-
 class SyncCheckedRollout(RolloutCallback):
     """A rollout callback that compares engine and trainer after syncs; base of those whose engine has a copy.
 
@@ -141,7 +131,7 @@ class SyncCheckedRollout(RolloutCallback):
         if not self.sync_check_every:
             return
         if self._sync_check is None:  # only after the first sync is it known how long a prompt a server takes
-            engine = cast(CopiedWeights, managed.engine)
+            engine = cast(BatchEngine, managed.engine)
             full = self.engine_dtype(engine.policy) == torch.float32
             limit = FULL_PRECISION if full else HALF_PRECISION
             if self.sync_check_limit:

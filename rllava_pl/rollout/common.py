@@ -1,46 +1,120 @@
-"""What engines share: checks of a request, the sampling parameters of vLLM, and how answers are read."""
+"""What engines share: one batch for each ``start``, checks of requests, parameters and samples of vLLM."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+
+import torch
 
 from rllava_pl.models.encoding import unexpanded_ids
 from rllava_pl.models.policy import Policy
-from rllava_pl.types import FinishReason, Request, Sampling
+from rllava_pl.types import Generation, Request, Sampling
 
 BAN = -100.0
 """Logit bias of tokens that are never sampled; vLLM allows no lower one, and e^-100 never happens."""
 
 
-class SamplingParameters(TypedDict):
-    """The arguments of ``vllm.SamplingParams``, and the field ``sampling_params`` of a server's request."""
+class BatchEngine:
+    """A rollout engine whose ``advance`` completes everything that was started; subclasses define ``sample``.
 
-    n: int
-    seed: int
-    max_tokens: int
-    min_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logprobs: int
-    logit_bias: dict[int, float]
-    ignore_eos: bool
-    stop_token_ids: list[int]
-    detokenize: bool
+    Args:
+        policy: The trained one: its tokenizer, its action space.
+    """
+
+    context_tokens = 0
+    """Longest prompt and response together, for engines with a limit."""
+    images = 0
+    """Most images of a prompt, for engines with a limit."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.version = -1
+        self._started: tuple[Sequence[Request], Sampling] | None = None
+
+    @property
+    def exact(self) -> bool:
+        """False: other kernels than the trainer's, other rounding."""
+        return False
+
+    def check(self, request: Request, sampling: Sampling) -> None:
+        """Refuse a request that cannot be sampled, here one whose given tokens no response can continue.
+
+        Raises:
+            ValueError: Naming the prompt.
+        """
+        if misplaced := {*self.policy.banned_ids, *self.policy.stop_ids}.intersection(request.prefix_ids):
+            tokens = self.policy.tokenizer.convert_ids_to_tokens(sorted(misplaced))
+            raise ValueError(
+                f"prefix_ids of prompt {request.prompt.uid!r} hold {tokens}; a response can continue text only, not an "
+                "end token or a token that stands for image content"
+            )
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
+        """Complete every request once a seed; handles count from 0 in the order of requests and seeds."""
+        raise NotImplementedError
+
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> list[int]:
+        """See ``RolloutEngine``; refuses requests that do not pass ``check``."""
+        for request in requests:
+            self.check(request, sampling)
+        self._started = requests, sampling
+        return list(range(sum(len(request.seeds) for request in requests)))
+
+    def advance(self) -> list[Generation]:
+        """All samples that were started. Ranks in lockstep call it together, also those that started none."""
+        started, self._started = self._started, None
+        return self.sample(*started) if started else []
+
+    def reset_caches(self) -> None:
+        """Drop results that were computed with older weights; there are none by default."""
+
+    def fall_back(self) -> bool:
+        """Use a safer memory mode from now on; False if there is none."""
+        return False
+
+    def sleep(self) -> None:
+        """Free memory until the next ``wake``; does nothing by default."""
+
+    def wake(self) -> None:
+        """Be ready to sample; does nothing by default."""
+
+    def close(self) -> None:
+        """Free everything; idempotent."""
 
 
-def handles_of(requests: Sequence[Request]) -> list[int]:
-    """One handle a sample, counted from 0, in the order of requests and seeds."""
-    return list(range(sum(len(request.seeds) for request in requests)))
+def check_vllm_request(engine: BatchEngine, request: Request, sampling: Sampling, option: str) -> None:
+    """Refuse what vLLM would refuse, or change without an error; ``option`` is what sets the context.
+
+    Raises:
+        RuntimeError: The engine does not have the policy's weights.
+        ValueError: Naming the prompt: too long with its response, or too many images.
+    """
+    if engine.version < 0:
+        raise RuntimeError("the engine's weights are not the policy's: there was no complete sync")
+    uid, prompt, given = request.prompt.uid, len(request.inputs), len(request.prefix_ids)
+    needed, shown = prompt + given + sampling.max_tokens, len(request.prompt.images)
+    if needed > engine.context_tokens:
+        raise ValueError(
+            f"prompt {uid!r}: {prompt} prompt tokens + {given} given + sampling.max_tokens {sampling.max_tokens} = "
+            f"{needed}, but the engine's context has {engine.context_tokens}; raise {option}, or lower "
+            "sampling.max_tokens"
+        )
+    if shown > engine.images:
+        raise ValueError(
+            f"prompt {uid!r} shows {shown} images, but the engine takes {engine.images}; raise images_per_prompt"
+        )
 
 
-def sampling_parameters(request: Request, sampling: Sampling, policy: Policy) -> SamplingParameters:
-    """All parameters, so that neither vLLM's defaults nor the model's ``generation_config.json`` apply.
+def vllm_prompt_ids(request: Request, policy: Policy) -> list[int]:
+    """What vLLM reads: the prompt with one placeholder an image, which it expands, and the tokens given with it."""
+    ids = request.inputs.input_ids_S.tolist()
+    if request.prompt.images:
+        ids = unexpanded_ids(policy.processor, request.prompt)
+    return [*ids, *request.prefix_ids]
+
+
+def vllm_parameters(request: Request, sampling: Sampling, policy: Policy) -> dict[str, object]:
+    """All of ``vllm.SamplingParams``, so that neither its defaults nor the model's ``generation_config.json`` apply.
 
     Sample k of a request draws with its first seed + k, as vLLM numbers the samples of a group.
     """
@@ -64,59 +138,21 @@ def sampling_parameters(request: Request, sampling: Sampling, policy: Policy) ->
     }
 
 
-def vllm_prompt_ids(request: Request, policy: Policy) -> list[int]:
-    """What vLLM reads: the prompt with one placeholder an image, which it expands, and the tokens given with it."""
-    ids = request.inputs.input_ids_S.tolist()
-    if request.prompt.images:
-        ids = unexpanded_ids(policy.processor, request.prompt)
-    return [*ids, *request.prefix_ids]
-
-
-def check_prefix(request: Request, policy: Policy) -> None:
-    """Refuse given tokens that no response can continue.
-
-    Raises:
-        ValueError: An end token, or a token that stands for image content; names the prompt.
-    """
-    if misplaced := {*policy.banned_ids, *policy.stop_ids}.intersection(request.prefix_ids):
-        tokens = policy.tokenizer.convert_ids_to_tokens(sorted(misplaced))
-        raise ValueError(
-            f"prefix_ids of prompt {request.prompt.uid!r} hold {tokens}; a response can continue text only, not an end "
-            "token or a token that stands for image content"
-        )
-
-
-def check_request(
-    request: Request, sampling: Sampling, policy: Policy, *, context_tokens: int, images: int, option: str
-) -> None:
-    """Refuse what vLLM would refuse, or change without saying so.
-
-    Args:
-        request: To be sampled.
-        sampling: Its budget counts.
-        policy: The trainer's.
-        context_tokens: Longest prompt and response together.
-        images: Most images of a prompt.
-        option: Names what sets the context, for the error.
-
-    Raises:
-        ValueError: Naming the prompt: too long with its response, too many images, or misplaced given tokens.
-    """
-    uid, prompt, given = request.prompt.uid, len(request.inputs), len(request.prefix_ids)
-    needed = prompt + given + sampling.max_tokens
-    if needed > context_tokens:
-        raise ValueError(
-            f"prompt {uid!r}: {prompt} prompt tokens + {given} given + sampling.max_tokens {sampling.max_tokens} = "
-            f"{needed}, but the engine's context has {context_tokens}; raise {option}, or lower sampling.max_tokens"
-        )
-    if len(request.prompt.images) > images:
-        raise ValueError(
-            f"prompt {uid!r} shows {len(request.prompt.images)} images, but the engine takes {images} a prompt; raise "
-            "images_per_prompt"
-        )
-    check_prefix(request, policy)
-
-
-def finish_reason(name: object) -> FinishReason:
-    """The reason as ``Generation`` has it; what is neither an end token nor the budget is an abort."""
-    return "stop" if name == "stop" else "length" if name == "length" else "abort"
+def vllm_generation(
+    request: Request,
+    handle: int,
+    prompt_ids: Sequence[int],
+    ids: Sequence[int],
+    logprobs: Sequence[float],
+    reason: object,
+    version: int,
+) -> Generation:
+    """One sample of vLLM; an end that is neither a stop token nor the budget is an abort."""
+    return Generation(
+        handle=handle,
+        prompt_ids=torch.tensor(prompt_ids[: len(prompt_ids) - len(request.prefix_ids)], dtype=torch.int64),
+        ids_T=torch.tensor(ids, dtype=torch.int64),
+        logprobs_T=torch.tensor(logprobs, dtype=torch.float32).clamp(max=0.0),
+        finish_reason="stop" if reason == "stop" else "length" if reason == "length" else "abort",
+        weight_version=version,
+    )

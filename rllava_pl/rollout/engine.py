@@ -92,7 +92,7 @@ class ManagedEngine:
                     self._faults += 1
                     message = str(error)  # the error itself would keep the samples alive in handlers that keep records
                     log.warning("the engine failed, retry %d of %d: %s", retry + 1, self.retries, message)
-        signals.leave_if_asked()
+        signals.stop_if_signalled()
         return rollouts
 
     def take_faults(self) -> int:

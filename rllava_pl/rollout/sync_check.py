@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rllava_pl.distributed.collectives import max_over_ranks
 from rllava_pl.functional.seeds import seed_from
 from rllava_pl.models.policy import Policy
+from rllava_pl.rollout.common import BatchEngine
 from rllava_pl.rollout.engine import ManagedEngine
 from rllava_pl.rollout.episodes import run_episodes
 from rllava_pl.types import IMAGE, Message, PolicyBatch, Prompt, Request, RolloutEngine, Sampling
@@ -80,22 +81,6 @@ class SyncCheckError(RuntimeError):
     """Engine and trainer do not hold the same policy."""
 
 
-@runtime_checkable
-class HasCaches(Protocol):
-    """An engine that keeps results of earlier requests."""
-
-    def reset_caches(self) -> None:
-        """Drop everything that was computed with older weights."""
-
-
-@runtime_checkable
-class HasSaferMode(Protocol):
-    """An engine with a memory mode that can corrupt weights, and one that cannot."""
-
-    def fall_back(self) -> bool:
-        """Use the safer mode from now on; False if there is none."""
-
-
 class SyncCheck:
     """Called after every sync of an engine; measures after the first and every ``every``-th.
 
@@ -143,10 +128,13 @@ class SyncCheck:
         Raises:
             SyncCheckError: As above.
         """
-        gaps = self._measure(managed)
-        if not self._exceeded(gaps):
+        gaps, exceeded = self._measure(managed)
+        if not exceeded:
             return
-        cause = self._cause(managed, gaps)
+        cause = likely_cause(gaps, self.limit)
+        cast(BatchEngine, managed.engine).reset_caches()
+        if not self._measure(managed)[1]:
+            cause = "caches: without them the gap is gone, so they were not emptied when the weights changed"
         if self.recover and self._recovers(managed, gaps):
             return
         raise SyncCheckError(
@@ -155,33 +143,24 @@ class SyncCheck:
             f"cause: {cause}"
         )
 
-    def _measure(self, managed: ManagedEngine) -> list[Gap]:
-        return measure(self.policy, managed.engine, self.requests)
-
-    def _exceeded(self, gaps: Sequence[Gap]) -> bool:
-        """On any rank: they must stop together, or the others would wait forever."""
+    def _measure(self, managed: ManagedEngine) -> tuple[list[Gap], bool]:
+        """The gaps on this rank, and whether one is too large on any rank: all must stop together."""
+        gaps = measure(self.policy, managed.engine, self.requests)
         exceeded = torch.tensor(float(any(map(self.limit.exceeded_by, gaps))), device=self.policy.device)
-        return bool(max_over_ranks(exceeded))
-
-    def _cause(self, managed: ManagedEngine, gaps: Sequence[Gap]) -> str:
-        if isinstance(managed.engine, HasCaches):
-            managed.engine.reset_caches()
-            if not self._exceeded(self._measure(managed)):
-                return "caches: without them the gap is gone, so they were not emptied when the weights changed"
-        return likely_cause(gaps, self.limit)
+        return gaps, bool(max_over_ranks(exceeded))
 
     def _recovers(self, managed: ManagedEngine, gaps: Sequence[Gap]) -> bool:
         log.warning("engine and trainer differ (%s); all weights are pushed again", "; ".join(map(str, gaps)))
         managed.synchronise()
-        if not self._exceeded(self._measure(managed)):
+        if not self._measure(managed)[1]:
             return True
-        if not (isinstance(managed.engine, HasSaferMode) and managed.engine.fall_back()):
+        if not cast(BatchEngine, managed.engine).fall_back():
             return False
         log.warning("engine and trainer still differ; the engine uses memory mode 'sleep' from now on")
         managed.engine.sleep()
         managed.engine.wake()
         managed.synchronise()
-        return not self._exceeded(self._measure(managed))
+        return not self._measure(managed)[1]
 
 
 def probes(policy: Policy, *, context_tokens: int, images: int) -> list[Request]:

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from rllava_pl.distributed.collectives import max_over_ranks
-from rllava_pl.distributed.signals import abort_if_asked
+from rllava_pl.distributed.signals import abort_if_signalled
 from rllava_pl.functional.seeds import uniforms
 from rllava_pl.models.encoding import extend
 from rllava_pl.models.policy import Policy, next_positions
-from rllava_pl.rollout.common import check_prefix, handles_of
+from rllava_pl.rollout.common import BatchEngine
 from rllava_pl.types import Generation, PromptInputs, Request, Sampling
 
 
-class TransformersEngine:
-    """Samples with the policy itself; one ``advance`` completes everything that was started.
+class TransformersEngine(BatchEngine):
+    """Samples with the policy itself.
 
     Args:
         policy: The trained one; its weights are read at every call.
@@ -48,39 +48,27 @@ class TransformersEngine:
     ) -> None:
         if batch_prompts < 1:
             raise ValueError(f"batch_prompts is {batch_prompts}; at least one prompt must be sampled at a time")
-        self.policy = policy
+        super().__init__(policy)
         self.batch_prompts = batch_prompts
         self.unsharded = unsharded
         self.lockstep = lockstep
-        self.version = -1
-        self._started: tuple[Sequence[Request], Sampling] | None = None
 
     @property
     def exact(self) -> bool:
         """True in fp32 without autocast: sampling and training then agree to rounding."""
         return self.policy.model.dtype == torch.float32 and not torch.is_autocast_enabled(self.policy.device.type)
 
-    def start(self, requests: Sequence[Request], sampling: Sampling) -> list[int]:
-        """See ``RolloutEngine``.
-
-        Raises:
-            ValueError: Given tokens that no response can continue; names the prompt.
-        """
-        for request in requests:
-            check_prefix(request, self.policy)
-        self._started = requests, sampling
-        return handles_of(requests)
-
-    def advance(self) -> list[Generation]:
-        """All samples that were started; ranks in lockstep call it together, also those that started none."""
-        if self._started is None:
-            return []
-        (requests, sampling), self._started = self._started, None
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
+        """Complete every request once a seed; see ``BatchEngine``."""
         generations: list[Generation] = []
         with _evaluating(self.policy), self.unsharded(), torch.no_grad():
             for batch in self._batches(requests):
                 generations += self._complete(batch, sampling, count(len(generations)))
         return generations
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Nothing to copy: the engine reads the trained weights themselves."""
+        self.version = version
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
         """``batch_prompts`` requests at a time; in lockstep, as many batches on every rank, the last ones empty."""
@@ -89,19 +77,6 @@ class TransformersEngine:
             batches = int(max_over_ranks(torch.tensor(batches, device=self.policy.device)))
         for start in range(0, batches * self.batch_prompts, self.batch_prompts):
             yield requests[start : start + self.batch_prompts]
-
-    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Nothing to copy: the engine reads the trained weights themselves."""
-        self.version = version
-
-    def sleep(self) -> None:
-        """Holds no memory between calls."""
-
-    def wake(self) -> None:
-        """Always ready."""
-
-    def close(self) -> None:
-        """Nothing to free."""
 
     def _complete(self, requests: Sequence[Request], sampling: Sampling, handles: Iterator[int]) -> list[Generation]:
         row_of_N = [p for p, request in enumerate(requests) for _ in request.seeds] or [0]
@@ -203,7 +178,7 @@ class _Sampler:
     def draw(self, logits_NV: Tensor) -> Tensor:
         """One token for every row of the batch; rows that have ended get the pad id."""
         if not self.lockstep:  # else the other ranks would wait in the next layer
-            abort_if_asked()
+            abort_if_signalled()
         scores = (logits_NV.float() / self.temperature).index_fill(1, self.banned, float("-inf"))
         logp_NV = scores.log_softmax(-1)
         token = logp_NV.argmax(-1) if self.sampling.temperature == 0 else self._invert(logp_NV)

@@ -8,14 +8,19 @@ trained.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import count
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from rllava_pl.models.policy import Policy
-from rllava_pl.rollout.common import check_request, finish_reason, handles_of, sampling_parameters, vllm_prompt_ids
+from rllava_pl.rollout.common import (
+    BatchEngine,
+    check_vllm_request,
+    vllm_generation,
+    vllm_parameters,
+    vllm_prompt_ids,
+)
 from rllava_pl.rollout.vllm_adapter import AdapterFile, base_weights
 from rllava_pl.rollout.vllm_build import MemoryMode, in_process, shut_down
 from rllava_pl.rollout.vllm_transfer import buckets, to_text
@@ -25,8 +30,8 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
-class VLLMEngine:
-    """Samples with a vLLM engine that receives the policy's weights; one ``advance`` completes all that was started.
+class VLLMEngine(BatchEngine):
+    """Samples with a vLLM engine that receives the policy's weights.
 
     Args:
         llm: The engine; see ``build_llm``.
@@ -47,47 +52,29 @@ class VLLMEngine:
         adapter: bool = False,
         foreign_group: bool = False,
     ) -> None:
+        super().__init__(policy)
         self.llm = llm
-        self.policy = policy
         self.memory = memory
-        self.version = -1
-        self.context_tokens: int = llm.model_config.max_model_len
+        self.context_tokens = llm.model_config.max_model_len
         vision = llm.model_config.multimodal_config
-        self.images: int = vision.get_limit_per_prompt("image") if vision is not None else 0
+        self.images = vision.get_limit_per_prompt("image") if vision is not None else 0
         self._foreign_group = foreign_group
         self._adapter = AdapterFile(policy.model) if adapter else None
         self._base_pushed = False
         self._state: Literal["awake", "weights", "asleep"] = "awake"
-        self._started: tuple[Sequence[Request], Sampling] = ((), Sampling())
         self.llm.init_weight_transfer_engine({"init_info": {}})
-
-    @property
-    def exact(self) -> bool:
-        """False: other kernels, other rounding."""
-        return False
 
     # -- sampling ----------------------------------------------------------------------------------------------------
 
-    def start(self, requests: Sequence[Request], sampling: Sampling) -> list[int]:
-        """See ``RolloutEngine``.
+    def check(self, request: Request, sampling: Sampling) -> None:
+        """Refuse also what does not fit the engine."""
+        check_vllm_request(self, request, sampling, "context_tokens, as far as the model allows")
+        super().check(request, sampling)
 
-        Raises:
-            RuntimeError: There was no sync yet, or the last one failed.
-            ValueError: A request does not fit the engine; names the prompt.
-        """
-        if requests and self.version < 0:
-            raise RuntimeError("the engine's weights are not the policy's: there was no complete sync since it started")
-        limits = {"context_tokens": self.context_tokens, "images": self.images}
-        for request in requests:
-            check_request(request, sampling, self.policy, **limits, option="context_tokens, as far as the model allows")
-        self._started = requests, sampling
-        return handles_of(requests)
-
-    def advance(self) -> list[Generation]:
-        """All samples that were started."""
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
+        """Complete every request once a seed; see ``BatchEngine``."""
         from vllm import SamplingParams
 
-        (requests, sampling), self._started = self._started, ((), Sampling())
         if not requests:
             return []
         self._wake_all()
@@ -99,25 +86,18 @@ class VLLMEngine:
         with torch.autocast(self.policy.device.type, enabled=False):  # the trainer's is not the engine's
             outputs = self.llm.generate(
                 prompts,
-                [SamplingParams(**sampling_parameters(request, sampling, self.policy)) for request in requests],
+                [SamplingParams(**vllm_parameters(request, sampling, self.policy)) for request in requests],
                 use_tqdm=False,
                 lora_request=self._adapter.request() if self._adapter else None,
             )
-        generations, handles = [], count()
+        generations: list[Generation] = []
         for request, output in zip(requests, outputs, strict=True):
-            prompt_ids = torch.tensor(output.prompt_token_ids, dtype=torch.int64)
             for k in range(len(request.seeds)):
-                sample = output.outputs[k % len(output.outputs)]
-                logp = [step[token].logprob for step, token in zip(sample.logprobs, sample.token_ids, strict=True)]
-                generation = Generation(
-                    handle=next(handles),
-                    prompt_ids=prompt_ids[: len(prompt_ids) - len(request.prefix_ids)],
-                    ids_T=torch.tensor(list(sample.token_ids), dtype=torch.int64),
-                    logprobs_T=torch.tensor(logp, dtype=torch.float32).clamp(max=0.0),
-                    finish_reason=finish_reason(sample.finish_reason),
-                    weight_version=self.version,
-                )
-                generations.append(generation)
+                sample, handle = output.outputs[k % len(output.outputs)], len(generations)
+                ids, reason = list(sample.token_ids), sample.finish_reason
+                logp = [step[token].logprob for step, token in zip(sample.logprobs, ids, strict=True)]
+                prompt_ids = output.prompt_token_ids
+                generations.append(vllm_generation(request, handle, prompt_ids, ids, logp, reason, self.version))
         return generations
 
     # -- weights -----------------------------------------------------------------------------------------------------

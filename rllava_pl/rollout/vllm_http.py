@@ -14,10 +14,12 @@ import socket
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partialmethod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from rllava_pl.distributed.signals import abort_if_asked
+from rllava_pl.distributed.signals import abort_if_signalled
 from rllava_pl.types import Json
 
 if TYPE_CHECKING:
@@ -53,11 +55,9 @@ class RequestLimits:
     max_retries: int = 3
 
     def __post_init__(self) -> None:
-        if self.silence_seconds <= 0 or self.request_seconds <= 0:
-            raise ValueError(
-                f"silence_seconds is {self.silence_seconds:g} and request_seconds {self.request_seconds:g}; both must "
-                "be positive"
-            )
+        silence, request = self.silence_seconds, self.request_seconds
+        if silence <= 0 or request <= 0:
+            raise ValueError(f"silence_seconds is {silence:g} and request_seconds {request:g}; both must be positive")
         if self.max_retries < 0:
             raise ValueError(f"max_retries is {self.max_retries}; use 0 for a single attempt")
 
@@ -72,11 +72,8 @@ def require_client() -> None:
         import httpx  # noqa: F401
         import tenacity  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"rollouts from a vLLM server need {error.name}, which is not installed: pip install "
-            "'rllava-pl[vllm-server]'",
-            name=error.name,
-        ) from error
+        message = f"rollouts from a vLLM server need {error.name}, which is not installed: pip install "
+        raise ModuleNotFoundError(message + "'rllava-pl[vllm-server]'", name=error.name) from error
 
 
 def base_url(url: str) -> str:
@@ -93,10 +90,10 @@ def base_url(url: str) -> str:
 
 
 def check_host(url: str, *, allow_remote: bool) -> None:
-    """Refuse a server outside this machine and the private networks around it.
+    """Refuse a server outside of this machine and of private networks.
 
-    The routes that take weights ask for no key, so whoever reaches them owns the model; and prompts and weights travel
-    in the clear.
+    The routes that take weights ask for no key, so everyone who reaches them controls the model; and prompts and
+    weights are not encrypted.
 
     Raises:
         ValueError: An address of the host is public and ``allow_remote`` is not set.
@@ -110,9 +107,8 @@ def check_host(url: str, *, allow_remote: bool) -> None:
     public = sorted(address for address in found if not _private(address))
     if public and not allow_remote:
         raise ValueError(
-            f"{url} is at the public address {public[0]}. Whoever reaches a server that takes weights can replace its "
-            "model, so it belongs on the loopback or a private network; forward a port (ssh -L), or set "
-            "allow_remote: true if something you trust guards the way"
+            f"{url} is at the public address {public[0]}, where others could replace the model; use the loopback or a "
+            "private network, forward a port (ssh -L), or set allow_remote: true if the connection is protected"
         )
 
 
@@ -160,22 +156,20 @@ class Server:
         self._open: list[str] = []
         """Purposes of the requests that are not answered yet."""
 
-    async def get(self, path: str, purpose: str, hints: Mapping[int, str] | None = None) -> Mapping[str, Json]:
-        """Send a GET request; see ``post``."""
-        return await self._send("GET", path, purpose, None, hints or {}, repeatable=True)
-
-    async def post(
+    async def request(
         self,
+        method: str,
         path: str,
         purpose: str,
-        body: Json | bytes = None,
-        hints: Mapping[int, str] | None = None,
+        body: Mapping[str, object] | bytes | None = None,
+        hints: Mapping[int, str] = MappingProxyType({}),
         *,
         repeatable: bool = False,
     ) -> Mapping[str, Json]:
-        """Send a POST request.
+        """Send a request and read its answer.
 
         Args:
+            method: ``GET`` or ``POST``.
             path: Of the route, with its query.
             purpose: What the request is for, for errors; follows "at" or "for".
             body: JSON, or JSON already written as bytes.
@@ -188,22 +182,16 @@ class Server:
         Raises:
             ServerError: No answer, or a refusal.
         """
-        content = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
-        return await self._send("POST", path, purpose, content, hints or {}, repeatable=repeatable)
-
-    async def _send(
-        self, method: str, path: str, purpose: str, content: bytes | None, hints: Mapping[int, str], *, repeatable: bool
-    ) -> Mapping[str, Json]:
         import httpx
 
+        content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} if content else {}
+        send = self._retrying(1 + self._limits.max_retries if repeatable or method == "GET" else 1)
+        where = f"vLLM server {self.url} at {purpose}"
         self._open.append(purpose)
         try:
-            response: httpx.Response = await self._attempts(1 + self._limits.max_retries if repeatable else 1)(
-                self._client.request,
-                method,
-                self.url + path,
-                content=content,
-                headers={"Content-Type": "application/json"} if content else {},
+            response: httpx.Response = await send(
+                self._client.request, method, self.url + path, content=content, headers=headers
             )
         except httpx.TimeoutException as error:
             seconds = self._limits.request_seconds
@@ -213,23 +201,32 @@ class Server:
             raise ServerError(f"vLLM server {self.url} could not be reached for {purpose}: {detail}") from error
         finally:
             self._open.remove(purpose)
+        status = response.status_code
         if not response.is_success:
-            hint = hints.get(response.status_code, _HINTS.get(response.status_code, ""))
-            raise ServerError(
-                f"vLLM server {self.url} answered {response.status_code} at {purpose}: {_detail(response).rstrip('.')}"
-                + (f". {hint}" if hint else "")
-            )
-        return _read(response, f"vLLM server {self.url} at {purpose}")
+            hint = hints.get(status, "Set VLLM_API_KEY to the key the server was started with" if status == 401 else "")
+            reason = ". ".join(filter(None, (_refusal(response).rstrip("."), hint)))
+            raise ServerError(f"vLLM server {self.url} answered {status} at {purpose}: {reason}")
+        if not response.content:
+            return {}
+        try:
+            answer = response.json()
+        except ValueError as error:
+            raise ServerError(f"{where} answered something that is not JSON: {response.text[:100]!r}") from error
+        if not isinstance(answer, dict):
+            raise ServerError(f"{where} answered {type(answer).__name__} in place of an object")
+        return answer
+
+    get = partialmethod(request, "GET")
+    post = partialmethod(request, "POST")
 
     @staticmethod
-    def _attempts(number: int) -> AsyncRetrying:
+    def _retrying(attempts: int) -> AsyncRetrying:
         import tenacity
 
-        lost = tenacity.retry_if_exception_type(_lost())
         return tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(number),
+            stop=tenacity.stop_after_attempt(attempts),
             wait=tenacity.wait_exponential(multiplier=RETRY_SECONDS, max=8 * RETRY_SECONDS),
-            retry=lost | tenacity.retry_if_result(lambda r: r.status_code in BUSY),
+            retry=tenacity.retry_if_exception_type(_lost()) | tenacity.retry_if_result(lambda r: r.status_code in BUSY),
             retry_error_callback=lambda state: state.outcome.result(),  # the last answer, or the last error
         )
 
@@ -279,10 +276,7 @@ def _lost() -> tuple[type[Exception], ...]:
     return httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout
 
 
-_HINTS = {401: "Set VLLM_API_KEY to the key the server was started with"}
-
-
-def _detail(response: httpx.Response) -> str:
+def _refusal(response: httpx.Response) -> str:
     """The reason a server gives: ``{"error": {"message": ...}}``, ``{"error": ...}`` or ``{"detail": ...}``."""
     try:
         body = response.json()
@@ -290,18 +284,6 @@ def _detail(response: httpx.Response) -> str:
         return response.text[:300] or "no reason given"
     reason = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
     return str(reason["message"] if isinstance(reason, dict) and "message" in reason else reason)[:1000]
-
-
-def _read(response: httpx.Response, where: str) -> Mapping[str, Json]:
-    if not response.content:
-        return {}
-    try:
-        body = response.json()
-    except ValueError as error:
-        raise ServerError(f"{where} answered something that is not JSON: {response.text[:100]!r}") from error
-    if not isinstance(body, dict):
-        raise ServerError(f"{where} answered {type(body).__name__} in place of an object")
-    return body
 
 
 async def run_while_healthy(
@@ -332,7 +314,7 @@ async def run_while_healthy(
 async def _until_asked() -> None:
     while True:
         await asyncio.sleep(POLL_SECONDS / 4)
-        abort_if_asked()
+        abort_if_signalled()
 
 
 class EventLoop:

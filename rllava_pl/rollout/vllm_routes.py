@@ -25,25 +25,12 @@ NO_BACKEND = {500: f"It has no weight transfer {BACKEND!r}. {START}"}
 NO_TOKENS = {403: f"It takes text only, no token ids. {START}", 404: START}
 
 
-class TokenLogprob(TypedDict):
-    """One sampled token."""
-
-    token_id: int
-    logprob: float
-
-
-class Logprobs(TypedDict):
-    """Of all sampled tokens."""
-
-    content: list[TokenLogprob]
-
-
 class Choice(TypedDict):
     """One sample of a request."""
 
     index: int
     token_ids: list[int]
-    logprobs: Logprobs
+    logprobs: dict[str, list[dict[str, float]]]
     finish_reason: str | None
     weight_versions: list[dict[str, str]] | None
 
@@ -55,23 +42,15 @@ class Answer(TypedDict):
     choices: list[Choice]
 
 
-async def generate(server: Server, purpose: str, body: Mapping[str, Json]) -> Answer:
+async def generate(server: Server, purpose: str, body: Mapping[str, object]) -> Answer:
     """Samples: token ids in, token ids out."""
     answer = await server.post("/inference/v1/generate", purpose, body, NO_TOKENS, repeatable=True)
     return cast(Answer, answer)
 
 
 async def look(server: Server, model: str) -> int:
-    """Check that the server is of the needed kind.
-
-    Args:
-        server: Any.
-        model: Name it must serve; empty for whatever it serves.
-
-    Returns:
-        Its context: longest prompt and response together, in tokens.
-    """
-    await server.get("/weight_info", "the query of its weights", NO_DEV_MODE)
+    """Context of the server, in tokens, after a check that it takes weights and serves ``model``, if that is given."""
+    await server.get("/weight_info", "the query of its weights", hints=NO_DEV_MODE)
     answer = await server.get("/v1/models", "the query of its models")
     lengths = {str(m["id"]): m["max_model_len"] for m in cast("list[dict[str, Json]]", answer["data"])}
     if model and model not in lengths:
@@ -124,15 +103,12 @@ async def reset_caches(server: Server, purpose: str) -> None:
 async def probe(server: Server, prompt_token: int) -> None:
     """Check that log-probs are those after temperature and bans.
 
-    Two tokens are forced in turn. After the bias each has probability 1; before it, both cannot have more than 1/2.
-
-    Args:
-        server: With the policy's weights.
-        prompt_token: Any token of the vocabulary.
+    Two tokens are forced in turn behind ``prompt_token``, any token of the vocabulary. After the bias each has
+    probability 1; before it, both cannot have more than 1/2.
     """
     for token in (0, 1):
         sampling = {"max_tokens": 1, "logprobs": 0, "logit_bias": {str(token): -BAN}, "detokenize": False}
-        body: dict[str, Json] = {"token_ids": [prompt_token], "sampling_params": sampling}
+        body = {"token_ids": [prompt_token], "sampling_params": sampling}
         (choice,) = (await generate(server, "a probe of its log-probs", body))["choices"]
         if not -0.5 < choice["logprobs"]["content"][0]["logprob"] <= 1e-3:
             raise ServerError(

@@ -15,7 +15,7 @@ import json
 import secrets
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,13 @@ from torch import Tensor
 from rllava_pl.distributed.collectives import max_over_ranks, rank
 from rllava_pl.models.policy import Policy
 from rllava_pl.rollout import vllm_routes as routes
-from rllava_pl.rollout.common import check_request, finish_reason, handles_of, sampling_parameters, vllm_prompt_ids
+from rllava_pl.rollout.common import (
+    BatchEngine,
+    check_vllm_request,
+    vllm_generation,
+    vllm_parameters,
+    vllm_prompt_ids,
+)
 from rllava_pl.rollout.vllm_http import (
     EventLoop,
     RequestLimits,
@@ -37,15 +43,13 @@ from rllava_pl.rollout.vllm_http import (
     run_while_healthy,
 )
 from rllava_pl.rollout.vllm_transfer import buckets, to_text
-from rllava_pl.types import Generation, Json, Request, Sampling
+from rllava_pl.types import Generation, Request, Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CONTEXT_OPTION = "--max-model-len of the servers"
 
-
-class VLLMServerEngine:
+class VLLMServerEngine(BatchEngine):
     """Samples with one or several vLLM servers, which receive the policy's weights.
 
     Args:
@@ -72,56 +76,33 @@ class VLLMServerEngine:
         require_client()
         for url in urls:
             check_host(base_url(url), allow_remote=allow_remote)
-        self.policy = policy
+        super().__init__(policy)
         self.model = model
         self.images = images
-        self.version = -1
         self._label = ""
         self._probed = False
         self._client = new_client(limits)
         self.servers = [Server(base_url(url), self._client, limits, concurrency=concurrency) for url in urls]
         first = rank() % len(urls)  # ranks begin with different servers
         self._next_server = cycle(self.servers[first:] + self.servers[:first])
-        self._started: tuple[Sequence[Request], Sampling] = ((), Sampling())
         self._loop: EventLoop | None = EventLoop()
-
-    @property
-    def context_tokens(self) -> int:
-        """Longest prompt and response together that every server takes; 0 before the first sync."""
-        return min(server.context_tokens for server in self.servers)
-
-    @property
-    def exact(self) -> bool:
-        """False: other kernels, other rounding."""
-        return False
 
     # -- sampling ----------------------------------------------------------------------------------------------------
 
-    def start(self, requests: Sequence[Request], sampling: Sampling) -> list[int]:
-        """See ``RolloutEngine``.
+    def check(self, request: Request, sampling: Sampling) -> None:
+        """Refuse also what does not fit the servers."""
+        check_vllm_request(self, request, sampling, "--max-model-len of the servers")
+        super().check(request, sampling)
 
-        Raises:
-            RuntimeError: There was no sync yet, or the last one failed.
-            ValueError: A request does not fit the servers; names the prompt.
-        """
-        if requests and self.version < 0:
-            raise RuntimeError("the servers' weights are not the policy's: there was no complete sync yet")
-        limits = {"context_tokens": self.context_tokens, "images": self.images}
-        for request in requests:
-            check_request(request, sampling, self.policy, **limits, option=CONTEXT_OPTION)
-        self._started = requests, sampling
-        return handles_of(requests)
-
-    def advance(self) -> list[Generation]:
-        """All samples that were started.
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
+        """Complete every request once a seed; see ``BatchEngine``.
 
         Raises:
             ServerError: A server is dead, hangs, refuses a request or answers with other weights; names the prompt.
         """
-        (requests, sampling), self._started = self._started, ((), Sampling())
         if not requests:
             return []
-        handles = iter(handles_of(requests))
+        handles = count()
         work = [self._exchange(request, sampling, list(islice(handles, len(request.seeds)))) for request in requests]
         answers = self._loop.run(run_while_healthy(self.servers, work, sampling=True))
         return [generation for answer in answers for generation in answer]
@@ -132,10 +113,10 @@ class VLLMServerEngine:
         """A request to the next server; the tokenizer is used here, in the caller's thread."""
         server, images = next(self._next_server), request.prompt.images
         purpose = f"the {len(request.seeds)} samples of prompt {request.prompt.uid!r}"
-        body: dict[str, Json] = {
+        body: dict[str, object] = {
             "token_ids": vllm_prompt_ids(request, self.policy),
             "return_token_ids": True,
-            "sampling_params": {**sampling_parameters(request, sampling, self.policy)},
+            "sampling_params": vllm_parameters(request, sampling, self.policy),
         }
         if self.model:
             body["model"] = self.model
@@ -161,9 +142,7 @@ class VLLMServerEngine:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) not in (1, len(handles)):
             raise ValueError(f"{len(handles)} samples were requested and {len(choices)} came")
-        prompt_ids = torch.tensor(answer["prompt_token_ids"], dtype=torch.int64)
-        prompt_ids = prompt_ids[: len(prompt_ids) - len(request.prefix_ids)]
-        generations = []
+        prompt_ids, generations = answer["prompt_token_ids"], []
         for k, handle in enumerate(handles):
             choice = choices[k % len(choices)]
             content, sampled = choice["logprobs"]["content"], choice["token_ids"]
@@ -175,16 +154,8 @@ class VLLMServerEngine:
                     f"the answer was sampled with the weights {sorted(labels)}, not with {self._label!r}; the server "
                     "was restarted, or another run gives it weights"
                 )
-            logp = torch.tensor([token["logprob"] for token in content], dtype=torch.float32).clamp(max=0.0)
-            generation = Generation(
-                handle=handle,
-                prompt_ids=prompt_ids,
-                ids_T=torch.tensor(sampled, dtype=torch.int64),
-                logprobs_T=logp,
-                finish_reason=finish_reason(choice["finish_reason"]),
-                weight_version=self.version,
-            )
-            generations.append(generation)
+            logp, reason = [token["logprob"] for token in content], choice["finish_reason"]
+            generations.append(vllm_generation(request, handle, prompt_ids, sampled, logp, reason, self.version))
         return generations
 
     # -- weights -----------------------------------------------------------------------------------------------------
@@ -202,6 +173,7 @@ class VLLMServerEngine:
         stream, stamp, failure = iter(named_tensors), secrets.randbits(48) + 1, None
         try:
             self._on_all(self._look)
+            self.context_tokens = min(server.context_tokens for server in self.servers)
             if rank() == 0:
                 self._push(stream, version, _label(version, stamp))
         except ServerError as error:
@@ -243,14 +215,6 @@ class VLLMServerEngine:
 
         self._loop.run(act())
 
-    # -- memory ------------------------------------------------------------------------------------------------------
-
-    def sleep(self) -> None:
-        """The servers' memory is not the trainer's."""
-
-    def wake(self) -> None:
-        """Always ready."""
-
     def close(self) -> None:
         """Close the client; the servers keep running. Idempotent."""
         if self._loop is not None:
@@ -259,15 +223,14 @@ class VLLMServerEngine:
             self._loop, self.version = None, -1
 
 
-def image_parts(images: Sequence[Image]) -> list[Json]:
+def image_parts(images: Sequence[Image]) -> list[dict[str, str]]:
     """Decoded images as the server takes them: ``{"type": "image_url", "url": "data:image/png;base64,..."}`` each."""
-    parts: list[Json] = []
+    parts = []
     for image in images:
         file = io.BytesIO()
         image.save(file, "PNG", compress_level=1)  # lossless, and quick
-        parts.append(
-            {"type": "image_url", "url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}
-        )
+        data = base64.b64encode(file.getvalue()).decode()
+        parts.append({"type": "image_url", "url": f"data:image/png;base64,{data}"})
     return parts
 
 

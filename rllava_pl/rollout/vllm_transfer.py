@@ -1,8 +1,8 @@
-"""How weights reach a vLLM engine: one backend for its weight-transfer API, in one process, in several, and over HTTP.
+"""A backend for vLLM's weight-transfer API, for engines in the same process, in others, and on servers.
 
 vLLM loads this module through the entry-point group ``vllm.general_plugins``, in the trainer's process, in the engine's
 and in every worker's. A bucket of weights is a list of ``(name, tensor)`` where trainer and engine share a process, and
-one safetensors blob (base64 in JSON, or bytes) everywhere else: no pickle travels.
+otherwise safetensors in base64, never a pickle.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 BACKEND = "rllava_pl"
-"""Name under which vLLM knows the backend: ``--weight-transfer-config '{"backend": "rllava_pl"}'``."""
+"""Name of the backend in vLLM: ``--weight-transfer-config '{"backend": "rllava_pl"}'``."""
 BUCKET_BYTES = 64 << 20
 
 Bucket = Sequence[tuple[str, Tensor]]
@@ -43,9 +43,7 @@ def to_text(bucket: Bucket) -> str:
     """A bucket as base64 of safetensors, for JSON."""
     from safetensors.torch import save
 
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in bucket
-    }  # safetensors shares nothing
+    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in bucket}  # safetensors takes no shared memory
     return base64.b64encode(save(tensors)).decode("ascii")
 
 
@@ -57,14 +55,14 @@ def from_text(text: str) -> list[tuple[str, Tensor]]:
 
 
 def register() -> None:
-    """Make the backend known to vLLM; called by vLLM itself, several times in one process."""
+    """Register the backend; vLLM calls this several times in one process."""
     from dataclasses import dataclass
 
     from vllm.distributed.weight_transfer import base, factory
 
     @dataclass
     class InitInfo(base.WeightTransferInitInfo):
-        """Nothing to agree on."""
+        """No settings."""
 
     @dataclass
     class UpdateInfo(base.WeightTransferUpdateInfo):
@@ -73,7 +71,7 @@ def register() -> None:
         weights: list[tuple[str, torch.Tensor]] | str
 
     class Receiver(base.WeightTransferEngine[InitInfo, UpdateInfo]):
-        """The worker's end: unpacks a bucket and hands it to vLLM's own layer-by-layer loader."""
+        """The worker's side: loads buckets with vLLM's layer-by-layer loader."""
 
         init_info_cls, update_info_cls = InitInfo, UpdateInfo
 
@@ -81,7 +79,7 @@ def register() -> None:
             """Nothing to open."""
 
         def start_weight_update(self) -> None:
-            """Layers take their weights apart again, as after loading from disk."""
+            """Unpack the layers, as they are after loading from disk."""
             from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
             initialize_layerwise_reload(self.model)
@@ -92,7 +90,7 @@ def register() -> None:
             try:
                 self.model.load_weights(from_text(weights) if isinstance(weights, str) else weights)
             except BaseException:
-                self.finish_weight_update()  # vLLM counts the update as ended; layers left apart would break the next
+                self.finish_weight_update()  # vLLM counts the update as ended; unpacked layers would break the next
                 raise
 
         def finish_weight_update(self) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
 from rllava_pl.rollout.callbacks import RolloutCallback, SamplingModule, TransformersRollout
 from rllava_pl.rollout.engine import ManagedEngine
@@ -61,15 +60,8 @@ class FaultyEngine:
         """Faults so far, by kind."""
         self._fault = ""
 
-    @property
-    def exact(self) -> bool:
-        """Of the wrapped engine."""
-        return self.wrapped.exact
-
-    @property
-    def version(self) -> int:
-        """Of the wrapped engine."""
-        return self.wrapped.version
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.wrapped, name)
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> list[int]:
         """Of the wrapped engine; draws the fault of the next ``advance``."""
@@ -93,22 +85,6 @@ class FaultyEngine:
         if fault and generations:
             generations = [CORRUPT[fault](generations[0]), *generations[1:]]
         return generations
-
-    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Of the wrapped engine."""
-        self.wrapped.sync(named_tensors, version)
-
-    def sleep(self) -> None:
-        """Of the wrapped engine."""
-        self.wrapped.sleep()
-
-    def wake(self) -> None:
-        """Of the wrapped engine."""
-        self.wrapped.wake()
-
-    def close(self) -> None:
-        """Of the wrapped engine."""
-        self.wrapped.close()
 
 
 class FaultyRollout(RolloutCallback):
@@ -140,10 +116,10 @@ class FaultyRollout(RolloutCallback):
         self.rollout.setup(trainer, pl_module, stage)
         super().setup(trainer, pl_module, stage)
 
-    def build(self, module: SamplingModule) -> FaultyEngine:
+    def build(self, module: SamplingModule) -> RolloutEngine:
         """The wrapped callback's engine, made unreliable."""
         self.engine = FaultyEngine(self.rollout.build(module), self.schedule)
-        return self.engine
+        return cast(RolloutEngine, self.engine)
 
     def after_sync(self, managed: ManagedEngine) -> None:
         """As of the wrapped callback."""

@@ -101,7 +101,9 @@ def test_loopback_and_private_addresses_are_allowed(host: str) -> None:
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_public_address_is_refused_unless_allowed(scheme: str, host: str) -> None:
     url = f"{scheme}://{host}:8000"
-    with pytest.raises(ValueError, match=r"is at the public address .*8\. Whoever reaches .* allow_remote: true"):
+    with pytest.raises(
+        ValueError, match=r"is at the public address .*8, where others could replace .* allow_remote: true"
+    ):
         check_host(url, allow_remote=False)
     check_host(url, allow_remote=True)
 
@@ -307,7 +309,7 @@ def test_request_that_does_not_fit_is_refused_before_it_is_sent(
         generate(engine, requests(policy, [0]), Sampling(max_tokens=64))
     engine.images = 1
     with pytest.raises(
-        ValueError, match="prompt 'test:0' shows 2 images, but the engine takes 1 a prompt; raise images_per_prompt"
+        ValueError, match="prompt 'test:0' shows 2 images, but the engine takes 1; raise images_per_prompt"
     ):
         generate(engine, requests(policy, [2]))
     with pytest.raises(ValueError, match=r"prefix_ids of prompt 'test:0' hold .* an end token"):
@@ -378,7 +380,7 @@ def test_sync_uses_the_routes_in_order(server: FakeVLLM, policy: Policy) -> None
 
 def test_sampling_before_a_sync_is_refused(server: FakeVLLM, policy: Policy) -> None:
     engine = VLLMServerEngine([server.url], policy)
-    with pytest.raises(RuntimeError, match="the servers' weights are not the policy's: there was no complete sync yet"):
+    with pytest.raises(RuntimeError, match="the engine's weights are not the policy's: there was no complete sync"):
         generate(engine, requests(policy, [0]))
     engine.close()
 

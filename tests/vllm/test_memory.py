@@ -43,7 +43,7 @@ class Recorder:
 
     def generate(self, texts: list[dict[str, list[int]]], *_: object, **__: object) -> list[SimpleNamespace]:
         self.events.append("generate")
-        chosen = SimpleNamespace(token_ids=[5], logprobs=[{5: SimpleNamespace(logprob=-1.0)}], finish_reason="stop")
+        chosen = SimpleNamespace(token_ids=[20], logprobs=[{20: SimpleNamespace(logprob=-1.0)}], finish_reason="stop")
         return [SimpleNamespace(outputs=[chosen], prompt_token_ids=text["prompt_token_ids"]) for text in texts]
 
 
@@ -84,11 +84,11 @@ def test_sampling_from_discarded_weights_is_refused(load: Callable[..., Policy])
     engine.sync([("lm_head.weight", torch.zeros(1))], 1)
     engine.sleep()
     engine.wake()
-    with pytest.raises(RuntimeError, match="there was no complete sync since it started"):
+    with pytest.raises(RuntimeError, match="there was no complete sync"):
         engine.start(requests(policy, prompts([0]), samples=1), Sampling(max_tokens=1))
 
 
 def test_memory_modes_that_free_memory_need_a_gpu() -> None:
     assert memory_mode("auto") == memory_mode("resident") == "resident"
-    with pytest.raises(ValueError, match="memory 'sleep' hands back GPU memory, and vLLM runs on the CPU here"):
+    with pytest.raises(ValueError, match="memory 'sleep' frees GPU memory, and vLLM runs on the CPU here"):
         memory_mode("sleep")
