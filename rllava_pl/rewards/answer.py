@@ -12,29 +12,29 @@ from rllava_pl.types import Rollout, Score
 
 
 class AnswerTagReward(BaseReward):
-    """Is the answer right, and does the response keep to its form?
+    """Rewards the right answer in a response of the right format.
 
     ``format_weight * format + accuracy_weight * accuracy``, where ``format`` is 1 if the response is exactly one block
     of every tag in order and nothing else, and ``accuracy`` is 1 if the last answer block equals the prompt's answer:
     as numbers if both are (0.50 is 1/2), else as text without case, punctuation and articles. A response of more than
-    64 Ki characters has no format, and only its end is searched for an answer. The label itself may be tagged, too.
+    64 Ki characters is not well-formed, and only its end is searched for an answer. The label may be tagged as well.
 
     Example: the label is 4. ``<answer>4</answer>`` earns 1.0, ``<answer>5</answer>`` 0.1, and
     ``It is <answer>4</answer>`` 0.0, or 0.9 if lenient.
 
     Args:
         tags: Blocks the response consists of, in order, e.g. ``[think, answer]``; the last is ``answer``.
-        format_weight: Worth of the right form.
-        accuracy_weight: Worth of the right answer.
+        format_weight: Value of the right format.
+        accuracy_weight: Value of the right answer.
         lenient: Accept the last answer block wherever it stands; otherwise only a well-formed response can be right.
         weight: Factor of this reward in the sum of rewards.
 
     Raises:
-        ValueError: If the tags or a weight make no sense.
+        ValueError: If the tags or a weight are invalid.
     """
 
     components = ("accuracy", "format")
-    isolation = "none"  # linear in the text and raises on none, which tests/rewards/test_parsers.py holds it to
+    isolation = "none"  # linear in the text and raises on none, as tests/rewards/test_parsers.py checks
 
     def __init__(
         self,
@@ -66,11 +66,11 @@ class AnswerTagReward(BaseReward):
         return Score(value, {"accuracy": accuracy, "format": float(well_formed)})
 
 
-@lru_cache(maxsize=256)  # completions of a group repeat each other more and more as a policy learns
+@lru_cache(maxsize=256)  # responses of a group repeat each other more and more as a policy learns
 def _read(text: str, truth: str, tags: tuple[str, ...]) -> tuple[bool, bool]:
     """Whether the text is well-formed, and whether its last answer block is right."""
-    given = last_block(text[-MAX_CHARS:], "answer")
-    return strict(text, tags), given is not None and exact(given, truth)
+    predicted = last_block(text[-MAX_CHARS:], "answer")
+    return strict(text, tags), predicted is not None and exact(predicted, truth)
 
 
 def _check_tags(tags: Sequence[str]) -> None:
@@ -80,7 +80,7 @@ def _check_tags(tags: Sequence[str]) -> None:
     for tag in tags:
         if not is_tag_name(tag):
             raise ValueError(
-                f"AnswerTagReward: {tag!r} is no tag name; use lower-case ASCII letters, digits and _; {hint}"
+                f"AnswerTagReward: {tag!r} is not a tag name; use lower-case ASCII letters, digits and _; {hint}"
             )
     if len(set(tags)) < len(tags):
         raise ValueError(f"AnswerTagReward: tags {list(tags)} repeat a tag; every block occurs once; {hint}")

@@ -22,7 +22,7 @@ class BaseReward(ABC):
 
     The score is a pure function of the rollout: no printing, no network, no randomness. For a row that the reward is
     not meant for, return ``Score.not_applicable()``; for one that it cannot score, ``Score(None, reason="...")``. In a
-    run it works in a process of its own, so that a text that makes it hang, crash or exhaust memory costs a sample and
+    run it works in a worker process, so that a text that makes it hang, crash or exhaust memory costs a sample and
     not the run; faults are counted by cause.
 
     Example::

@@ -1,8 +1,8 @@
-r"""Are two answers of a mathematics question the same?
+r"""Whether two answers to a mathematics question are the same.
 
-Cheap stages first, the first hit wins: equal after what is only notation is gone; equal as numbers; equal as tuples,
-intervals and sets of those; and last, equal for a computer algebra system, which hostile formulas can keep busy for
-ever: so ``MathReward`` works in a process that is killed after two seconds.
+Cheap stages come first, and the first that decides wins: equal without notation; equal as numbers; equal as tuples,
+intervals and sets of numbers; equal for a computer algebra system. Hostile formulas can occupy the last stage without
+end, so ``MathReward`` works in a process that is killed after two seconds.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rllava_pl.rewards.text import number
 MAX_CHARS = 512
 """A longer answer is wrong."""
 
-CLOSENESS = Fraction(1, 1_000_000)
+RELATIVE_TOLERANCE = Fraction(1, 1_000_000)
 """Largest relative difference of numbers of which one is written with a decimal point."""
 
 
 class Verdict(NamedTuple):
-    """Whether an answer is right, and what is worth counting about it."""
+    """Whether an answer is right, and a flag to count."""
 
     right: bool
     flag: str = ""
@@ -39,17 +39,17 @@ def math_equal(given: str, truth: str) -> Verdict:
     """
     if len(given) > MAX_CHARS:
         return Verdict(False, "answer_too_long")
-    if len(truth) > MAX_CHARS:  # what follows looks at no more of it
+    if len(truth) > MAX_CHARS:  # the stages below read only its beginning
         return Verdict(False)
-    ours, theirs = _unit(given), _unit(truth)
-    if ours and theirs and ours != theirs:
+    unit, true_unit = _unit(given), _unit(truth)
+    if unit and true_unit and unit != true_unit:
         return Verdict(False)
-    a, b = normal(given), normal(truth)
-    if not _names_something(b) and _names_something(a):
+    a, b = strip_notation(given), strip_notation(truth)
+    if not _has_name(b) and _has_name(a):
         a = a.partition("=")[2]
     if a == b and a:
         return Verdict(True)
-    if b.isalpha() and len(b) > 1:  # a word, which algebra would take for a product of letters
+    if b.isalpha() and len(b) > 1:  # algebra would read a word as a product of letters
         return Verdict(a.lower() == b.lower())
     if (equal := _numbers_equal(a, b)) is not None:
         return Verdict(equal)
@@ -68,7 +68,7 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|boxed|operatorname)\
 _UNIT = re.compile(
     r"(?<=[0-9}])(?:\s*\\(?:text|mathrm|mbox)\{(?![^{}]*\b(?:or|and)\b)[a-zA-Z .]*(?:\^\{?[23]\}?)?\}"  # 5\text{ cm}
     r"|\s*(?:mm|cm|km|in|ft|inches|feet|miles|kg|sec|seconds|min|minutes|hours|days|degrees?|units?|dollars|cents)"
-    r"|\s+[mgsh])(?:\^\{?[23]\}?)?\s*\.?$"  # one letter right behind a number is a variable
+    r"|\s+[mgsh])(?:\^\{?[23]\}?)?\s*\.?$"  # one letter directly behind a number is a variable
 )
 _NOTATION = [
     (re.compile(r"\\[dt]frac"), r"\\frac"),
@@ -82,10 +82,10 @@ _NOTATION = [
 
 
 @lru_cache(maxsize=1024)
-def normal(text: str) -> str:
+def strip_notation(text: str) -> str:
     """The answer without what is only notation: spaces, ``$``, text boxes, units after a number, a full stop."""
     text = re.sub(r"\s+", "", _UNIT.sub("", text[:MAX_CHARS].strip())).rstrip(".")
-    for _ in range(3):  # a box in a box in a box
+    for _ in range(3):  # boxes may be nested
         text = _WRAPPED.sub(r"\1", text)
     for pattern, plain in _NOTATION:
         text = pattern.sub(plain, text)
@@ -93,13 +93,13 @@ def normal(text: str) -> str:
 
 
 def _unit(text: str) -> str:
-    """What stands behind a number, by its letters; empty if there is none."""
+    """The letters of the unit behind a number; empty if there is none."""
     match = _UNIT.search(text[:MAX_CHARS].strip())
     return re.sub(r"\\(?:text|mathrm|mbox)|[^a-zA-Z0-9]", "", match[0]) if match else ""
 
 
-def _names_something(text: str) -> bool:
-    """``x=4``: a name, and what it is."""
+def _has_name(text: str) -> bool:
+    """``x=4``: a name and its value."""
     return re.match(r"[a-zA-Z](?:_?[0-9a-z])?=[^=]", text) is not None
 
 
@@ -112,17 +112,17 @@ def _alternatives(text: str) -> int:
 
 
 def _numbers_equal(given: str, truth: str) -> bool | None:
-    """None if one of them is no number."""
+    """None if one of them is not a number."""
     a, b = number(given), number(truth)
     if a is None or b is None:
         return None
     if truth.endswith("%") and not given.endswith("%") and a == b / 100:
         return True
-    return abs(a - b) <= CLOSENESS * abs(b) if "." in given + truth else a == b
+    return abs(a - b) <= RELATIVE_TOLERANCE * abs(b) if "." in given + truth else a == b
 
 
 def _collections_equal(given: str, truth: str) -> bool | None:
-    r"""Tuples and intervals element by element, ``\{...\}`` in any order; None if one of them is no collection."""
+    r"""Tuples and intervals element by element, ``\{...\}`` in any order; None if one of them is not a collection."""
     a, b = given.replace("\\{", "⟨").replace("\\}", "⟩"), truth.replace("\\{", "⟨").replace("\\}", "⟩")
     if not (_is_collection(a) and _is_collection(b)):
         return None
@@ -142,7 +142,7 @@ def _is_collection(text: str) -> bool:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside all brackets; thousands commas are none."""
+    """Split at the commas outside all brackets, except thousands commas."""
     parts, depth = [""], 0
     for char in text if number(text) is None else ():
         depth += (char in "([{⟨") - (char in ")]}⟩")
@@ -156,11 +156,11 @@ def _split(text: str) -> list[str]:
 # -- formulas ----------------------------------------------------------------------------------------------------------
 
 _HOSTILE = re.compile(
-    r"[0-9]{101}"  # a number that takes long by itself
-    r"|[0-9]{3}!|!!|\)!|\}!"  # factorials above 100, or of something
+    r"[0-9]{101}"  # long numbers
+    r"|[0-9]{3}!|!!|\)!|\}!"  # factorials above 100, or of expressions
     r"|\^\{*+[^{}^]*+\^|\^\{[^{}]*+\{?[^{}]*+\^"  # towers of powers
     r"|\^\{*-?[0-9]{4}|\*\*"  # exponents above 999
-    r"|\\(?:sum|prod|i?int|lim|binom)"  # what is evaluated rather than compared
+    r"|\\(?:sum|prod|i?int|lim|binom)"  # operators that are evaluated rather than compared
 )
 
 
@@ -173,7 +173,7 @@ def _depth(text: str) -> int:
 
 
 def _symbolic(given: str, truth: str) -> Verdict:
-    """What math-verify says. It has no limit of time here: it works by alarm signals, which end at the main thread."""
+    """Compare by math-verify without its time limit, which needs alarm signals and thus the main thread."""
     if not has_math_verify():
         return Verdict(False, "symbolic_unavailable")
     from math_verify import verify
@@ -192,11 +192,11 @@ def _parsed(text: str) -> Sequence[object]:
 
 
 def has_math_verify() -> bool:
-    """Whether formulas can be compared."""
+    """Whether the computer algebra system is installed."""
     return find_spec("math_verify") is not None
 
 
 def warm_up() -> None:
-    """Import what the last stage needs; its parser is slow at the first formulas."""
+    """Import what the last stage needs; its parser is slow for the first formulas."""
     if has_math_verify():
         _symbolic(r"\frac{2\sqrt{3}}{x^2+1}", r"\frac{\sqrt{12}}{x^2+1}")

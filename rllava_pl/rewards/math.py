@@ -16,24 +16,24 @@ log = logging.getLogger(__name__)
 
 
 class MathReward(BaseReward):
-    r"""Is the boxed answer right, and does the response keep to its form?
+    r"""Rewards the right answer in a box, in a response of the right format.
 
     ``format_weight * format + accuracy_weight * accuracy``. ``accuracy`` is 1 if the last ``\boxed{...}`` equals the
     prompt's answer by ``formulas.math_equal``, ``format`` is 1 if the response is one think block and then anything
-    with a box. Formulas that differ as texts and as numbers are compared by math-verify, which needs
+    with a box. Formulas that differ as text and as numbers are compared by math-verify, which needs
     ``rllava-pl[math]``; without it they count as wrong, with the flag ``symbolic_unavailable``. A formula that the
     comparison cannot finish in two seconds makes the sample wrong, with the flag ``grader_timeout``.
 
-    Example: the label is ``\sqrt{12}``. ``<think>...</think> \boxed{2\sqrt{3}}`` earns 1.0, 0.9 without its thoughts.
+    Example: the label is ``\sqrt{12}``. ``<think>...</think> \boxed{2\sqrt{3}}`` scores 1.0, without thoughts 0.9.
 
     Args:
-        format_weight: Worth of the right form.
-        accuracy_weight: Worth of the right answer.
-        scope: Where the box is looked for: behind the last ``</think>``, or anywhere.
+        format_weight: Value of the right format.
+        accuracy_weight: Value of the right answer.
+        scope: Where the box is searched: answer, behind the last ``</think>``, or anywhere.
         weight: Factor of this reward in the sum of rewards.
 
     Raises:
-        ValueError: If a weight makes no sense.
+        ValueError: If a weight is negative or not finite.
     """
 
     components = ("accuracy", "format")
@@ -55,10 +55,10 @@ class MathReward(BaseReward):
         self.accuracy_weight = accuracy_weight
         self.scope = scope
         if not has_math_verify():
-            log.warning("MathReward: formulas are compared as texts and numbers only; pip install 'rllava-pl[math]'")
+            log.warning("MathReward: formulas are compared as text and numbers only; pip install 'rllava-pl[math]'")
 
     def load(self) -> None:
-        """The computer algebra system."""
+        """Import the computer algebra system."""
         warm_up()
 
     def score(self, rollout: Rollout) -> Score:
@@ -80,7 +80,7 @@ class MathReward(BaseReward):
 
 
 def _well_formed(text: str) -> bool:
-    """One think block at the beginning, and a box behind it."""
+    """Whether the text is one think block and then anything with a box."""
     tokens = list(islice(tag_tokens(text, ("think",)), 3))
     if [token["slash"] for token in tokens] != ["", "/"]:
         return False

@@ -149,35 +149,27 @@ def _weighted_sum(rewards: Sequence[Reward], row: Sequence[Score]) -> Score:
 def _columns(
     rewards: Sequence[Reward], scores: Sequence[Sequence[Score]]
 ) -> tuple[dict[str, list[float]], dict[str, list[bool]]]:
-    """N numbers for each component, and whether its reward applies; without declared components, the value is one."""
+    """N numbers for each component, and whether its reward applies.
+
+    A reward that declares no components has its value as one, under its name.
+    """
     names = _numbered([reward_name(reward) for reward in rewards])
-    declared = [_declared(reward) or (name,) for reward, name in zip(rewards, names, strict=True)]
-    parts = [
-        [_parts(score, None if _declared(reward) else name) for score in column]
-        for reward, name, column in zip(rewards, names, scores, strict=True)
+    declared = [tuple(getattr(reward, "components", ())) for reward in rewards]
+    own = [parts or (name,) for parts, name in zip(declared, names, strict=True)]
+    rows = [
+        [({} if parts or s.value is None else {name: s.value}) | dict(s.components) for s in column]
+        for parts, name, column in zip(declared, names, scores, strict=True)
     ]
-    found = [(k, component) for k, own in enumerate(declared) for component in own]
-    found += [(k, component) for k, rows in enumerate(parts) for row in rows for component in row]
-    owners = Counter(chain.from_iterable(declared))
-    columns = list(dict.fromkeys(found))
-    plain = [len(rewards) == 1 or (c in declared[k] and owners[c] == 1) for k, c in columns]
-    shown = [c if alone else f"{names[k]}_{c}" for (k, c), alone in zip(columns, plain, strict=True)]
+    found = [(k, component) for k, parts in enumerate(own) for component in parts]
+    found += [(k, component) for k, column in enumerate(rows) for row in column for component in row]
+    columns = list(dict.fromkeys(found))  # the declared ones first, so that their names do not depend on the data
+    owners = Counter(chain.from_iterable(own))
+    shown = [c if len(rewards) == 1 or (c in own[k] and owners[c] == 1) else f"{names[k]}_{c}" for k, c in columns]
     components, applies = {}, {}
     for name, (k, component) in zip(_numbered([x.replace("/", "_") for x in shown]), columns, strict=True):
-        components[name] = [row.get(component, math.nan) for row in parts[k]]
+        components[name] = [row.get(component, math.nan) for row in rows[k]]
         applies[name] = [score.applicable for score in scores[k]]
     return components, applies
-
-
-def _parts(score: Score, value_name: str | None) -> dict[str, float]:
-    """Named numbers of one score, with its value as ``value_name`` unless that is None."""
-    if score.value is None:
-        return {}
-    return ({} if value_name is None else {value_name: score.value}) | dict(score.components)
-
-
-def _declared(reward: Reward) -> tuple[str, ...]:
-    return tuple(getattr(reward, "components", ()))
 
 
 def reward_name(reward: Reward) -> str:

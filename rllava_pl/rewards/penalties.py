@@ -12,15 +12,15 @@ from rllava_pl.types import Rollout, Score
 
 
 class RepetitionPenalty(BaseReward):
-    """Minus the share of repeated n-grams: ``distinct / all - 1``, from 0 (no repeat) towards -1 (one n-gram for ever).
+    """Minus the fraction of repeated n-grams: ``distinct / all - 1``, from 0 (no repeat) towards -1.
 
-    Only windows that the policy sampled from end to end count: text of a tool or an environment is not its doing. A
-    response shorter than one n-gram costs nothing. O(T log T) in the tokens of the response.
+    Only n-grams count of which the policy sampled every token, not those of observations or hints. A response shorter
+    than one n-gram scores 0. O(T log T) in the tokens of the response.
 
     Example: with ``ngram_tokens=2`` the response ``7 8 7 8 7`` has the pairs 78, 87, 78, 87: 2 of 4 are repeats, -0.5.
 
     Args:
-        ngram_tokens: Length of the n-grams in tokens; short ones also punish ordinary language.
+        ngram_tokens: Length of the n-grams in tokens; short ones also penalise ordinary language.
         weight: Factor of this penalty in the sum of rewards, not negative.
 
     Raises:
@@ -47,9 +47,9 @@ class RepetitionPenalty(BaseReward):
 
 
 def _windows(ids_T: Tensor, length: int) -> Tensor:
-    """An integer for every window, equal where the windows are: as many ids side by side as 63 bits hold.
+    """An integer for every window, equal where the windows are equal: as many ids in one integer as 63 bits hold.
 
-    Where two no longer fit, they are numbered anew, and the windows put together from shorter ones.
+    Once two no longer fit, the integers are replaced by their ranks, and longer windows combined from shorter ones.
     """
     words, reach = ids_T, 1
     while reach < length:

@@ -24,13 +24,16 @@ Other causes are those that rewards return themselves, as ``Score(None, reason="
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
+from typing import Literal, TypeVar
 
 from rllava_pl.rewards.base import BaseReward, RewardError
 from rllava_pl.types import Reward, Rollout, Score
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
 
 FLOAT32_MAX = 3.4028234663852886e38
 """Rewards end up in float32 tensors, where a larger number would be infinite."""
@@ -104,27 +107,10 @@ def score_rollouts(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
     A reward that scores samples one by one loses the faulty one, a reward with its own ``__call__`` the whole call.
     """
     declared = tuple(getattr(reward, "components", ()))
-    if not isinstance(reward, BaseReward) or not is_samplewise(reward):
-        return _score_together(reward, rollouts, declared)
-    scores = []
-    for rollout in rollouts:
-        try:
-            scores.append(check_score(reward.score(rollout), declared))
-        except RewardError:
-            raise
-        except Exception as error:
-            scores.append(error_score(error))
-    return scores
+    if isinstance(reward, BaseReward) and is_samplewise(reward):
+        return [_attempt(reward.score, rollout, lambda score: check_score(score, declared)) for rollout in rollouts]
 
-
-def is_samplewise(reward: Reward) -> bool:
-    """Whether a sample's score does not depend on the other samples of the call."""
-    return isinstance(reward, BaseReward) and type(reward).__call__ is BaseReward.__call__
-
-
-def _score_together(reward: Reward, rollouts: Sequence[Rollout], declared: tuple[str, ...]) -> list[Score]:
-    try:
-        scores: object = reward(rollouts)
+    def check(scores: object) -> list[Score]:
         if not isinstance(scores, Sequence) or isinstance(scores, str):
             fault = Score(None, reason="bad_type", detail=f"returned {type(scores).__name__}, not a list of Score")
         elif len(scores) != len(rollouts):
@@ -132,11 +118,24 @@ def _score_together(reward: Reward, rollouts: Sequence[Rollout], declared: tuple
             fault = Score(None, reason="bad_length", detail=detail)
         else:
             return [check_score(score, declared) for score in scores]
+        return [fault] * len(rollouts)
+
+    scores = _attempt(reward, rollouts, check)
+    return scores if isinstance(scores, list) else [scores] * len(rollouts)
+
+
+def _attempt(call: Callable[[Input], object], argument: Input, check: Callable[[object], Output]) -> Output | Score:
+    try:
+        return check(call(argument))
     except RewardError:
         raise
     except Exception as error:
-        fault = error_score(error)
-    return [fault] * len(rollouts)
+        return error_score(error)
+
+
+def is_samplewise(reward: Reward) -> bool:
+    """Whether a sample's score does not depend on the other samples of the call."""
+    return isinstance(reward, BaseReward) and type(reward).__call__ is BaseReward.__call__
 
 
 def error_score(error: BaseException) -> Score:

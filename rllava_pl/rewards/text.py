@@ -1,6 +1,6 @@
-"""Reading what a policy wrote: tags, answers, numbers.
+"""Parsers of what a policy wrote: tags, answers, numbers.
 
-A response is hostile input: a policy finds every text that makes a parser slow, wrong or fail. So each function here
+A response is hostile input: a policy finds every text that makes a parser slow, wrong or raise. So each function here
 takes time linear in the text (no pattern has two open-ended repetitions in a row, unless they are possessive) and
 raises on no string. ``benchmarks/parsers.py`` measures it.
 """
@@ -15,13 +15,13 @@ from itertools import islice, pairwise
 from typing import NamedTuple
 
 MAX_CHARS = 64 * 1024
-"""A longer response has no valid format, and its answer is looked for in its last ``MAX_CHARS`` characters."""
+"""A longer response has no valid format, and its answer is searched in its last ``MAX_CHARS`` characters."""
 
 MAX_DIGITS = 40
-"""A longer number is none; arithmetic on it is a way to waste time."""
+"""A longer number is not accepted: arithmetic on it can take long."""
 
 MAX_ANSWER_CHARS = 4096
-"""A longer answer is right only if it is the label to the letter; looking past punctuation and case would take long."""
+"""A longer answer is right only if it equals the label exactly; normalising it could take long."""
 
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
 """Ends of a turn in common chat formats, ignored at the end of a response."""
@@ -30,7 +30,7 @@ _TAIL = re.compile(rf"(?:\s|{'|'.join(map(re.escape, END_OF_TURN))})*+")
 
 
 class Blocks(NamedTuple):
-    """What stands between the tags of one name, in order."""
+    """The text between the tags of one name, in order."""
 
     contents: tuple[str, ...]
     unclosed: bool
@@ -53,14 +53,14 @@ def tag_tokens(text: str, names: Collection[str]) -> Iterator[re.Match[str]]:
 
 @lru_cache(maxsize=256)
 def _tag(names: tuple[str, ...]) -> re.Pattern[str]:
-    """Its repetitions are possessive: what they took is not tried again, so that endless spaces are read once."""
+    """Its repetitions are possessive, so that a long run of spaces is read once."""
     return re.compile(rf"< *+(?P<slash>/?) *+(?P<name>{'|'.join(map(re.escape, names))}) *+>" if names else "(?!)")
 
 
 def blocks(text: str, tag: str) -> Blocks:
     """Contents of all blocks: each from an opening tag to the *next* closing one; tags in between are plain text.
 
-    An opening tag without a closing one ends the scan: ``<a>1</a> <a>2`` has the one block ``1`` and is ``unclosed``.
+    An opening tag without a closing one ends the scan: ``<a>1</a> <a>2`` has one block, ``1``, and is ``unclosed``.
     """
     contents: list[str] = []
     start = -1
@@ -88,7 +88,7 @@ def strict(text: str, names: Sequence[str]) -> bool:
     if len(text) > MAX_CHARS:
         return False
     wanted = [(slash, name) for name in names for slash in ("", "/")]
-    tokens = list(islice(tag_tokens(text, names), len(wanted) + 1))  # one more is one too many
+    tokens = list(islice(tag_tokens(text, names), len(wanted) + 1))  # one more makes the text invalid
     if not wanted or [token.group("slash", "name") for token in tokens] != wanted:
         return False
     stops = [0] + [token.end() for token in tokens[1::2]]
@@ -103,7 +103,7 @@ _BRACES = re.compile(r"\\boxed\s*+\{|\\.|[{}]", re.DOTALL)
 def last_boxed(text: str) -> str | None:
     r"""Content of the ``\boxed{...}`` that is closed last, with its inner braces balanced, or None.
 
-    ``\{`` and ``\}`` are no braces. A box inside another one is closed before it, so the outer one counts.
+    ``\{`` and ``\}`` do not count as braces. A box inside another one is closed first, so the outer one counts.
     """
     opened: list[int] = []  # where the content of a box begins; -1 for other braces
     found: tuple[int, int] | None = None
@@ -125,11 +125,11 @@ def answer_scope(text: str) -> str:
     return text[stop:]
 
 
-# Full-width forms become their ASCII twins, and dashes of all kinds the minus that models mean by them.
-_ASCII_TWINS = {0xFEE0 + code: code for code in range(0x21, 0x7F)}
-_ASCII_TWINS |= dict.fromkeys([*range(0x2010, 0x2016), 0x2212], ord("-"))
+# Full-width forms become ASCII characters, and dashes of all kinds the minus that models mean by them.
+_TO_ASCII = {0xFEE0 + code: code for code in range(0x21, 0x7F)}
+_TO_ASCII |= dict.fromkeys([*range(0x2010, 0x2016), 0x2212], ord("-"))
 
-# Signs that never are punctuation of a sentence (+ < = > ^) are not among these.
+# Without signs that are never punctuation of a sentence: + < = > ^
 _PUNCTUATION = re.compile(
     r"[!-*,-/:;?@\[-\]_`{-~"  # ASCII
     r"\u00a1\u00ab\u00b7\u00bb\u00bf\u2016-\u2027"  # inverted marks, quotes, dots
@@ -140,20 +140,20 @@ _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-
 
 
 def normalise(text: str) -> str:
-    """Text without what does not matter in a short answer: case, punctuation, English articles, spacing.
+    """Text without what is irrelevant in a short answer: case, punctuation, English articles, spacing.
 
     ``"The red  Square."`` becomes ``"red square"``. Punctuation that belongs to a number stays (-4 is not 4, 1/2 is not
     12), and so does an ``a`` that may be an option letter or a variable: it is an article only before a longer word.
     Chinese, Japanese and Korean text loses its spaces.
     """
-    words = _PUNCTUATION.sub(_kept_of_punctuation, text.translate(_ASCII_TWINS).lower()).split()
+    words = _PUNCTUATION.sub(_kept_of_punctuation, text.translate(_TO_ASCII).lower()).split()
     kept = [word for word, following in pairwise([*words, ""]) if not _is_article(word, following)]
     joined = " ".join(kept)
     return "".join(kept) if _CJK.search(joined) else joined
 
 
 def _kept_of_punctuation(run: re.Match[str]) -> str:
-    """All of it inside ``1/2`` or ``x-4``, the sign and the decimal point of ``$-.5`` and ``-x``, nothing elsewhere."""
+    """All punctuation inside ``1/2`` or ``x-4``, the sign and point of ``$-.5`` and ``-x``, nothing elsewhere."""
     text, (start, stop) = run.string, run.span()
     before, after = text[start - 1 : start], text[stop : stop + 1]
     if before.isalnum() and after.isalnum() and (before.isdigit() or after.isdigit()):
@@ -171,7 +171,7 @@ def _is_article(word: str, following: str) -> bool:
 def exact(predicted: str, truth: str) -> bool:
     """Whether two short answers are the same: as numbers if both are, else as normalised text.
 
-    Answers of nothing but punctuation are compared as they are, and so are those of more than ``MAX_ANSWER_CHARS``.
+    Answers of only punctuation, or of more than ``MAX_ANSWER_CHARS`` characters, are compared as they are.
     """
     if max(len(predicted), len(truth)) > MAX_ANSWER_CHARS:
         return predicted.strip() == truth.strip()
@@ -186,15 +186,15 @@ _NUMBER = re.compile(r"([-+]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(\.[0-9]+|/[0-9]+
 
 
 def number(text: str) -> Fraction | None:
-    """The text as an exact number, or None if it is anything else.
+    """The text as an exact number, or None if it is not one.
 
     An optional sign; digits, with or without commas in groups of three; optionally a decimal part or ``/`` and a
     denominator; optionally ``%``, which is a unit here: 50% is 50. At most 40 digits.
     """
     text = text.strip()
-    if len(text) > 2 * MAX_DIGITS:  # digits, their commas and the signs: anything longer has too many digits
+    if len(text) > 2 * MAX_DIGITS:  # digits, commas and signs: a longer text has too many digits
         return None
-    match = _NUMBER.fullmatch(text.translate(_ASCII_TWINS))
+    match = _NUMBER.fullmatch(text.translate(_TO_ASCII))
     if match is None or sum(char.isdigit() for char in match[0]) > MAX_DIGITS:
         return None
     sign, whole, rest = match[1], match[2].replace(",", ""), match[3] or ""

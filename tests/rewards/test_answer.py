@@ -67,7 +67,7 @@ def test_known_responses(rollout, text, expected, lenient):
         ("<answer>4</answer>", 0),
     ],
 )
-def test_several_blocks_in_order(rollout, text, form):
+def test_blocks_must_stand_in_order(rollout, text, form):
     score = AnswerTagReward(tags=["think", "answer"]).score(rollout(text))
     assert score.components == {"accuracy": form, "format": form}
 
@@ -89,18 +89,23 @@ def test_several_blocks_in_order(rollout, text, form):
         ("4", "<answer> 4 </answer>", True),
     ],
 )
-def test_comparison_with_the_label(rollout, given, label, right):
+def test_answer_is_compared_with_label(rollout, given, label, right):
     score = AnswerTagReward(lenient=True).score(rollout(f"<answer>{given}</answer>", answer=label))
     assert score.components["accuracy"] == right
 
 
 @pytest.mark.parametrize("answer", ["", " \n", "<answer> </answer>"])
-def test_a_prompt_without_answer_is_unscored(rollout, answer):
+def test_prompt_without_answer_is_unscored(rollout, answer):
     score = AnswerTagReward().score(rollout("<answer>4</answer>", answer=answer))
     assert (score.value, score.reason) == (None, "no_answer")
 
 
-def test_part_weights(rollout):
+@pytest.mark.parametrize("answer", [4, 4.0, ["<answer>4</answer>"]])
+def test_label_that_is_not_a_string_is_compared_as_text(rollout, answer):
+    assert AnswerTagReward().score(rollout("<answer>4</answer>", answer=answer)).value == 1.0
+
+
+def test_weights_of_format_and_accuracy(rollout):
     reward = AnswerTagReward(format_weight=0.5, accuracy_weight=2.0)
     assert [score.value for score in reward([rollout("<answer>4</answer>"), rollout("<answer>5</answer>")])] == [
         2.5,
@@ -114,21 +119,21 @@ def test_part_weights(rollout):
         ({"tags": []}, "tags is []; give a list like [think, answer]"),
         ({"tags": "answer"}, "tags is 'answer'; give a list like [think, answer]"),
         ({"tags": ["answer", "think"]}, "tags ['answer', 'think'] end in 'think'; the last must be 'answer'"),
-        ({"tags": ["<answer>"]}, "'<answer>' is no tag name; use lower-case ASCII letters, digits and _"),
-        ({"tags": ["Answer"]}, "'Answer' is no tag name"),
+        ({"tags": ["<answer>"]}, "'<answer>' is not a tag name; use lower-case ASCII letters, digits and _"),
+        ({"tags": ["Answer"]}, "'Answer' is not a tag name"),
         ({"tags": ["answer", "answer"]}, "tags ['answer', 'answer'] repeat a tag"),
         ({"format_weight": -0.1}, "format_weight is -0.1; it must be finite and not negative"),
         ({"accuracy_weight": math.nan}, "accuracy_weight is nan; it must be finite and not negative"),
         ({"weight": math.inf}, "AnswerTagReward: weight is inf; it must be a finite number"),
     ],
 )
-def test_options_that_make_no_sense(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError) as caught:
         AnswerTagReward(**options)
     assert message in str(caught.value)
 
 
-def test_short_name_and_options_on_the_command_line():
+def test_reward_by_short_name_on_the_command_line():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--rewards", type=list[BaseReward | Reward])
     arguments = ["--rewards+=AnswerTagReward", "--rewards.tags=[think, answer]", "--rewards+=RepetitionPenalty"]
@@ -136,7 +141,7 @@ def test_short_name_and_options_on_the_command_line():
     assert (answer.tags, repetition.ngram_tokens) == (("think", "answer"), 8)
 
 
-def test_every_option_is_explained_in_help(capsys):
+def test_help_explains_every_option(capsys):
     parser = ArgumentParser()
     parser.add_argument("--reward", type=BaseReward)
     with pytest.raises(SystemExit):

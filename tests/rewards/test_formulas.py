@@ -1,4 +1,4 @@
-"""Whether two answers are the same: a table of known verdicts, and texts that try to get away with something."""
+"""Whether two answers are the same: known verdicts, and answers that try to deceive the comparison."""
 
 from __future__ import annotations
 
@@ -69,31 +69,31 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("given", "truth"), RIGHT)
-def test_right_answers(given: str, truth: str) -> None:
+def test_equal_answers_are_right(given: str, truth: str) -> None:
     assert math_equal(given, truth) == (True, "")
 
 
 @pytest.mark.parametrize(("given", "truth"), WRONG)
-def test_wrong_answers(given: str, truth: str) -> None:
+def test_different_answers_are_wrong(given: str, truth: str) -> None:
     assert not math_equal(given, truth).right
 
 
 @pytest.mark.parametrize(("given", "truth", "right"), SYMBOLIC)
-def test_formulas(given: str, truth: str, right: bool) -> None:
+def test_formulas_are_compared_by_computer_algebra(given: str, truth: str, right: bool) -> None:
     pytest.importorskip("math_verify")
     assert math_equal(given, truth) == (right, "")
 
 
 @pytest.mark.parametrize("given", REFUSED)
-def test_what_is_known_to_take_long_is_refused(given: str) -> None:
+def test_formula_known_to_take_long_is_refused(given: str) -> None:
     assert math_equal(given, "1") == (False, "grader_refused")
 
 
-def test_a_long_answer_is_wrong() -> None:
+def test_long_answer_is_wrong() -> None:
     assert math_equal("1+" * 300, "1") == (False, "answer_too_long")
 
 
-def test_a_longer_label_is_not_equal_to_its_beginning() -> None:
+def test_long_label_differs_from_its_beginning() -> None:
     assert not math_equal("12" * 256, "12" * 300).right
 
 
@@ -119,5 +119,5 @@ def test_without_math_verify_formulas_are_wrong_with_a_flag(monkeypatch: pytest.
         ("", None),
     ],
 )
-def test_last_boxed(text: str, content: str | None) -> None:
+def test_last_boxed_returns_content_or_none(text: str, content: str | None) -> None:
     assert last_boxed(text) == content

@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rllava_pl.rewards import text as reading
+from rllava_pl.rewards import text as parsers
 
 NAMES = ("think", "answer")
-READERS = {
-    "tag_tokens": lambda text: list(reading.tag_tokens(text, NAMES)),
-    "blocks": lambda text: reading.blocks(text, "answer"),
-    "last_block": lambda text: reading.last_block(text, "answer"),
-    "strict": lambda text: reading.strict(text, NAMES),
-    "answer_scope": reading.answer_scope,
-    "normalise": reading.normalise,
-    "number": reading.number,
-    "exact": lambda text: reading.exact(text, text[::-1]),
-    "is_tag_name": reading.is_tag_name,
-    "last_boxed": reading.last_boxed,
+PARSERS = {
+    "tag_tokens": lambda text: list(parsers.tag_tokens(text, NAMES)),
+    "blocks": lambda text: parsers.blocks(text, "answer"),
+    "last_block": lambda text: parsers.last_block(text, "answer"),
+    "strict": lambda text: parsers.strict(text, NAMES),
+    "answer_scope": parsers.answer_scope,
+    "normalise": parsers.normalise,
+    "number": parsers.number,
+    "exact": lambda text: parsers.exact(text, text[::-1]),
+    "is_tag_name": parsers.is_tag_name,
+    "last_boxed": parsers.last_boxed,
 }
 
 
@@ -46,14 +46,14 @@ READERS = {
         ("", (), False),
     ],
 )
-def test_blocks(text, contents, unclosed):
-    assert reading.blocks(text, "a") == (contents, unclosed)
-    assert reading.last_block(text, "a") == (contents[-1] if contents else None)
+def test_blocks_end_at_next_closing_tag(text, contents, unclosed):
+    assert parsers.blocks(text, "a") == (contents, unclosed)
+    assert parsers.last_block(text, "a") == (contents[-1] if contents else None)
 
 
-def test_tag_tokens_stand_where_they_say():
+def test_tag_tokens_have_name_slash_and_span():
     text = "x< / a >y<b>"
-    tokens = list(reading.tag_tokens(text, ("a", "b")))
+    tokens = list(parsers.tag_tokens(text, ("a", "b")))
     assert [(token["name"], token["slash"]) for token in tokens] == [("a", "/"), ("b", "")]
     assert [(token[0], token.span()) for token in tokens] == [("< / a >", (1, 8)), ("<b>", (9, 12))]
 
@@ -78,18 +78,18 @@ def test_tag_tokens_stand_where_they_say():
         ("", False),
     ],
 )
-def test_strict(text, valid):
-    assert reading.strict(text, ("a", "b")) is valid
+def test_strict_accepts_only_blocks_in_order(text, valid):
+    assert parsers.strict(text, ("a", "b")) is valid
 
 
-def test_strict_refuses_what_is_too_long():
-    fits = "<a>" + "1" * (reading.MAX_CHARS - 7) + "</a>"
-    assert reading.strict(fits, ("a",))
-    assert not reading.strict(fits + " ", ("a",))
+def test_strict_refuses_text_above_max_chars():
+    fits = "<a>" + "1" * (parsers.MAX_CHARS - 7) + "</a>"
+    assert parsers.strict(fits, ("a",))
+    assert not parsers.strict(fits + " ", ("a",))
 
 
 def test_strict_without_tags_accepts_nothing():
-    assert not reading.strict("", ())
+    assert not parsers.strict("", ())
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_strict_without_tags_accepts_nothing():
         ("<think>never closed", "<think>never closed"),
     ],
 )
-def test_answer_scope(text, scope):
-    assert reading.answer_scope(text) == scope
+def test_answer_scope_begins_after_last_thought(text, scope):
+    assert parsers.answer_scope(text) == scope
 
 
 @pytest.mark.parametrize(
@@ -136,16 +136,16 @@ def test_answer_scope(text, scope):
         ("", ""),
     ],
 )
-def test_normalise(text, normal):
-    assert reading.normalise(text) == normal
+def test_normalise_keeps_signs_of_numbers(text, normal):
+    assert parsers.normalise(text) == normal
 
 
 @given(st.text(max_size=60))
 @settings(derandomize=True, max_examples=100)
 def test_exact_is_reflexive_and_symmetric(text):
-    assert reading.exact(text, text)
+    assert parsers.exact(text, text)
     other = text.swapcase()
-    assert reading.exact(text, other) == reading.exact(other, text)
+    assert parsers.exact(text, other) == parsers.exact(other, text)
 
 
 @pytest.mark.parametrize(
@@ -163,9 +163,9 @@ def test_exact_is_reflexive_and_symmetric(text):
         ("", "", True),
     ],
 )
-def test_exact(one, other, same):
-    assert reading.exact(one, other) is same
-    assert reading.exact(other, one) is same
+def test_exact_compares_numbers_then_text(one, other, same):
+    assert parsers.exact(one, other) is same
+    assert parsers.exact(other, one) is same
 
 
 @pytest.mark.parametrize(
@@ -198,24 +198,24 @@ def test_exact(one, other, same):
         ("9" * 100_000, None),
     ],
 )
-def test_number(text, value):
-    assert reading.number(text) == value
+def test_number_is_exact_or_none(text, value):
+    assert parsers.number(text) == value
 
 
 def test_number_takes_forty_digits_with_commas():
     text = "-1" + ",000" * 13 + "%"  # 1 + 39 digits
-    assert reading.number(text) == Fraction(-(10**39))
+    assert parsers.number(text) == Fraction(-(10**39))
 
 
 TAGS = ["<", ">", "<>", "< ", " ", "<answer>", "</answer>", "<answer></answer>", "</s>", "</s> "]
 WORDS = ["/", "answer", "think", "-", "- ", "a.", "1,", "9", "the ", "猫", "\ud800"]
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
+@pytest.mark.parametrize("parser", PARSERS.values(), ids=PARSERS.keys())
 @given(text=st.text() | st.lists(st.sampled_from(TAGS + WORDS), max_size=40).map("".join))
 @settings(derandomize=True, max_examples=100, deadline=None)
-def test_no_text_makes_a_reader_raise(reader, text):
-    reader(text)
+def test_no_text_makes_a_parser_raise(parser, text):
+    parser(text)
 
 
 HOSTILE = {unit: [unit * (kib * 1024 // len(unit)) for kib in (16, 64)] for unit in TAGS + WORDS} | {
@@ -226,14 +226,14 @@ HOSTILE = {unit: [unit * (kib * 1024 // len(unit)) for kib in (16, 64)] for unit
 
 
 @pytest.mark.parametrize(("short", "long"), HOSTILE.values(), ids=map(ascii, HOSTILE))
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
-def test_time_grows_linearly(reader, short, long):
-    # Four times the text takes 4 times as long if linear and 16 times if quadratic. Below half a millisecond all is
-    # noise, and one undisturbed attempt in five is proof enough.
-    assert any(_seconds(reader, long) <= 8 * max(_seconds(reader, short), 5e-4) for _ in range(5))
+@pytest.mark.parametrize("parser", PARSERS.values(), ids=PARSERS.keys())
+def test_time_grows_linearly(parser, short, long):
+    # Four times the text takes 4 times as long if linear and 16 times if quadratic. Below half a millisecond there is
+    # only noise, and one undisturbed attempt in five suffices.
+    assert any(_seconds(parser, long) <= 8 * max(_seconds(parser, short), 5e-4) for _ in range(5))
 
 
-def _seconds(reader, text: str) -> float:
+def _seconds(parser, text: str) -> float:
     start = time.process_time()
-    reader(text)
+    parser(text)
     return time.process_time() - start

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -29,7 +30,6 @@ from rllava_pl.rewards.base import BaseReward, RewardError
 from rllava_pl.rewards.isolation.protocol import frame, read_frames
 from rllava_pl.rewards.isolation.spec import RewardSpec
 from rllava_pl.rewards.isolation.worker import Worker, close_connection, serve_scores
-from rllava_pl.rewards.scoring import error_score
 from rllava_pl.types import Json
 
 START_SECONDS = 120.0
@@ -39,7 +39,7 @@ REPLY_SECONDS = 10.0
 POLL_SECONDS = 1.0
 """Pause between checks whether the trainer still runs."""
 
-_FORK, _KILL = b"F", b"K"
+_READY, _FORK, _KILL = b"R", b"F", b"K"
 _ORDER, _REPLY = struct.Struct("!cq"), struct.Struct("!q")
 """Trainer to server: ``_FORK`` with a socket for the worker, or ``_KILL`` with its pid; the reply is the pid."""
 
@@ -93,37 +93,28 @@ class ForkServer:
         if self._ready:
             return
         self._connection.settimeout(START_SECONDS)
-        try:
-            answer = next((message for message, _ in read_frames(self._connection)), None)
-        except TimeoutError:
-            answer = {"error": f"not ready after {START_SECONDS:g} seconds"}
-        except OSError:
-            answer = None
-        if answer != {"ready": True}:
-            error = cast("dict[str, str]", answer)["error"] if answer else self._read_stderr()
+        with contextlib.suppress(OSError):  # too late, or the connection broke
+            self._ready = self._connection.recv(1) == _READY
+        if not self._ready:
+            self._process.kill()
+            code = self._process.wait()
+            self._stderr.seek(0)
+            error = self._stderr.read().decode(errors="replace")[-2000:].strip()
             raise RewardError(
                 "the rewards cannot be built in another process; correct this, or let them run in the trainer "
-                f'(isolation = "none" in the class, or scoring.isolation: none). The error there:\n{error}'
+                '(isolation = "none" in the class, or scoring.isolation: none). The error there:\n'
+                + (error or f"not ready within {START_SECONDS:g} seconds, exit code {code}")
             )
         self._connection.settimeout(REPLY_SECONDS)
-        self._ready = True
 
     def fork(self) -> Worker:
-        """A new worker.
-
-        Raises:
-            ForkServerLostError: The server has ended.
-        """
+        """A new worker; raises ``ForkServerLostError`` if the server has ended."""
         ours, theirs = socket.socketpair()
         with theirs:
             return Worker(self._send(_FORK, 0, theirs), ours)
 
     def kill(self, worker: Worker) -> None:
-        """Kill a worker and every process that it has started.
-
-        Raises:
-            ForkServerLostError: The server has ended, and the worker with it; processes it has started may live.
-        """
+        """Kill a worker and every process that it has started; raises ``ForkServerLostError`` as ``fork`` does."""
         close_connection(worker.connection)
         self._send(_KILL, worker.pid)
 
@@ -149,35 +140,22 @@ class ForkServer:
             raise ForkServerLostError("it closed the connection")
         return int(_REPLY.unpack(reply)[0])
 
-    def _read_stderr(self) -> str:
-        self._process.wait(REPLY_SECONDS)
-        self._stderr.seek(0)
-        return self._stderr.read().decode(errors="replace")[-2000:].strip() or f"exit {self._process.returncode}"
-
 
 # -- in the fork server ------------------------------------------------------------------------------------------------
 
 
 def serve(descriptor: int) -> None:
-    """Build the rewards, then fork and kill workers until the trainer closes the connection or ends.
-
-    Args:
-        descriptor: File descriptor of the socket to the trainer.
-    """
+    """Build the rewards, then fork and kill workers until the socket to the trainer is closed or the trainer ends."""
     trainer = socket.socket(fileno=descriptor)
     torch.set_num_threads(1)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # for a constructor that hangs
     setup = cast("dict[str, list[dict[str, str]]]", next(read_frames(trainer))[0])
-    try:
-        rewards = [RewardSpec(**spec).build() for spec in setup["specs"]]
-        for reward in rewards:
-            reward.load()
-    except BaseException as error:
-        trainer.sendall(frame({"error": error_score(error).detail}))
-        return
+    rewards = [RewardSpec(**spec).build() for spec in setup["specs"]]  # errors go to stderr, which the trainer reads
+    for reward in rewards:
+        reward.load()
     _prctl(_PR_SET_PDEATHSIG, 0)  # from here on the loop below notices the end, and kills the workers first
-    trainer.sendall(frame({"ready": True}))
+    trainer.sendall(_READY)
     gc.freeze()  # never collect what exists now, so that workers keep sharing its memory
     workers: set[int] = set()
     try:
@@ -203,8 +181,6 @@ def _orders(trainer: socket.socket) -> Iterator[tuple[bytes, int, list[int]]]:
                 if os.getppid() != parent:
                     return
             message, descriptors, _, _ = socket.recv_fds(trainer, _ORDER.size, 1)
-            while message and len(message) < _ORDER.size:
-                message += trainer.recv(_ORDER.size - len(message))
             if not message:
                 return
             yield *_ORDER.unpack(message), descriptors
@@ -244,11 +220,8 @@ def _kill(worker: int, workers: set[int]) -> None:
 
 
 def _children() -> set[int]:
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
-            return {int(pid) for pid in file.read().split()}
-    except OSError:  # not Linux, where the server adopts no processes
-        return set()
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    return set(map(int, children.read_text().split())) if children.exists() else set()  # adopted on Linux only
 
 
 def _prctl(option: int, value: int) -> None:

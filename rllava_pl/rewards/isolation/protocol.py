@@ -7,11 +7,11 @@ A frame is two lengths, a JSON text, and the bytes of the tensors that the text 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import socket
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rllava_pl.checkpoint.codec import decode, encode
 from rllava_pl.rewards.scoring import MAX_DETAIL, finite_float
-from rllava_pl.types import Json, Prompt, PromptInputs, Rollout, Score
+from rllava_pl.types import Json, PromptInputs, Rollout, Score
 
 MAX_REQUEST_BYTES = 512 * 1024 * 1024
 """Of one frame to a worker: a few rollouts, with their images if the reward needs them."""
@@ -90,16 +90,19 @@ def score_request(reward: int, rollouts: Sequence[Rollout], *, images: bool) -> 
     Raises:
         ProtocolError: More than ``MAX_REQUEST_BYTES``.
     """
-    prompts = {id(rollout.prompt): _for_worker(rollout.prompt, images) for rollout in rollouts}
-    inputs = {id(rollout.inputs): PromptInputs(rollout.inputs.input_ids_S) for rollout in rollouts}
-    reduced = []
-    for rollout in rollouts:
-        segments = rollout.segments
-        if not images and any(segment.images for segment in segments):
-            segments = tuple(dataclasses.replace(segment, images=()) for segment in segments)
-        prompt, ids = prompts[id(rollout.prompt)], inputs[id(rollout.inputs)]
-        reduced.append(dataclasses.replace(rollout, prompt=prompt, inputs=ids, segments=segments))
-    encoded = encode(reduced)
+    prompts = {id(r.prompt): r.prompt if images else replace(r.prompt, images=()) for r in rollouts}
+    inputs = {id(r.inputs): PromptInputs(r.inputs.input_ids_S) for r in rollouts}
+    encoded = encode(
+        [
+            replace(
+                r,
+                prompt=prompts[id(r.prompt)],
+                inputs=inputs[id(r.inputs)],
+                segments=r.segments if images else tuple(replace(segment, images=()) for segment in r.segments),
+            )
+            for r in rollouts
+        ]
+    )
     payload = b"".join(map(_padded_bytes, encoded["tensors"]))
     if len(payload) > MAX_REQUEST_BYTES:
         raise ProtocolError(
@@ -123,12 +126,8 @@ def read_request(message: Json, payload: bytearray) -> tuple[int, list[Rollout]]
         start = stop + -stop % _ALIGNMENT_BYTES
     rollouts = cast("list[Rollout]", decode(cast("dict[str, Json]", body["rollouts"]) | {"tensors": tensors}))
     if not body["images"]:
-        rollouts = [_without_images(rollout) for rollout in rollouts]
+        rollouts = [_withhold_images(rollout) for rollout in rollouts]
     return cast(int, body["reward"]), rollouts
-
-
-def _for_worker(prompt: Prompt, images: bool) -> Prompt:
-    return prompt if images or not prompt.images else dataclasses.replace(prompt, images=())
 
 
 def _padded_bytes(x: Tensor) -> bytes:
@@ -136,17 +135,16 @@ def _padded_bytes(x: Tensor) -> bytes:
     return data + bytes(-len(data) % _ALIGNMENT_BYTES)
 
 
-def _without_images(rollout: Rollout) -> Rollout:
+def _withhold_images(rollout: Rollout) -> Rollout:
     """The rollout with ``WithheldImages`` wherever images may have been."""
-    if any(message.image_slots for message in rollout.prompt.messages):
-        rollout = dataclasses.replace(rollout, prompt=dataclasses.replace(rollout.prompt, images=WithheldImages()))
-    if all(segment.origin != "observation" for segment in rollout.segments):
-        return rollout
+    prompt = rollout.prompt
+    if any(message.image_slots for message in prompt.messages):
+        prompt = replace(prompt, images=WithheldImages())
     segments = (
-        dataclasses.replace(segment, images=WithheldImages()) if segment.origin == "observation" else segment
+        replace(segment, images=WithheldImages()) if segment.origin == "observation" else segment
         for segment in rollout.segments
     )
-    return dataclasses.replace(rollout, segments=tuple(segments))
+    return replace(rollout, prompt=prompt, segments=tuple(segments))
 
 
 class WithheldImages(tuple):  # type: ignore[type-arg]
@@ -163,10 +161,7 @@ class WithheldImages(tuple):  # type: ignore[type-arg]
 def score_answer(scores: Sequence[Score]) -> bytes:
     """The frame with the scores of one call; a score that does not apply is ``null``."""
     rows: list[Json] = [
-        [score.value, dict(score.components), score.reason, score.detail, list(score.flags)]
-        if score.applicable
-        else None
-        for score in scores
+        [s.value, dict(s.components), s.reason, s.detail, list(s.flags)] if s.applicable else None for s in scores
     ]
     answer = frame(rows)
     if len(answer) <= MAX_ANSWER_BYTES * len(scores):

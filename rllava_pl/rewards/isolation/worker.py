@@ -11,13 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rllava_pl.rewards.base import BaseReward
-from rllava_pl.rewards.isolation.protocol import (
-    MAX_ANSWER_BYTES,
-    FrameReader,
-    read_frames,
-    read_request,
-    score_answer,
-)
+from rllava_pl.rewards.isolation.protocol import MAX_ANSWER_BYTES, FrameReader, read_frames, read_request, score_answer
 from rllava_pl.rewards.scoring import error_score, is_samplewise, score_rollouts
 
 
