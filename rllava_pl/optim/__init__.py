@@ -1,11 +1,11 @@
-"""AdamW on the host: weights on the accelerator, everything else of the optimizer in the machine's memory.
+"""AdamW on the host: weights on the accelerator, gradients and optimizer states in host memory.
 
-================ =======================================================================
-``optimizer``    ``HostAdamW``: the step
-``gradients``    sums of gradients, taken from the accelerator while backward runs
-``storage``      moments and master weights at rest: fp32, bf16, 8 bits
-``lanes``        copies between accelerator and host
-================ =======================================================================
+=============== ======================================================================
+``host_adamw``  ``HostAdamW``: the step
+``gradients``   sums of gradients, copied from the accelerator during backward
+``states``      moments and master weights between steps: fp32, bf16 or 8 bits
+``transfer``    copies between accelerator and host
+=============== ======================================================================
 """
 
 from rllava_pl.optim.host_adamw import HostAdamW

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from rllava_pl.functional.rounding import TABLE_SIZE, noise_table, on_bfloat16_grid, sample_noise
 from rllava_pl.optim.gradients import HostGradients
-from rllava_pl.optim.states import BFloat16, Float8, Float32, Int8, Stored
-from rllava_pl.optim.transfer import lane_to, spans
+from rllava_pl.optim.states import BFloat16, Float8, Float32, Int8, StateTensor
+from rllava_pl.optim.transfer import spans, transfer_for
 
-STRETCH = TABLE_SIZE
-"""Numbers updated at a time: few enough to stay in the cache of a core, many enough for the start not to count."""
+CHUNK = TABLE_SIZE
+"""Numbers updated at a time: few enough for the cache of a core, many enough to make call overhead negligible."""
 Precision = Literal["float32", "bfloat16", "int8"]
-_MOMENTS: dict[str, tuple[Callable[[int], Stored], Callable[[int], Stored]]] = {
+_MOMENTS: dict[str, tuple[Callable[[int], StateTensor], Callable[[int], StateTensor]]] = {
     "float32": (Float32.zeros, Float32.zeros),
     "bfloat16": (BFloat16, BFloat16),
     "int8": (Int8, Float8),
@@ -27,25 +27,25 @@ _MOMENTS: dict[str, tuple[Callable[[int], Stored], Callable[[int], Stored]]] = {
 
 
 class HostState:
-    """What the host keeps of one parameter.
+    """State of one parameter on the host.
 
-    Not a mapping and no dataclass on purpose: what Lightning finds in those, it would move to the accelerator.
+    Neither a mapping nor a dataclass, because Lightning moves the tensors in those to the accelerator.
     """
 
-    def __init__(self, parts: dict[str, Stored]) -> None:
+    def __init__(self, parts: dict[str, StateTensor]) -> None:
         self.step = torch.zeros((), device="cpu")
         self.parts = parts
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, for a checkpoint; the memory itself."""
+        """All tensors by name, for a checkpoint; not copies."""
         named = {f"{name}{suffix}": x for name, part in self.parts.items() for suffix, x in part.tensors.items()}
         return {"step": self.step, **named}
 
     def restore(self, tensors: dict[str, Tensor], states: str) -> None:
-        """Take over what ``tensors()`` gave.
+        """Restore what ``tensors()`` returned.
 
         Raises:
-            ValueError: It was kept in another precision, or belongs to another model.
+            ValueError: It has another precision, or belongs to another model.
         """
         kept = {name: (x.dtype, x.shape) for name, x in self.tensors().items()}
         found = {name: (x.dtype, x.shape) for name, x in tensors.items()}
@@ -53,7 +53,7 @@ class HostState:
             name = next(name for name in {**kept, **found} if kept.get(name) != found.get(name))
             raise ValueError(
                 f"optimizer state {name!r} of the checkpoint is {_described(found.get(name))}, but states: {states} "
-                f"keeps {_described(kept.get(name))}; resume with the `states` and the dtype it was made with"
+                f"needs {_described(kept.get(name))}; resume with the same `states` and dtype of the weights"
             )
         self.step = tensors["step"]
         for name, part in self.parts.items():
@@ -61,32 +61,32 @@ class HostState:
 
 
 class HostAdamW(Optimizer):
-    r"""AdamW (arXiv 1711.05101) whose gradients, moments and fp32 weights live in host memory.
+    r"""AdamW (arXiv 1711.05101) with gradients, moments and fp32 master weights in host memory.
 
-    The accelerator holds the weights and, for a moment, single gradients: each is added to its sum on the host as soon
-    as backward has it, and ``p.grad`` stays empty. The step runs on the CPU (torch's fused kernel) and only the new
-    weights travel back. For one process; where ranks exchange gradients, ``p.grad`` would have to stay.
+    The accelerator holds the weights and single gradients: each is added to its sum on the host as soon as backward has
+    computed it, and ``p.grad`` is None. The step runs on the CPU (torch's fused kernel), and the new weights are copied
+    back. For one process only, because ranks exchange gradients through ``p.grad``.
 
-    With ``states="float32"`` all numbers are those of ``torch.optim.AdamW(fused=True)`` on the same CPU, bit by bit.
+    With ``states="float32"`` the result equals ``torch.optim.AdamW(fused=True)`` on the same CPU, bit by bit.
 
     ============ ============== ============== =================== ==========================================
-    ``states``   weights        moments        bytes a parameter   result
+    ``states``   master weights moments        bytes a parameter   result
     ============ ============== ============== =================== ==========================================
     float32      fp32           fp32, fp32     12                  AdamW
-    bfloat16     fp32           bf16, bf16     8                   AdamW with moments rounded at random
-    int8         as they are    8 bits each    2.03                the weights are rounded at random, too
+    bfloat16     fp32           bf16, bf16     8                   AdamW, moments rounded stochastically
+    int8         none           8 bits each    2.03                bf16 weights rounded stochastically as well
     ============ ============== ============== =================== ==========================================
 
-    Bytes of the sums of gradients (4 or 2) come on top. fp32 weights on a CPU are their own master: 4 bytes less.
+    The sums of gradients need 4 or 2 bytes more. fp32 weights on a CPU need no master weights: 4 bytes less.
 
     Args:
-        params: Parameters or groups, in fp32 or bf16.
+        params: Parameters or parameter groups, in fp32 or bf16.
         lr: Learning rate.
-        betas: Decay of the two moments.
+        betas: Decay rates of the first and the second moment.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled; a step first scales the weights by 1 - lr * weight_decay.
-        states: Precision of what is kept from step to step.
-        gradients: Precision of the sums; bf16 rounds at every micro-batch, so prefer few large ones.
+        weight_decay: Decoupled weight decay: a step first scales the weights by 1 - lr * weight_decay.
+        states: Precision of moments and master weights, see the table: "float32", "bfloat16" or "int8".
+        gradients: Precision of the sums: "float32", or "bfloat16", which rounds at every micro-batch.
 
     Raises:
         ValueError: A parameter is neither fp32 nor bf16, or not contiguous.
@@ -106,8 +106,8 @@ class HostAdamW(Optimizer):
         if states not in _MOMENTS:
             raise ValueError(f"states is {states!r}; it is one of {', '.join(_MOMENTS)}")
         self.precisions = {"states": states, "gradients": gradients}
-        self._lane = cache(lane_to)
-        self._sums = HostGradients(self._lane, getattr(torch, gradients))
+        self._transfer = cache(transfer_for)
+        self._gradients = HostGradients(self._transfer, getattr(torch, gradients))
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -116,50 +116,50 @@ class HostAdamW(Optimizer):
         for p in self.param_groups[-1]["params"]:
             _check(p)
             if p.requires_grad:
-                self._sums.watch(p)
+                self._gradients.watch(p)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients since the last call, wherever they are."""
+        """Drop the gradients, in ``p.grad`` and on the host."""
         super().zero_grad()
-        self._sums.clear()
+        self._gradients.clear()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale the gradients to a global L2 norm of at most ``max_norm``; call it in place of torch's function.
+        """Scale the gradients to a global L2 norm of at most ``max_norm``, in place of torch's function.
 
         Returns:
             The norm before, 0-dim, on the device of the weights.
         """
-        self._sums.settle(self._parameters())
-        return self._sums.clip(self._parameters(), max_norm).to(self.param_groups[0]["params"][0].device)
+        self._gradients.finish(self._parameters())
+        return self._gradients.clip(self._parameters(), max_norm).to(self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Update every parameter that got a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        self._sums.settle(self._parameters())
+        self._gradients.finish(self._parameters())
         groups = ((p, group) for group in self.param_groups for p in group["params"])
         for index, (p, group) in enumerate(groups):
-            if (gradient := self._sums.get(p)) is not None:
+            if (gradient := self._gradients.get(p)) is not None:
                 self._update(p, gradient, group, index)
         for device in {p.device for p in self._parameters()}:
-            self._lane(device).flush()
+            self._transfer(device).flush()
         return loss
 
     def _update(self, p: Tensor, gradient: Tensor, group: dict[str, Any], index: int) -> None:
-        """One step of one parameter, a stretch that fits the cache at a time."""
+        """One step of one parameter, in chunks."""
         state = self._state(p)
         state.step = state.step + 1
         seed = (index, int(state.step))
-        weights, lane = p.detach().view(-1), self._lane(p.device)
+        weights, transfer = p.detach().view(-1), self._transfer(p.device)
         rates = {name: group[name] for name in ("lr", "weight_decay", "eps")}
         beta1, beta2 = group["betas"]
-        for span in spans(p.numel(), STRETCH):
+        for span in spans(p.numel(), CHUNK):
             target = weights[span]
             parts = {name: part.read(span) for name, part in state.parts.items()}
-            weight = parts["master"] if "master" in parts else lane.fetch(target).float()
+            weight = parts["master"] if "master" in parts else transfer.read(target).float()
             torch._fused_adamw_(
                 [weight],
-                [self._sums.scaled(gradient[span])],
+                [self._gradients.scaled(gradient[span])],
                 [parts["exp_avg"]],
                 [parts["exp_avg_sq"]],
                 [],
@@ -175,15 +175,15 @@ class HostAdamW(Optimizer):
             if "master" not in parts and p.dtype == torch.bfloat16:
                 noise = sample_noise(noise_table(16), span.start, len(weight), "weight", *seed)
                 weight = on_bfloat16_grid(weight, noise)
-            lane.deliver(weight, target)
+            transfer.write(weight, target)
 
     def _state(self, p: Tensor) -> HostState:
         """The state of a parameter, made at its first step."""
         if p not in self.state:
             first, second = _MOMENTS[self.precisions["states"]]
             parts = {"exp_avg": first(p.numel()), "exp_avg_sq": second(p.numel())}
-            is_its_own = p.dtype == torch.float32 and p.device.type == "cpu"
-            if self.precisions["states"] != "int8" and not is_its_own:
+            is_own_master = p.dtype == torch.float32 and p.device.type == "cpu"
+            if self.precisions["states"] != "int8" and not is_own_master:
                 parts["master"] = Float32(p.detach().to("cpu").float().view(-1))
             self.state[p] = HostState(parts)
         return self.state[p]
@@ -192,18 +192,20 @@ class HostAdamW(Optimizer):
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer, in plain tensors; those of the host itself, not copies."""
+        """The state in plain tensors on the host, not copies."""
         packed = super().state_dict()
         packed["state"] = {index: state.tensors() for index, state in packed["state"].items()}
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint; its tensors are taken over as they are, without a second copy.
+        """Resume from a checkpoint; its tensors are used without a copy.
 
         Raises:
-            ValueError: It was made with other ``states``, another dtype of the weights, or another model.
+            ValueError: The checkpoint has other ``states``, another dtype of the weights, or another model.
         """
-        super().load_state_dict({**state_dict, "state": {}})  # which would cast the state to the weights' dtype
+        super().load_state_dict(
+            {**state_dict, "state": {}}
+        )  # with it, torch would cast the state to the weights' dtype
         for index, p in enumerate(self._parameters()):
             if index in state_dict["state"]:
                 self._state(p).restore(state_dict["state"][index], self.precisions["states"])

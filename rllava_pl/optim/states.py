@@ -1,4 +1,4 @@
-"""How the numbers of AdamW rest in host memory between steps: read and written as fp32, a stretch at a time."""
+"""Optimizer states in host memory between steps; they are read and written as fp32, one span at a time."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from torch import Tensor
 from rllava_pl.functional import rounding
 
 Seed = tuple[int | str, ...]
-"""Counters that the noise of a rounding is a function of."""
+"""Counters that determine the noise of stochastic rounding."""
 
 
-class Stored(ABC):
-    """A flat tensor of n numbers at rest.
+class StateTensor(ABC):
+    """A flat tensor of n numbers in some precision.
 
     Attributes:
-        tensors: What a checkpoint holds, by the suffix of its name.
+        tensors: Content of a checkpoint, by the suffix of its name.
     """
 
     tensors: dict[str, Tensor]
 
     @abstractmethod
     def read(self, span: slice) -> Tensor:
-        """The numbers of a stretch in fp32, to be changed in place and then written back."""
+        """A span in fp32, to be changed in place and then written back."""
 
     @abstractmethod
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
-        """Keep the new numbers of a stretch that was read."""
+        """Store the new values of a span that was read."""
 
 
-class Float32(Stored):
-    """As they are; updated where they lie."""
+class Float32(StateTensor):
+    """fp32, updated in place."""
 
     def __init__(self, x: Tensor) -> None:
         self.tensors = {"": x}
 
     @classmethod
     def zeros(cls, n: int) -> Float32:
-        """All of them 0."""
+        """All zeros."""
         return cls(torch.zeros(n, device="cpu"))
 
     def read(self, span: slice) -> Tensor:
@@ -48,11 +48,11 @@ class Float32(Stored):
         return self.tensors[""][span]
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
-        """It is there already."""
+        """Nothing to do: ``read`` returns the memory itself."""
 
 
-class BFloat16(Stored):
-    """Half the bytes, rounded at random: to the nearest, a second moment near 1 could not shrink by its 0.1 %."""
+class BFloat16(StateTensor):
+    """bf16 with stochastic rounding; rounded to nearest, a second moment could not decay by 0.1 % a step."""
 
     def __init__(self, n: int) -> None:
         self.tensors = {"": torch.zeros(n, dtype=torch.bfloat16, device="cpu")}
@@ -62,14 +62,14 @@ class BFloat16(Stored):
         return self.tensors[""][span].float()
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
-        """Round."""
+        """Round stochastically."""
         self.tensors[""][span] = rounding.on_bfloat16_grid(
             x, rounding.sample_noise(rounding.noise_table(16), span.start, len(x), *seed)
         )
 
 
-class Blocks(Stored):
-    """A quarter of the bytes: 8-bit codes, and an fp32 scale a block of 256."""
+class BlockQuantized(StateTensor):
+    """8-bit codes, and an fp32 scale per block of 256."""
 
     def __init__(self, n: int, codes: torch.dtype) -> None:
         padded = rounding.padded(n)
@@ -79,7 +79,7 @@ class Blocks(Stored):
         }
 
     def _parts(self, span: slice) -> tuple[slice, slice]:
-        """Where the codes and the scales of a stretch are; it begins with a block."""
+        """Where the codes and the scales of a span are; a span begins with a block."""
         codes = slice(span.start, span.start + rounding.padded(span.stop - span.start))
         return codes, slice(codes.start // rounding.BLOCK, codes.stop // rounding.BLOCK)
 
@@ -87,13 +87,13 @@ class Blocks(Stored):
         codes, scales = self._parts(span)
         return decode(self.tensors[""][codes], self.tensors["_scale"][scales])[: span.stop - span.start]
 
-    def _keep(self, span: slice, coded: tuple[Tensor, Tensor]) -> None:
+    def _store(self, span: slice, coded: tuple[Tensor, Tensor]) -> None:
         codes, scales = self._parts(span)
         self.tensors[""][codes], self.tensors["_scale"][scales] = coded
 
 
-class Int8(Blocks):
-    """For numbers of both signs, the first moment."""
+class Int8(BlockQuantized):
+    """For numbers of both signs: the first moment."""
 
     def __init__(self, n: int) -> None:
         super().__init__(n, torch.int8)
@@ -103,13 +103,13 @@ class Int8(Blocks):
         return self._decoded(span, rounding.from_int8)
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
-        """Code with new scales."""
+        """Encode with new scales."""
         noise = rounding.sample_noise(rounding.unit_noise_table(), span.start, rounding.padded(len(x)), *seed)
-        self._keep(span, rounding.to_int8(x, noise))
+        self._store(span, rounding.to_int8(x, noise))
 
 
-class Float8(Blocks):
-    """For numbers at least 0, the second moment."""
+class Float8(BlockQuantized):
+    """For numbers that are at least 0: the second moment."""
 
     def __init__(self, n: int) -> None:
         super().__init__(n, torch.uint8)
@@ -119,6 +119,6 @@ class Float8(Blocks):
         return self._decoded(span, rounding.from_float8)
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
-        """Code with new scales."""
+        """Encode with new scales."""
         noise = rounding.sample_noise(rounding.noise_table(19), span.start, rounding.padded(len(x)), *seed)
-        self._keep(span, rounding.to_float8(x, noise))
+        self._store(span, rounding.to_float8(x, noise))

@@ -1,4 +1,4 @@
-"""Ways between a device and the host: nothing to carry on a CPU, pinned memory and a side stream elsewhere."""
+"""Copies between a device and the host: none on a CPU, through pinned buffers and a side stream elsewhere."""
 
 from __future__ import annotations
 
@@ -12,124 +12,123 @@ import torch
 from torch import Tensor
 
 Receiver = Callable[[slice, Tensor], None]
-"""Takes a stretch of a flat tensor, as host memory that is valid during the call only."""
+"""Called with a span of a flat tensor and its values in host memory, which are valid during the call only."""
 
-STAGE_BYTES = 64 * 2**20
-"""Size of a staging buffer; larger tensors go in pieces. Pinned memory cannot be swapped, so it is kept small."""
+BUFFER_BYTES = 64 * 2**20
+"""Size of a staging buffer; larger tensors are copied in chunks. Pinned memory cannot be swapped, so it is small."""
 
 
 def spans(n: int, size: int) -> Iterator[slice]:
-    """``range(n)`` in stretches of at most ``size``."""
+    """``range(n)`` in chunks of at most ``size``."""
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-class Lane(Protocol):
-    """Carries flat tensors between one device and the host."""
+class Transfer(Protocol):
+    """Copies flat tensors between one device and the host."""
 
-    def collect(self, x: Tensor, receive: Receiver) -> None:
-        """Have ``receive`` called with all of ``x``, now or later; ``x`` must not be written to any more."""
+    def to_host(self, x: Tensor, receive: Receiver) -> None:
+        """Call ``receive`` with all of ``x``, now or later; ``x`` must not be written to after this call."""
 
     def wait(self) -> None:
-        """Return once everything collected was received; raises what a receiver raised."""
+        """Return once all copies to the host were received; raises what a receiver raised."""
 
-    def fetch(self, x: Tensor) -> Tensor:
-        """``x`` in host memory, at once; valid until the next call."""
+    def read(self, x: Tensor) -> Tensor:
+        """``x`` in host memory, valid until the next call."""
 
-    def deliver(self, x: Tensor, to: Tensor) -> None:
-        """Write host memory to the device, in the order of calls; ``x`` may be reused at once."""
+    def write(self, x: Tensor, to: Tensor) -> None:
+        """Copy host memory to the device, in the order of calls; ``x`` may be reused after this call."""
 
     def flush(self) -> None:
-        """Let the device's work from here on see what was delivered."""
+        """Make later work on the device wait for what was written."""
 
 
-class DirectLane:
-    """The device is the host: tensors are handed over as they are."""
+class DirectTransfer:
+    """The device is the host: tensors are passed without a copy."""
 
-    def collect(self, x: Tensor, receive: Receiver) -> None:
-        """Receive at once, without a copy."""
+    def to_host(self, x: Tensor, receive: Receiver) -> None:
+        """Call ``receive`` at once."""
         receive(slice(0, len(x)), x)
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Everything was received at once."""
 
-    def fetch(self, x: Tensor) -> Tensor:
+    def read(self, x: Tensor) -> Tensor:
         """The tensor itself."""
         return x
 
-    def deliver(self, x: Tensor, to: Tensor) -> None:
+    def write(self, x: Tensor, to: Tensor) -> None:
         """Copy, unless it is the same memory."""
         if x.data_ptr() != to.data_ptr():
             to.copy_(x)
 
     def flush(self) -> None:
-        """Nothing is under way."""
+        """Everything was written at once."""
 
 
-class StagedLane:
-    """Copies through two pinned buffers on a side stream, while the device computes; one worker thread receives.
+class StagedTransfer:
+    """Copies through two pinned buffers on a side stream while the device computes; a worker thread receives.
 
-    The worker holds on to a collected tensor until its copy has arrived, so the device's memory is not reused before.
-    On a CPU streams and events do nothing, and the rest runs as it does elsewhere.
+    The worker holds a reference to each tensor until its copy is complete, so its memory is not reused before. On a CPU
+    streams and events do nothing; the rest is as on a GPU.
 
     Args:
-        device: Where the tensors are.
-        stage_bytes: Of each of the two buffers.
+        device: Device of the tensors.
+        buffer_bytes: Size of each of the two buffers.
     """
 
-    def __init__(self, device: torch.device, stage_bytes: int = STAGE_BYTES) -> None:
+    def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> None:
         self._backend = torch.get_device_module(device)
         self._stream = self._backend.Stream()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="host-optimizer")
-        self._under_way: list[Future[None]] = []
-        self._stages: SimpleQueue[Tensor] = SimpleQueue()
+        self._pending: list[Future[None]] = []
+        self._buffers: SimpleQueue[Tensor] = SimpleQueue()
+        self._buffer_bytes = buffer_bytes
+        pinned = device.type == "cuda"
         for _ in range(2):
-            self._stages.put(
-                torch.empty(stage_bytes, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-            )
-        self._stage_bytes = stage_bytes
+            self._buffers.put(torch.empty(buffer_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned))
 
-    def collect(self, x: Tensor, receive: Receiver) -> None:
-        """Start the copy; waits only while both buffers are full."""
-        for span in spans(len(x), self._stage_bytes // x.itemsize):
-            stage = self._stages.get()
-            piece, arrived = self._copy(x[span], stage)
-            self._under_way.append(self._worker.submit(self._receive, x, stage, piece, arrived, span, receive))
+    def to_host(self, x: Tensor, receive: Receiver) -> None:
+        """Start the copies; waits only while both buffers are in use."""
+        for span in spans(len(x), self._buffer_bytes // x.itemsize):
+            buffer = self._buffers.get()
+            chunk, copied = self._copy(x[span], buffer)
+            self._pending.append(self._worker.submit(self._receive, x, buffer, chunk, copied, span, receive))
 
     def wait(self) -> None:
-        """Return once everything collected was received; raises what a receiver raised."""
-        under_way, self._under_way = self._under_way, []
-        for job in under_way:
+        """Return once all copies to the host were received; raises what a receiver raised."""
+        pending, self._pending = self._pending, []
+        for job in pending:
             job.result()
 
-    def fetch(self, x: Tensor) -> Tensor:
-        """Copy and wait for it."""
-        stage = self._stages.get()
-        piece, arrived = self._copy(x, stage)
-        arrived.synchronize()
-        self._stages.put(stage)
-        return piece
+    def read(self, x: Tensor) -> Tensor:
+        """Copy, and wait for the copy."""
+        buffer = self._buffers.get()
+        chunk, copied = self._copy(x, buffer)
+        copied.synchronize()
+        self._buffers.put(buffer)
+        return chunk
 
-    def deliver(self, x: Tensor, to: Tensor) -> None:
-        """Fill a buffer, start its copy, and have it back in use once that is done."""
-        stage = self._stages.get()
-        piece = stage[: to.nbytes].view(to.dtype).copy_(x)
-        with self._aside() as done:
-            to.copy_(piece, non_blocking=True)
-        self._under_way.append(self._worker.submit(self._release, stage, done))
+    def write(self, x: Tensor, to: Tensor) -> None:
+        """Fill a buffer and start its copy; the buffer is reused after that."""
+        buffer = self._buffers.get()
+        chunk = buffer[: to.nbytes].view(to.dtype).copy_(x)
+        with self._on_side_stream() as copied:
+            to.copy_(chunk, non_blocking=True)
+        self._pending.append(self._worker.submit(self._release, buffer, copied))
 
     def flush(self) -> None:
-        """The device's main stream waits for the side stream."""
+        """Make the device's main stream wait for the side stream."""
         self._backend.current_stream().wait_stream(self._stream)
 
-    def _copy(self, x: Tensor, stage: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        piece = stage[: x.nbytes].view(x.dtype)
-        with self._aside() as arrived:
-            piece.copy_(x, non_blocking=True)
-        return piece, arrived
+    def _copy(self, x: Tensor, buffer: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        chunk = buffer[: x.nbytes].view(x.dtype)
+        with self._on_side_stream() as copied:
+            chunk.copy_(x, non_blocking=True)
+        return chunk, copied
 
     @contextmanager
-    def _aside(self) -> Iterator[torch.cuda.Event]:
-        """Onto the side stream, behind what the main stream was given so far; the event marks the end."""
+    def _on_side_stream(self) -> Iterator[torch.cuda.Event]:
+        """Run after all earlier work of the main stream; the event marks the end."""
         self._stream.wait_stream(self._backend.current_stream())
         event = self._backend.Event()
         with self._backend.stream(self._stream):
@@ -137,25 +136,25 @@ class StagedLane:
             event.record(self._stream)
 
     def _receive(
-        self, x: Tensor, stage: Tensor, piece: Tensor, arrived: torch.cuda.Event, span: slice, receive: Receiver
+        self, x: Tensor, buffer: Tensor, chunk: Tensor, copied: torch.cuda.Event, span: slice, receive: Receiver
     ) -> None:
         try:
-            arrived.synchronize()
-            receive(span, piece)
+            copied.synchronize()
+            receive(span, chunk)
         finally:
-            self._stages.put(stage)
+            self._buffers.put(buffer)
 
-    def _release(self, stage: Tensor, done: torch.cuda.Event) -> None:
-        done.synchronize()
-        self._stages.put(stage)
+    def _release(self, buffer: Tensor, copied: torch.cuda.Event) -> None:
+        copied.synchronize()
+        self._buffers.put(buffer)
 
 
-def lane_to(device: torch.device) -> Lane:
-    """The lane that suits a device.
+def transfer_for(device: torch.device) -> Transfer:
+    """The transfer that suits a device.
 
     Raises:
         ValueError: The device is neither a CPU nor a CUDA GPU.
     """
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"HostAdamW knows the way to cpu and cuda, the weights are on {device}; use torch.optim.AdamW")
-    return DirectLane() if device.type == "cpu" else StagedLane(device)
+        raise ValueError(f"HostAdamW supports weights on cpu and cuda, these are on {device}; use torch.optim.AdamW")
+    return DirectTransfer() if device.type == "cpu" else StagedTransfer(device)

@@ -1,4 +1,4 @@
-"""A real run with the host optimizer is the run with torch's AdamW, and can be resumed bit by bit."""
+"""Runs with HostAdamW equal runs with torch's AdamW, and resume bit by bit."""
 
 from __future__ import annotations
 
@@ -7,39 +7,45 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch.optim import AdamW
 
 from rllava_pl.callbacks import RolloutCheckpoint
+from rllava_pl.loop.options import Batching, Schedule
 from rllava_pl.modules import RLModule
 from rllava_pl.optim import HostAdamW
 from tests import runs
 
-OPTIONS = {"micro_batch_size": 4, "max_grad_norm": 0.5, "lr_schedule": "cosine", "warmup_steps": 2}
+OPTIONS = {
+    "batching": Batching(num_minibatches=2, micro_batch_size=4),
+    "max_grad_norm": 0.5,
+    "schedule": Schedule("cosine", warmup_steps=2),
+}
 """Accumulation, clipping and a scheduler."""
 
 
-def losses(module: RLModule) -> list[tuple[float, float]]:
-    """Loss and gradient norm of every rollout, collected as the run goes."""
-    seen: list[tuple[float, float]] = []
-    publish = module.publish
-    module.publish = lambda metrics: (
-        seen.append((metrics["train/loss"], metrics["train/grad_norm"])),
-        publish(metrics),
-    )[1]
-    return seen
+class Log(Callback):
+    """Loss and gradient norm of every rollout."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float]] = []
+
+    def on_train_batch_end(self, trainer, *_: object) -> None:
+        metrics = trainer.callback_metrics
+        self.seen.append((float(metrics["train/loss"]), float(metrics["train/grad_norm"])))
 
 
 @pytest.mark.slow
-def test_fifty_updates_of_a_vlm_are_those_of_adamw(tmp_path: Path) -> None:
+def test_fifty_updates_of_a_vlm_equal_adamw(tmp_path: Path) -> None:
     """Two updates of two micro-batches a rollout; vision tower, connector and tied embedding are trained."""
     ends, logs = [], []
     for make in (partial(AdamW, fused=True), HostAdamW):
         module = runs.module(optimizer=partial(make, lr=1e-3, weight_decay=0.01), max_rollouts=25, **OPTIONS)
-        logs.append(losses(module))
-        runs.trainer(tmp_path).fit(module, runs.data(batch_size=4))
+        logs.append(log := Log())
+        runs.trainer(tmp_path, callbacks=[log]).fit(module, runs.data(batch_size=4))
         ends.append(module)
-    assert ends[0].weight_version == 50
-    assert logs[0] == logs[1] and max(norm for _, norm in logs[0]) > 0.5
+    assert ends[0].state.updates == 50
+    assert logs[0].seen == logs[1].seen and max(norm for _, norm in logs[0].seen) > 0.5
     for (name, p), q in zip(ends[0].named_parameters(), ends[1].parameters(), strict=True):
         assert torch.equal(p, q), name
         assert q.grad is None
@@ -62,7 +68,7 @@ def test_a_run_in_bf16_resumes_bit_by_bit(tmp_path: Path, states: str) -> None:
 
     whole = fit()
     resumed = fit(tmp_path / "all" / "rollout-000002.ckpt")
-    assert resumed.rollout_index == 4
+    assert resumed.state.rollouts == 4
     for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert p.dtype == torch.bfloat16 and torch.equal(p, q), name
     first, second = (module.optimizers().optimizer.state_dict()["state"] for module in (whole, resumed))
@@ -75,6 +81,6 @@ def test_a_run_in_bf16_resumes_bit_by_bit(tmp_path: Path, states: str) -> None:
 def test_ranks_that_exchange_gradients_are_refused(tmp_path: Path) -> None:
     module = runs.module(optimizer=partial(HostAdamW, lr=1e-3))
     trainer = runs.trainer(tmp_path, strategy="rl_ddp", devices=1)
-    with pytest.raises(ValueError, match="HostAdamW takes gradients away before RLDDPStrategy can exchange them"):
+    with pytest.raises(ValueError, match="HostAdamW moves gradients away before RLDDPStrategy can exchange them"):
         trainer.fit(module, runs.data(batch_size=4))
     torch.distributed.destroy_process_group()  # Lightning leaves it, and forks of later tests would inherit it

@@ -1,4 +1,4 @@
-"""AdamW on the host is AdamW, whatever way the gradients took."""
+"""HostAdamW equals torch's AdamW, with direct and staged copies."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LinearLR
 
 from rllava_pl.functional.rounding import TABLE_SIZE
 from rllava_pl.optim import HostAdamW
-from rllava_pl.optim import optimizer as module
-from rllava_pl.optim.transfer import StagedLane
+from rllava_pl.optim import host_adamw as module
+from rllava_pl.optim.transfer import StagedTransfer
 from rllava_pl.strategies.adapter import adapter_for
 
 Make = Callable[[list[dict[str, object]]], Optimizer]
@@ -26,12 +26,12 @@ MODES = ("float32", "bfloat16", "int8")
 
 @pytest.fixture
 def staged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of an accelerator, worker thread and all, with buffers so small that tensors go in pieces."""
-    monkeypatch.setattr(module, "lane_to", partial(StagedLane, stage_bytes=4 * TABLE_SIZE))
+    """Copies as on an accelerator, with buffers so small that tensors are copied in chunks."""
+    monkeypatch.setattr(module, "transfer_for", partial(StagedTransfer, buffer_bytes=4 * TABLE_SIZE))
 
 
 class Net(nn.Module):
-    """A tied embedding, a weight of several stretches, one that is never used and one that is frozen."""
+    """A tied embedding, a weight of several chunks, one that is never used and one that is frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ plain = partial(AdamW, lr=1e-3, fused=True)
 host = partial(HostAdamW, lr=1e-3)
 
 
-def test_fifty_steps_are_those_of_adamw_bit_by_bit() -> None:
+def test_fifty_steps_equal_adamw_bit_by_bit() -> None:
     ours, theirs = net(), net()
     log = train(ours, host(groups(ours)), 50)
     assert log == train(theirs, plain(groups(theirs)), 50)
@@ -100,15 +100,15 @@ def test_fifty_steps_are_those_of_adamw_bit_by_bit() -> None:
     assert log[-2] < log[0] / 2
 
 
-def test_the_way_of_an_accelerator_gives_the_same_bits(staged: None) -> None:
-    """On a CPU a lane's streams do nothing; threads, pieces and buffers are as they are with a GPU."""
+def test_staged_copies_give_the_same_bits_as_adamw(staged: None) -> None:
+    """On a CPU streams do nothing; threads, chunks and buffers are as on a GPU."""
     ours, theirs = net(), net()
     assert train(ours, host(groups(ours)), 8) == train(theirs, plain(groups(theirs)), 8)
     assert equal(ours, theirs)
 
 
 @pytest.mark.parametrize("states", MODES)
-def test_bf16_weights_are_the_same_by_either_way(
+def test_staged_copies_of_bf16_weights_equal_direct_ones(
     monkeypatch: pytest.MonkeyPatch, states: str, request: pytest.FixtureRequest
 ) -> None:
     direct, staged = net(torch.bfloat16), net(torch.bfloat16)
@@ -119,7 +119,7 @@ def test_bf16_weights_are_the_same_by_either_way(
 
 
 @pytest.mark.gpu
-def test_a_gpu_trains_as_a_cpu_does() -> None:
+def test_training_on_a_gpu_matches_the_cpu() -> None:
     """Gradients differ in their last bits, so the weights do; masters and weights are equal."""
     far, near = net().cuda(), net()
     optimizer = host(groups(far))
@@ -132,7 +132,7 @@ def test_a_gpu_trains_as_a_cpu_does() -> None:
     assert all(torch.equal(x, p.detach().cpu().view(-1)) for p, x in zip(optimizer.state, masters, strict=True))
 
 
-def test_bf16_weights_are_the_rounded_fp32_weights() -> None:
+def test_bf16_weights_equal_rounded_fp32_weights() -> None:
     """Gradients come from a model in bf16; the weights are those of AdamW in fp32 fed with them."""
     model = net(torch.bfloat16)
     masters = [nn.Parameter(p.detach().float()) for p in model.parameters()]
@@ -151,7 +151,7 @@ def test_bf16_weights_are_the_rounded_fp32_weights() -> None:
 
 
 @pytest.mark.parametrize("states", MODES)
-def test_how_a_batch_is_split_changes_nothing(states: str) -> None:
+def test_number_of_micro_batches_does_not_change_the_weights(states: str) -> None:
     """Gradients of whole numbers add up without rounding, so 1, 2 and 8 micro-batches must give equal bits."""
     ends = []
     for parts in (1, 2, 8):
@@ -170,11 +170,11 @@ def test_how_a_batch_is_split_changes_nothing(states: str) -> None:
 
 
 @pytest.mark.parametrize("states", ["bfloat16", "int8"])
-def test_rounding_does_not_depend_on_how_a_tensor_is_cut(monkeypatch: pytest.MonkeyPatch, states: str) -> None:
-    """A run may be resumed with a later version that cuts otherwise."""
+def test_rounding_does_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch, states: str) -> None:
+    """A run may be resumed with a later version that has another chunk size."""
     ends = []
-    for stretch in (TABLE_SIZE, TABLE_SIZE // 2, TABLE_SIZE // 16):
-        monkeypatch.setattr(module, "STRETCH", stretch)
+    for chunk in (TABLE_SIZE, TABLE_SIZE // 2, TABLE_SIZE // 16):
+        monkeypatch.setattr(module, "CHUNK", chunk)
         weight = nn.Parameter(torch.linspace(-1, 1, TABLE_SIZE + 999).bfloat16())
         optimizer = host([weight], states=states)
         for _ in range(2):
@@ -185,8 +185,8 @@ def test_rounding_does_not_depend_on_how_a_tensor_is_cut(monkeypatch: pytest.Mon
     assert all(torch.equal(x, y) for x, y in zip(ends[0], ends[2], strict=True))
 
 
-def test_gradients_can_be_discarded() -> None:
-    """As if the micro-batches had never been, moments and steps included."""
+def test_discarded_gradients_leave_no_trace() -> None:
+    """Moments and step counts are unchanged as well."""
     disturbed, quiet = net(), net()
     ours, theirs = host(groups(disturbed)), host(groups(quiet))
     train(disturbed, ours, 2), train(quiet, theirs, 2)
@@ -199,14 +199,14 @@ def test_gradients_can_be_discarded() -> None:
     assert equal(disturbed, quiet)
 
 
-def test_a_backward_pass_that_fails_half_way_leaves_no_trace(staged: None) -> None:
-    """As when memory runs out: some gradients have gone to the host by then."""
+def test_a_failed_backward_pass_leaves_no_trace_after_discarding(staged: None) -> None:
+    """As when memory runs out: some gradients have been copied to the host."""
     disturbed, quiet = net(), net()
     ours, theirs = host(groups(disturbed)), host(groups(quiet))
     handle = disturbed.wide.bias.register_hook(lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loss(disturbed, next(batches(1))).backward()
-    assert ours._sums.get(disturbed.back.weight) is not None
+    assert ours._gradients.get(disturbed.back.weight) is not None
     handle.remove()
     adapter_for(SingleDeviceStrategy()).discard_gradients(ours)
     assert train(disturbed, ours, 2) == train(quiet, theirs, 2)
@@ -221,7 +221,7 @@ def test_a_parameter_without_gradient_has_no_state() -> None:
     assert trained == {id(p) for name, p in model.named_parameters() if not name.startswith(("unused", "frozen"))}
 
 
-def test_weights_in_fp32_on_the_host_are_not_copied() -> None:
+def test_fp32_weights_on_the_host_have_no_master_copy() -> None:
     model = net()
     optimizer = host(groups(model))
     train(model, optimizer, 1)
@@ -232,7 +232,7 @@ def test_weights_in_fp32_on_the_host_are_not_copied() -> None:
 
 
 @pytest.mark.parametrize(("states", "size"), [("float32", 12.0), ("bfloat16", 8.0), ("int8", 2 + 8 / 256)])
-def test_bytes_a_parameter(states: str, size: float) -> None:
+def test_bytes_per_parameter_are_those_of_the_table(states: str, size: float) -> None:
     weight = nn.Parameter(torch.zeros(2, 3 * TABLE_SIZE // 2, dtype=torch.bfloat16))
     optimizer = host([weight], states=states)
     weight.sum().backward()
@@ -249,7 +249,7 @@ def saved(state: dict[str, object]) -> dict[str, object]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("states", MODES)
-def test_a_resumed_run_is_the_same_run(states: str, dtype: torch.dtype) -> None:
+def test_a_resumed_optimizer_continues_bit_by_bit(states: str, dtype: torch.dtype) -> None:
     whole, resumed = net(dtype), net(dtype)
     first = host(groups(whole), states=states)
     train(whole, first, 2)
@@ -262,18 +262,18 @@ def test_a_resumed_run_is_the_same_run(states: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(x, ends[1][k][name]) for k, state in ends[0].items() for name, x in state.items())
 
 
-def test_a_checkpoint_of_another_kind_is_refused() -> None:
+def test_a_checkpoint_with_other_states_is_refused() -> None:
     model = net()
     optimizer = host(groups(model))
     train(model, optimizer, 1)
-    with pytest.raises(ValueError, match=r"'exp_avg' of the checkpoint is float32.* states: bfloat16 keeps bfloat16"):
+    with pytest.raises(ValueError, match=r"'exp_avg' of the checkpoint is float32.* states: bfloat16 needs bfloat16"):
         host(groups(model), states="bfloat16").load_state_dict(optimizer.state_dict())
     other = net(torch.bfloat16)
-    with pytest.raises(ValueError, match="'master' of the checkpoint is absent, but states: float32 keeps float32"):
+    with pytest.raises(ValueError, match="'master' of the checkpoint is absent, but states: float32 needs float32"):
         host(groups(other)).load_state_dict(optimizer.state_dict())
 
 
-def test_lightning_leaves_the_state_on_the_host() -> None:
+def test_lightning_does_not_move_the_state_to_the_accelerator() -> None:
     """After a resume it moves the states of optimizers to the accelerator, where these would not fit."""
     model = net()
     optimizer = host(groups(model))
@@ -284,7 +284,7 @@ def test_lightning_leaves_the_state_on_the_host() -> None:
 
 
 @pytest.mark.parametrize("states", MODES)
-def test_the_host_stays_the_host_whatever_the_default_device_is(staged: None, states: str) -> None:
+def test_states_are_on_the_host_with_another_default_device(staged: None, states: str) -> None:
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     gradient = torch.ones(3, dtype=torch.bfloat16)
     with torch.device("meta"):
@@ -296,7 +296,7 @@ def test_the_host_stays_the_host_whatever_the_default_device_is(staged: None, st
     assert (weight < 1).all()
 
 
-def test_weights_without_master_follow_updates_far_below_their_spacing() -> None:
+def test_weights_without_master_follow_updates_below_their_spacing() -> None:
     """Near 1 the next bf16 numbers are 2**-8 below and 2**-7 above; 40 updates of 1e-5 move the mean by 4e-4."""
     weight = nn.Parameter(torch.ones(TABLE_SIZE, dtype=torch.bfloat16))
     optimizer = HostAdamW([weight], lr=1e-5, weight_decay=0.0, states="int8")
@@ -310,7 +310,7 @@ def test_weights_without_master_follow_updates_far_below_their_spacing() -> None
 
 @pytest.mark.parametrize("gradients", ["float32", "bfloat16"])
 @pytest.mark.parametrize("states", ["bfloat16", "int8"])
-def test_rounded_states_learn_like_exact_ones(states: str, gradients: str) -> None:
+def test_rounded_states_reach_the_loss_of_exact_ones(states: str, gradients: str) -> None:
     exact, rounded = net(), net()
     expected = train(exact, host(groups(exact)), 12)
     log = train(rounded, host(groups(rounded), states=states, gradients=gradients), 12)
@@ -318,8 +318,8 @@ def test_rounded_states_learn_like_exact_ones(states: str, gradients: str) -> No
     assert log[-2] < 0.5 * log[0]
 
 
-def test_a_new_optimizer_takes_the_gradients_over() -> None:
-    """Each fit makes its own; the last one's must not get, and keep, what is meant for it."""
+def test_a_new_optimizer_replaces_the_hooks_of_an_older_one() -> None:
+    """Each fit makes an optimizer; an older one must not receive its gradients."""
     model, alone = net(), net()
     old = host(groups(model))
     train(model, host(groups(model)), 2)
@@ -328,7 +328,7 @@ def test_a_new_optimizer_takes_the_gradients_over() -> None:
     assert not old.state
 
 
-def test_gradients_put_in_place_by_hand_count() -> None:
+def test_gradients_assigned_to_grad_are_used() -> None:
     weight = nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([3.0, 4.0])
     assert float(host([weight]).clip_grad_norm_(1.0)) == 5.0
@@ -344,8 +344,10 @@ def test_a_backward_pass_after_clipping_is_refused() -> None:
         weight.sum().backward()
 
 
-def test_what_fails_on_the_way_is_not_lost(staged: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker's error is raised at the next call that needs the sums, and buffers stay usable."""
+def test_an_error_in_the_worker_thread_is_raised_at_the_next_call(
+    staged: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffers stay usable."""
     weight = nn.Parameter(torch.ones(2))
     optimizer = host([weight])
     monkeypatch.setattr("rllava_pl.optim.gradients.spans", lambda *_: 1 / 0)
@@ -363,15 +365,15 @@ def test_what_fails_on_the_way_is_not_lost(staged: None, monkeypatch: pytest.Mon
     ],
     ids=["float64", "transposed"],
 )
-def test_weights_it_cannot_update_are_refused(weight: Tensor, message: str) -> None:
+def test_float64_and_non_contiguous_weights_are_refused(weight: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         host([nn.Parameter(weight)])
 
 
-def test_a_device_without_a_known_way_is_refused() -> None:
+def test_an_unsupported_device_is_refused() -> None:
     weight = nn.Parameter(torch.zeros(2, device="meta"))
     weight.grad = torch.zeros_like(weight)
-    with pytest.raises(ValueError, match="knows the way to cpu and cuda, the weights are on meta"):
+    with pytest.raises(ValueError, match="supports weights on cpu and cuda, these are on meta"):
         host([weight]).step()
 
 
@@ -384,5 +386,5 @@ def test_strategies_that_exchange_gradients_are_refused() -> None:
     optimizer = host([nn.Parameter(torch.zeros(1))])
     adapter_for(SingleDeviceStrategy()).check_optimizer(optimizer)
     adapter_for(DDPStrategy()).check_optimizer(plain([nn.Parameter(torch.zeros(1))]))
-    with pytest.raises(ValueError, match="HostAdamW takes gradients away before DDPStrategy can exchange them"):
+    with pytest.raises(ValueError, match="HostAdamW moves gradients away before DDPStrategy can exchange them"):
         adapter_for(DDPStrategy()).check_optimizer(optimizer)
