@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from rllava_pl.distributed.collectives import row_gatherer
 from rllava_pl.functional.seeds import seed_from
@@ -31,10 +30,19 @@ def assemble(rollouts: Sequence[Rollout], output: RewardOutput, group_size: int,
         group_size: Rows of a prompt.
         device: Of the tensors.
     """
+    segments = [segment for rollout in rollouts for segment in rollout.segments]
+    segment_tokens = torch.tensor([len(segment) for segment in segments])
+    row_tokens_N = torch.tensor([sum(map(len, rollout.segments)) for rollout in rollouts])
+    occupied_NT = torch.arange(int(row_tokens_N.max())) < row_tokens_N[:, None]
 
-    def padded(tensors: list[Tensor]) -> Tensor:
-        return pad_sequence(tensors, batch_first=True).to(device)
+    def padded(tokens: Tensor) -> Tensor:
+        return tokens.new_zeros(occupied_NT.shape).masked_scatter(occupied_NT, tokens).to(device)
 
+    def by_segment(values: list[bool]) -> Tensor:
+        return padded(torch.tensor(values).repeat_interleave(segment_tokens))
+
+    no_logp = torch.zeros(int(segment_tokens.max()))
+    logp = [no_logp[: len(s)] if s.logprobs_T is None else s.logprobs_T for s in segments]
     scores = [float("nan") if reward is None else reward for reward in output.rewards]
     batch = ScoredBatch(
         rollouts=tuple(rollouts),
@@ -42,10 +50,10 @@ def assemble(rollouts: Sequence[Rollout], output: RewardOutput, group_size: int,
         group_size=group_size,
         group_N=torch.tensor([r.group if r.in_baseline else ~r.group for r in rollouts], device=device),
         in_baseline_N=torch.tensor([rollout.in_baseline for rollout in rollouts], device=device),
-        response_ids_NT=padded([rollout.response_ids for rollout in rollouts]),
-        sampled_mask_NT=padded([rollout.sampled_mask for rollout in rollouts]),
-        trained_mask_NT=padded([rollout.trained_mask for rollout in rollouts]),
-        engine_logp_NT=padded([rollout.engine_logprobs for rollout in rollouts]),
+        response_ids_NT=padded(torch.cat([segment.ids_T for segment in segments])),
+        sampled_mask_NT=by_segment([segment.origin == "sampled" for segment in segments]),
+        trained_mask_NT=by_segment([r.trained and s.origin != "observation" for r in rollouts for s in r.segments]),
+        engine_logp_NT=padded(torch.cat(logp)),
         scores_N=torch.tensor(scores, dtype=torch.float32, device=device),
         components={k: torch.tensor(v, dtype=torch.float32, device=device) for k, v in output.components.items()},
     )

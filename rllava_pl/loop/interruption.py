@@ -45,7 +45,7 @@ class Interruption:
         if name == "rollout":
             self._boundary = (self.state.kl_factor, [part.snapshot() for part in self.parts])
         if name in ("rollout", "validate"):
-            signals.leave_if_asked()
+            signals.stop_if_signalled()
         elif name in ("reward", "logprobs", "update") and self.state.before_first_update:
             self._leave_if_asked()
 
@@ -56,7 +56,7 @@ class Interruption:
 
     def _leave_if_asked(self) -> None:
         try:
-            signals.leave_if_asked()
+            signals.stop_if_signalled()
         except signals.Interrupted:
             if self._boundary is not None:
                 self.state.kl_factor, snapshots = self._boundary
@@ -71,7 +71,7 @@ class ExitHandler(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Set the exit code, and let Lightning put a SLURM job back into its queue."""
         if isinstance(exception, signals.Interrupted):
-            signals.pass_on(exception.number)
+            signals.call_previous_handler(exception.number)
         if isinstance(exception, SIGTERMException):
             # Lightning's launcher kills all other processes when one that it started ends with an error.
             environment = getattr(trainer.strategy, "cluster_environment", None)

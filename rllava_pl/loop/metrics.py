@@ -81,7 +81,7 @@ class MetricAccumulator:
 
     def restore(self, state: MetricsState) -> None:
         """Continue from what ``state`` returned."""
-        self._sums = {name: [*sums] for name, (sums, _) in state.items()}  # type: ignore[misc]
+        self._sums = {name: [*sums] for name, (sums, _) in state.items()}  # type: ignore[list-item]
         self._counts = {name: [*counts] for name, (_, counts) in state.items()}
         self._derived = {name: derived for name, derived in self._derived.items() if name in state}
         self._largest.clear()

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, Self, TypeVar, get_args
+from typing import Literal, Self, TypeVar, cast, get_args
 
 from rllava_pl.functional._numerics import check_choice
 from rllava_pl.functional.kl import KLEstimator
@@ -252,7 +252,7 @@ def complete(cls: type, name: str, group: GroupT) -> GroupT:
     for base in cls.__mro__:
         parameter = inspect.signature(vars(base)["__init__"]).parameters.get(name) if "__init__" in vars(base) else None
         if parameter is not None and isinstance(parameter.default, OptionGroup):
-            return group.with_defaults(parameter.default)  # type: ignore[return-value]
+            return group.with_defaults(cast(GroupT, parameter.default))
     return group
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, get_args
 
@@ -37,6 +37,7 @@ from rllava_pl.rewards import BaseReward
 from rllava_pl.types import (
     Credit,
     PolicyOutput,
+    Prompt,
     PromptBatch,
     Request,
     Reward,
@@ -279,7 +280,7 @@ class RLModule(PolicyModule):
             or bool(self.kl.reward_coef or self.kl.target)
         )
 
-    def requests(self, prompts: PromptBatch, *, samples: int, stream: str) -> list[Request]:
+    def requests(self, prompts: Iterable[Prompt], *, samples: int, stream: str) -> list[Request]:
         """What to ask of the engine; a further round of dynamic sampling draws other numbers."""
         return make_requests(
             self.policy,

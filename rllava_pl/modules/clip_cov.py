@@ -59,6 +59,7 @@ class ClipCov(CovarianceModule):
             batch.old_logp_NT,
             batch.advantages_NT,
             batch.trained_mask_NT,
-            **self.clip.range,
+            clip_low=self.clip.low,
+            clip_high=self.clip.high,
             selected_NT=batch.selected_NT,
         )

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -282,7 +282,7 @@ class PolicyModule(LightningModule):
 
     # -- sampling and evaluation -------------------------------------------------------------------------------------
 
-    def requests(self, prompts: Sequence[Prompt] | PromptBatch, *, samples: int, stream: str) -> list[Request]:
+    def requests(self, prompts: Iterable[Prompt], *, samples: int, stream: str) -> list[Request]:
         """What to ask of the engine; a sample's seed is a function of run, stream, rollout, prompt and its number."""
         return make_requests(
             self.policy,
