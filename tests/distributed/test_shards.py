@@ -26,13 +26,13 @@ needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; `make test` does it"
 )
 REPLICATED = ["rl_ddp", *(pytest.param(name, marks=needs_deepspeed) for name in ("zero1", "zero2"))]
-CUT = ["rl_fsdp", "rl_fsdp2", *(pytest.param(name, marks=needs_deepspeed) for name in ("zero3", "zero3_offload"))]
+SHARDED = ["rl_fsdp", "rl_fsdp2", *(pytest.param(name, marks=needs_deepspeed) for name in ("zero3", "zero3_offload"))]
 RUNS = ("adam", "reference", "adapters", "critic")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory):
-    """Of a strategy, what each rank has found; the ranks are started at the first question."""
+    """By strategy, what each rank found; the ranks are started when a test needs them."""
     loaded()
     known: dict[str, list[Findings]] = {}
 
@@ -54,10 +54,10 @@ def found(tmp_path_factory: pytest.TempPathFactory):
     return of
 
 
-@pytest.mark.parametrize("strategy", [*REPLICATED, *CUT])
-def test_two_ranks_train_as_one_does(found, strategy: str) -> None:
-    """AdamW with accumulation, clipping and a schedule; a reference, a discarded update and rows without image; LoRA
-    with checkpointing; a critic of its own: all end where one process ends."""
+@pytest.mark.parametrize("strategy", [*REPLICATED, *SHARDED])
+def test_two_ranks_train_like_one(found, strategy: str) -> None:
+    """AdamW with accumulation, clipping and a schedule; a reference, a skipped update and rows without image; LoRA with
+    checkpointing; a separate critic."""
     (one,) = found("auto")
     assert len(one["adam"]["losses"]) == 12
     for rank in found(strategy):
@@ -69,10 +69,10 @@ def test_two_ranks_train_as_one_does(found, strategy: str) -> None:
             assert apart < 1e-5 and moved < 1e-5
 
 
-@pytest.mark.parametrize("strategy", [*REPLICATED, *CUT])
+@pytest.mark.parametrize("strategy", [*REPLICATED, *SHARDED])
 @pytest.mark.parametrize("name", ["reference", "adapters"])
-def test_an_update_is_that_of_one_process_to_its_last_digits(found, strategy: str, name: str) -> None:
-    """The shared prompt on ranks against repeated prompts in one process, under SGD, as a part of the whole update."""
+def test_update_of_two_ranks_equals_that_of_one_process(found, strategy: str, name: str) -> None:
+    """Shared prompts on ranks, repeated prompts in one process, under SGD; the difference relative to the update."""
     (one,) = found("auto")
     start = flat(dict(hf_weights(VLM(loaded()).load().model)))
     update, theirs = (flat(x[name]["ended"]) - start for x in (one, found(strategy)[0]))
@@ -86,15 +86,15 @@ def flat(named: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def loaded() -> str:
-    """Where the tiny model of all runs lies."""
+    """Directory of the tiny model of all runs."""
     source = runs.tiny()
     source.prepare(1)
     return source.path
 
 
-@pytest.mark.parametrize("strategy", [*REPLICATED, *CUT])
-def test_all_ranks_stream_the_same_whole_weights(found, strategy: str) -> None:
-    """LoRA merged on the way; nothing that was handed out is kept."""
+@pytest.mark.parametrize("strategy", [*REPLICATED, *SHARDED])
+def test_all_ranks_stream_the_same_full_weights(found, strategy: str) -> None:
+    """With LoRA merged; a tensor that was yielded is not kept."""
     (one,) = found("auto")
     for rank in found(strategy):
         for name in RUNS:
@@ -102,15 +102,15 @@ def test_all_ranks_stream_the_same_whole_weights(found, strategy: str) -> None:
             assert rank[name]["most_alive"] == 0
 
 
-@pytest.mark.parametrize("strategy", ["auto", *REPLICATED, *CUT])
-def test_a_resumed_run_ends_with_the_same_bits(found, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", ["auto", *REPLICATED, *SHARDED])
+def test_resumed_run_ends_bit_exact(found, strategy: str) -> None:
     for rank in found(strategy):
         assert distance(rank["resumed"]["ended"], rank["adam"]["ended"]) == 0.0
         assert rank["resumed"]["losses"] == rank["adam"]["losses"][6:]
 
 
-@pytest.mark.parametrize("strategy", [*REPLICATED, *CUT])
-def test_ranks_that_run_out_of_prompts_keep_in_step(found, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", [*REPLICATED, *SHARDED])
+def test_rank_without_prompts_runs_as_many_forwards(found, strategy: str) -> None:
     """Five rows on two ranks, half of them without image."""
     (one,) = found("auto")
     for rank in found(strategy):
@@ -118,9 +118,9 @@ def test_ranks_that_run_out_of_prompts_keep_in_step(found, strategy: str) -> Non
             assert rank[name]["test"] == pytest.approx(one[name]["test"])
 
 
-@pytest.mark.parametrize("strategy", CUT)
-def test_a_rank_holds_its_part_of_the_weights_alone(found, strategy: str) -> None:
-    """Policy, reference, critic and adapters; a part is rounded up for each tensor."""
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_rank_holds_only_its_shards(found, strategy: str) -> None:
+    """Policy, reference, critic and adapters; a shard is rounded up for each tensor."""
     (one,) = found("auto")
     for rank in found(strategy):
         for name in RUNS:

@@ -1,4 +1,4 @@
-"""Run by the tests on each of several ranks: one strategy through five short fits, findings by rank to a directory.
+"""Run by the tests on each of several ranks: five short fits under one strategy; each rank writes what it found.
 
 ``python shard_on_ranks.py DIRECTORY STRATEGY PROMPTS_A_RANK``
 """
@@ -21,16 +21,17 @@ from lightning.pytorch.strategies import Strategy
 from rllava_pl import modules
 from rllava_pl.callbacks import RolloutCheckpoint
 from rllava_pl.distributed.collectives import rank, sum_over_ranks
+from rllava_pl.loop import guard
+from rllava_pl.loop.options import KL, Batching, Schedule
 from rllava_pl.models.trainable import LoRA
 from rllava_pl.models.vlm import TinyVLM
-from rllava_pl.strategies import RLDeepSpeedStrategy, RLFSDP2Strategy, RLFSDPStrategy
-from rllava_pl.strategies.adapter import full_weights
-from rllava_pl.types import Message, Prompt
+from rllava_pl.strategies import RLDeepSpeedStrategy, RLFSDP2Strategy, RLFSDPStrategy, adapter_for
+from rllava_pl.types import Message, Prompt, TrainingBatch
 from tests import runs
 
 
 def zero(stage: int, **offload: bool) -> RLDeepSpeedStrategy:
-    """ZeRO that cuts even a tiny model."""
+    """ZeRO that shards even a tiny model."""
     return RLDeepSpeedStrategy(stage, param_persistence_threshold=0, allow_cpu=True, **offload)
 
 
@@ -44,68 +45,71 @@ STRATEGIES: dict[str, Callable[[], Strategy | str]] = {
     "zero3": lambda: zero(3),
     "zero3_offload": lambda: zero(3, offload_optimizer=True, offload_parameters=True),
 }
-SHORT = {"max_rollouts": 2, "minibatches": 1, "max_grad_norm": 0.5}
+SHORT = {"max_rollouts": 2, "batching": Batching(), "max_grad_norm": 0.5}
 
 
 def sgd(lr: float) -> dict[str, object]:
-    """Adam blows rounding up, where gradients are small."""
+    """Adam amplifies rounding where gradients are small."""
     return {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=lr)}
 
 
-class HalfBlind(Callback):
-    """Every other prompt loses its image: some micro-batches are text alone, on one rank and not on the other."""
+class HalfTextOnly(Callback):
+    """Every other prompt loses its image: some micro-batches are text only, on one rank and not on the other."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         data = trainer.datamodule
         for name in ("train_prompts", "test_prompts"):
-            setattr(data, name, [blind(prompt) if k % 2 else prompt for k, prompt in enumerate(getattr(data, name))])
+            setattr(
+                data, name, [text_only(prompt) if k % 2 else prompt for k, prompt in enumerate(getattr(data, name))]
+            )
 
 
-def blind(prompt: Prompt) -> Prompt:
+def text_only(prompt: Prompt) -> Prompt:
     return dataclasses.replace(prompt, messages=(Message("user", ("What color is the shape?",)),), images=())
 
 
 class Notes(Callback):
-    """What a run was like: loss and norm of every update, the weights before and after.
+    """Loss and norm of every update, the weights before and after.
 
     Args:
-        refused: Number of the update that is left out, as if it were not finite.
+        skipped: Number of the update that is skipped, as if it were not finite.
     """
 
-    def __init__(self, refused: int = -1) -> None:
-        self.refused = refused
+    def __init__(self, skipped: int = -1) -> None:
+        self.skipped = skipped
         self.losses: list[float] = []
         self.norms: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = digest(weights(trainer, pl_module))
-        self.most_alive = most_alive(full_weights(trainer.strategy, pl_module.policy.model))
+        self.most_alive = most_alive(adapter_for(trainer.strategy).full_weights(pl_module.policy.model))
         self.held = sum(local(p).numel() for p in pl_module.parameters())
-        is_finite = pl_module.is_finite
+        self.all_finite = guard.all_finite
+        guard.all_finite = self.record
 
-        def noted(minibatch, losses, norm):
-            self.minibatch = minibatch
-            self.losses.append(float(sum_over_ranks(sum(loss.result.double() for loss in losses))))
-            self.norms.append(float(norm))
-            return is_finite(minibatch, losses, norm) and len(self.losses) - 1 != self.refused
-
-        pl_module.is_finite = noted
+    def record(self, minibatch: TrainingBatch, losses: torch.Tensor, norm: torch.Tensor) -> bool:
+        """In place of the check for finite numbers, which gets everything behind an update."""
+        self.minibatch = minibatch
+        self.losses.append(float(sum_over_ranks(losses[:, 0].double().sum())))
+        self.norms.append(float(norm))
+        return self.all_finite(minibatch, losses, norm) and len(self.losses) - 1 != self.skipped
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
-        """A forward without a backward leaves weights gathered; what is saved then must be cut all the same."""
-        pl_module.score(trainer.strategy.model, self.minibatch)
+        """A forward without a backward leaves weights gathered; what is saved then must be sharded all the same."""
+        pl_module.updater.forward(trainer.strategy.model, self.minibatch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        guard.all_finite = self.all_finite
         self.ended = weights(trainer, pl_module)
 
 
 def local(p: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a parameter while nothing runs."""
+    """What this rank holds of a parameter between forwards."""
     return getattr(p, "ds_tensor", p.to_local() if hasattr(p, "to_local") else p)
 
 
 def weights(trainer: Trainer, module: LightningModule) -> dict[str, torch.Tensor]:
-    return {name: x.clone() for name, x in full_weights(trainer.strategy, module.policy.model)}
+    return {name: x.clone() for name, x in adapter_for(trainer.strategy).full_weights(module.policy.model)}
 
 
 def digest(named: dict[str, torch.Tensor]) -> str:
@@ -116,7 +120,7 @@ def digest(named: dict[str, torch.Tensor]) -> str:
 
 
 def most_alive(stream: Iterator[tuple[str, torch.Tensor]]) -> int:
-    """Tensors of a stream that are kept by whoever makes it, when the reader keeps none."""
+    """Tensors of a stream that its generator keeps alive when the reader keeps none."""
     seen: list[weakref.ref[torch.Tensor]] = []
     most = 0
     for _, x in stream:
@@ -134,12 +138,12 @@ def fit(
     *,
     policy: TinyVLM | None = None,
     callbacks: tuple[Callback, ...] = (),
-    refused: int = -1,
+    skipped: int = -1,
     resume: Path | None = None,
     **options: object,
 ) -> dict[str, object]:
-    """One fit and what is to be known of it."""
-    kind, notes = getattr(modules, algorithm), Notes(refused)
+    """What one fit did."""
+    kind, notes = getattr(modules, algorithm), Notes(skipped)
     module = runs.module(kind, policy=policy, **(SHORT | options))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     trainer = runs.trainer(root, strategy=STRATEGIES[strategy](), devices=ranks, callbacks=[notes, *callbacks])
@@ -160,15 +164,20 @@ def main(root: Path, strategy: str, batch_size: int) -> None:
         return fit(root, strategy, batch_size, algorithm, **options)
 
     keep = RolloutCheckpoint(str(root), every_n_rollouts=3, keep=0)
-    adam = {"max_rollouts": 6, "epochs": 2, "micro_batch_size": 1, "lr_schedule": "linear"}
-    shared = strategy != "auto"  # one process repeats prompts: what is compared is all that ranks do otherwise
+    adam = {
+        "max_rollouts": 6,
+        "batching": Batching(update_epochs=2, micro_batch_size=1),
+        "schedule": Schedule("linear"),
+    }
+    shared = strategy != "auto"  # one process repeats prompts: the comparison covers everything that ranks do
     lora = runs.tiny(lora=LoRA(r=4, alpha=8), gradient_checkpointing=True, share_prompt=shared)
-    half_blind = {"policy": runs.tiny(share_prompt=shared), "callbacks": (HalfBlind(),), "refused": 0}
+    half_text = {"policy": runs.tiny(share_prompt=shared), "callbacks": (HalfTextOnly(),), "skipped": 0}
+    reference = {"kl": KL(loss_coef=0.1), "batching": Batching(micro_batch_size=4)}
     found = {
         "adam": run("SFT", callbacks=(keep,), **adam),
         "resumed": run("SFT", resume=root / "rollout-000003.ckpt", **adam),
-        "reference": run("GRPO", kl_loss_coef=0.1, micro_batch_size=4, **half_blind, **sgd(0.5)),
-        "adapters": run("GRPO", kl_loss_coef=0.1, micro_batch_size=4, policy=lora, **sgd(2.0)),
+        "reference": run("GRPO", **reference, **half_text, **sgd(0.5)),
+        "adapters": run("GRPO", **reference, policy=lora, **sgd(2.0)),
         "critic": run("PPO", critic="separate", critic_lr_factor=0.1, **sgd(0.5)),
     }
     torch.save(found, root / f"found-{rank()}.pt")

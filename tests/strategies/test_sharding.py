@@ -1,4 +1,4 @@
-"""What is sharded on its own, what a rank makes room for, and what the constructors refuse."""
+"""Units of sharding, empty and lazy policies before sharding, and options that are refused."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from rllava_pl.distributed.shards import Piece, even_bounds, gatherer, shifted
+from rllava_pl.distributed.shards import Shard, bounds_within, even_bounds
+from rllava_pl.loop.options import KL
 from rllava_pl.models.lazy_weights import narrow_dtype
 from rllava_pl.models.policy import Policy
 from rllava_pl.models.vlm import VLM
 from rllava_pl.modules import PPO
-from rllava_pl.strategies import RLDeepSpeedStrategy, RLFSDP2Strategy, RLFSDPStrategy
-from rllava_pl.strategies.adapter import check_accelerator
-from rllava_pl.strategies.sharding import make_room, units, values_of
+from rllava_pl.strategies import RLDeepSpeedStrategy, RLFSDP2Strategy, RLFSDPStrategy, adapter_for
+from rllava_pl.strategies.sharding import initial_values, materialize, sharding_units
 from tests import runs
 
 needs_deepspeed = pytest.mark.skipif(
@@ -27,26 +27,26 @@ needs_deepspeed = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def module():
-    made = runs.module(PPO, kl_loss_coef=0.1, critic="separate")
+    made = runs.module(PPO, kl=KL(loss_coef=0.1), critic="separate")
     made.configure_model()
     return made
 
 
-def test_every_layer_and_what_is_called_whole_is_a_unit(module) -> None:
+def test_layers_reference_and_value_head_are_units(module) -> None:
     """Two text and two vision layers of policy, critic and reference; then the reference and the value head."""
-    found = units(module)
+    found = sharding_units(module)
     layers, whole = found[:-2], found[-2:]
     assert len(layers) == 3 * (2 + 2)
     assert {id(x) for x in whole} == {id(module.reference), id(module.value_head)}
     assert not any(isinstance(unit, Policy) and unit is not module.reference for unit in found)
 
 
-def test_an_empty_policy_has_shapes_buffers_and_ties_but_no_values() -> None:
+def test_empty_policy_has_shapes_and_buffers_but_no_values() -> None:
     source = runs.tiny()
     source.prepare(1)
     full, empty = copy.deepcopy(source).load(), source.load(mode="empty")
     assert all(p.is_meta for p in empty.parameters())
-    make_room(empty)
+    materialize(empty)
     assert {n: (p.shape, p.dtype) for n, p in empty.named_parameters()} == {
         n: (p.shape, p.dtype) for n, p in full.named_parameters()
     }
@@ -55,49 +55,47 @@ def test_an_empty_policy_has_shapes_buffers_and_ties_but_no_values() -> None:
     assert (empty.stop_ids, empty.pad_id, empty.shares_prompt) == (full.stop_ids, full.pad_id, full.shares_prompt)
 
 
-def test_shared_parameters_get_one_place() -> None:
+def test_shared_parameters_stay_shared_when_materialized() -> None:
     with torch.device("meta"):
         pair = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     pair[1].weight = pair[0].weight
-    make_room(pair)
+    materialize(pair)
     assert pair[1].weight is pair[0].weight
     assert not any(p.is_meta for p in pair.parameters())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("shape", [(5, 3), (1, 4), (7,), (2, 2, 2)])
-def test_the_runs_of_all_ranks_are_the_whole(ranks: int, shape: tuple[int, ...], monkeypatch) -> None:
-    """A parameter of its own, and one that begins in the middle of a longer vector that is cut."""
+def test_bounds_of_all_ranks_cover_the_parameter(ranks: int, shape: tuple[int, ...], monkeypatch) -> None:
+    """A parameter alone, and one that begins in the middle of a longer vector."""
     monkeypatch.setattr("rllava_pl.distributed.shards.world_size", lambda: ranks)
     size = torch.Size(shape).numel()
-    for bounds in (even_bounds(size, -(-size // ranks)), shifted(even_bounds(100, -(-100 // ranks)), 41, size)):
+    for bounds in (even_bounds(size, -(-size // ranks)), bounds_within(even_bounds(100, -(-100 // ranks)), 41, size)):
         assert len(bounds) == ranks + 1 and (bounds[0], bounds[-1]) == (0, size)
         assert list(bounds) == sorted(bounds)
 
 
-def test_a_lone_rank_gathers_a_copy_of_what_it_was_given() -> None:
-    own, whole = torch.zeros(6), torch.arange(6.0, dtype=torch.bfloat16).view(2, 3)
-    piece = Piece(own, (0, 6), whole.shape)
-    piece.fill(whole, own.device)
-    gathered = gatherer({1: piece}, own.device)(whole)
-    assert gathered is not whole and torch.equal(gathered, whole)  # not cut: as it is
-    assert torch.equal(piece.gather(own.device), whole.float())
-    assert piece.gather(own.device).data_ptr() != own.data_ptr()
+def test_single_rank_gathers_a_copy_in_the_dtype_of_the_parameter() -> None:
+    local, full = torch.zeros(6), torch.arange(6.0, dtype=torch.bfloat16).view(2, 3)
+    shard = Shard(local, (0, 6), full.shape)
+    shard.copy_from_rank0(full, local.device)
+    assert torch.equal(shard.full_tensor(local.device), full.float())
+    assert shard.full_tensor(local.device).data_ptr() != local.data_ptr()
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
-def test_weights_of_a_narrow_file_wait_in_it(stored: torch.dtype, tmp_path) -> None:
-    """Shapes, dtypes and buffers are those of a policy that was read at once; a wide file is read at once."""
+def test_lazy_policy_leaves_bfloat16_weights_in_their_file(stored: torch.dtype, tmp_path) -> None:
+    """Shapes, dtypes and buffers are those of a policy that is read in full, as a float32 file is."""
     tiny = runs.tiny()
     tiny.prepare(1)
     read = tiny.load()
     read.model.to(stored).save_pretrained(tmp_path)
     read.processor.save_pretrained(tmp_path)
-    whole, waiting = VLM(str(tmp_path)).load(), VLM(str(tmp_path)).load(mode="lazy")
-    assert {p.is_meta for p in waiting.parameters()} == {stored == torch.bfloat16}
-    assert waiting.model.dtype == waiting.model.config.dtype == torch.float32
-    values = values_of(waiting)
-    for name, there in whole.state_dict().items():
+    full, lazy = VLM(str(tmp_path)).load(), VLM(str(tmp_path)).load(mode="lazy")
+    assert {p.is_meta for p in lazy.parameters()} == {stored == torch.bfloat16}
+    assert lazy.model.dtype == lazy.model.config.dtype == torch.float32
+    values = initial_values(lazy)
+    for name, there in full.state_dict().items():
         assert torch.equal(values[name].to(there.dtype), there), name
     (tmp_path / "model.safetensors").unlink()
     assert narrow_dtype(str(tmp_path), "main") is None
@@ -106,23 +104,24 @@ def test_weights_of_a_narrow_file_wait_in_it(stored: torch.dtype, tmp_path) -> N
 @pytest.mark.parametrize(
     "kind", [RLFSDPStrategy, RLFSDP2Strategy, pytest.param(RLDeepSpeedStrategy, marks=needs_deepspeed)]
 )
-def test_processors_are_taken_for_accelerators_only_when_asked(kind) -> None:
+def test_cpu_is_refused_unless_allowed(kind) -> None:
     cpu = SimpleNamespace(name=lambda: "cpu")
     strategy = kind()
     strategy.accelerator = cpu
     with pytest.raises(ValueError, match=f"{kind.__name__} saves GPU memory and the accelerator is cpu; use `rl_ddp`"):
-        check_accelerator(strategy, strategy.allow_cpu)
-    check_accelerator(strategy, allow_cpu=True)
+        adapter_for(strategy).check()
+    strategy.allow_cpu = True
+    adapter_for(strategy).check()
 
 
 @needs_deepspeed
-def test_weights_are_offloaded_where_they_are_cut() -> None:
-    with pytest.raises(ValueError, match="where weights are kept in parts; the stage is 2"):
+def test_offload_of_weights_needs_stage_3() -> None:
+    with pytest.raises(ValueError, match="where weights are sharded; the stage is 2"):
         RLDeepSpeedStrategy(2, offload_parameters=True)
 
 
 @needs_deepspeed
-def test_options_become_the_config_of_deepspeed() -> None:
+def test_deepspeed_config_has_the_options() -> None:
     config = RLDeepSpeedStrategy(3, offload_optimizer=True, param_persistence_threshold=7, pin_memory=False).config
     assert config["zero_optimization"] == {
         "stage": 3,
