@@ -2,10 +2,10 @@
 
     python benchmarks/rollout_speed.py --turns 10
 
-Needs vLLM beside the package (``make test-vllm`` makes such an environment in .venv-vllm). Three competitors take turns
-on the same prompts of the colour task, with one policy and the same budget: vLLM; the embedded engine, which reads a
-prompt once a group; and the ``generate`` of transformers, one row a sample, without log-probs. The second table has a
-sync (all weights through vLLM's weight-transfer API, packing for its kernels included) beside a copy of the same bytes.
+Needs vLLM (``make test-vllm`` makes an environment with it in .venv-vllm). Three competitors take turns on the same
+prompts of the colour task, with one policy and the same budget: vLLM; the embedded engine, which reads a prompt once a
+group; and the ``generate`` of transformers, one row a sample, without log-probs. The second table compares a sync (all
+weights through vLLM's weight-transfer API, packing for its kernels included) with a copy of the same bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rllava_pl.functional.seeds import seed_from
 from rllava_pl.models import TinyVLM
 from rllava_pl.models.policy import Policy
 from rllava_pl.models.trainable import hf_weights
+from rllava_pl.rollout.episodes import run_episodes
 from rllava_pl.rollout.transformers import TransformersEngine
 from rllava_pl.rollout.vllm import VLLMEngine
 from rllava_pl.rollout.vllm_build import build_llm, context_of
@@ -35,7 +36,11 @@ Sampled = Callable[[Sequence[Request], Sampling], int]
 
 def engine_tokens(engine: VLLMEngine | TransformersEngine) -> Sampled:
     """An engine of this package as a competitor."""
-    return lambda requests, sampling: sum(len(r.response_ids) for r in engine.generate(requests, sampling))
+
+    def sampled(requests: Sequence[Request], sampling: Sampling) -> int:
+        return sum(len(r.response_ids) for r in run_episodes(engine, engine.policy, requests, sampling))
+
+    return sampled
 
 
 def plain_tokens(policy: Policy) -> Sampled:
@@ -77,9 +82,9 @@ def requests(policy: Policy, prompts: int, group: int, turn: int) -> list[Reques
 
 
 def rollouts(competitors: dict[str, Sampled], policy: Policy, args: argparse.Namespace) -> None:
-    """Turns, and the table."""
+    """Time the competitors and print the table."""
     rows: dict[str, list[tuple[float, float, int]]] = {name: [] for name in competitors}
-    for turn in range(-1, args.turns):  # the first turn warms up and is not counted
+    for turn in range(-1, args.turns):  # the first turn is a warm-up and not counted
         asked = requests(policy, args.prompts, args.group_size, turn + 1)
         for name, sampled in competitors.items():
             figures = clocked(lambda sampled=sampled, asked=asked: sampled(asked, Sampling(max_tokens=args.max_tokens)))
@@ -95,7 +100,7 @@ def rollouts(competitors: dict[str, Sampled], policy: Policy, args: argparse.Nam
 
 
 def syncs(engine: VLLMEngine, policy: Policy, turns: int) -> None:
-    """A sync beside a copy of the same tensors, and the table."""
+    """Time a sync and a copy of the same tensors and print the table."""
     weights = [(name, tensor.clone()) for name, tensor in hf_weights(policy.model)]
     total, targets = sum(x.nbytes for _, x in weights), [torch.empty_like(x) for _, x in weights]
 
@@ -130,18 +135,18 @@ def main() -> None:
     parser.add_argument("--max_tokens", type=int, default=8)
     args = parser.parse_args()
     task = TASKS["color"]
-    source = TinyVLM(
+    policy = TinyVLM(
         args.family,
         questions=[task.question],
         answers=list(task.answers),
         cache_dir=str(Path(gettempdir()) / "rllava_pl-benchmarks"),
     )
-    source.prepare(1)
-    policy = source.load()
+    policy.prepare(1)
+    policy.load()
     llm = build_llm(
-        source.path,
+        policy.path,
         dtype="float32",
-        context_tokens=context_of(source.path, 4096),
+        context_tokens=context_of(policy.path, 4096),
         images=1,
         kv_cache_gib=0.25,
         memory="resident",
