@@ -1,4 +1,4 @@
-"""What it costs to check a data set: CPU time a row, and memory that does not grow with the number of images.
+"""The cost of checking a data set: CPU time a row, and memory, which must not grow with the number of images.
 
     python benchmarks/data_audit.py
     python benchmarks/data_audit.py --rows 500 --scale 2
@@ -25,7 +25,7 @@ KINDS = {"text": "", "JPEG 640 x 480": "jpg", "PNG 640 x 480": "png", "WebP 640 
 
 
 def main(args: list[str] | None = None) -> dict[str, tuple[float, float]]:
-    """Print a line a kind of rows; returns milliseconds a row and MiB that more rows cost more, by kind."""
+    """Print one line per kind of rows; returns milliseconds a row and the MiB that additional rows cost, by kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--scale", type=int, default=5)
@@ -63,7 +63,7 @@ def _audit(folder: Path, suffix: str, rows: int) -> tuple[float, float]:
     audited = PromptDataModule(train=str(folder / "rows.jsonl")).audit("train")
     spent = time.process_time() - start
     if len(audited) != rows:
-        raise RuntimeError(f"right rows were refused: {audited.rejections[:3]}")
+        raise RuntimeError(f"valid rows were refused: {audited.rejections[:3]}")
     status = Path("/proc/self/status").read_text().splitlines()
     return 1e3 * spent / rows, next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))
 

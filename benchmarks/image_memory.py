@@ -1,4 +1,4 @@
-"""Peak memory of checking and loading the largest images that are allowed, each in a process of its own (Linux).
+"""Peak memory of checking and loading the largest allowed images, each in a new process (Linux).
 
 python -m benchmarks.image_memory
 """
@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.datamodules.test_hostile_images import LARGE, growth_mib, verdict
+from tests.datamodules.test_hostile_images import LARGE, code_of, growth_mib
 
 
 def in_a_child(action: Callable[[], object]) -> None:
-    """Run in a forked process, so that its memory is its own, and wait for it."""
+    """Run in a forked process, whose memory is separate, and wait for it."""
     child = os.fork()
     if child == 0:
         try:
@@ -28,13 +28,13 @@ def in_a_child(action: Callable[[], object]) -> None:
 
 
 def main() -> None:
-    """Print a line a kind of image."""
+    """Print one line per kind of image."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "image"
 
         def measure(name: str) -> None:
             data = file.read_bytes()
-            print(f"{name:16} {growth_mib(lambda: verdict(data)):.0f} MiB", flush=True)
+            print(f"{name:16} {growth_mib(lambda: code_of(data)):.0f} MiB", flush=True)
 
         for name, make in LARGE.items():
             in_a_child(lambda make=make: file.write_bytes(make()))

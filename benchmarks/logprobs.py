@@ -2,14 +2,14 @@
 
     python benchmarks/logprobs.py --threads 2 --turns 7
 
-For each width of the hidden states, V = 151,936 tokens and 2,048 rows in fp32, with any upstream gradient. Every
-measurement is a process of its own, which warms up on a small vocabulary; the methods take turns. Memory is the rise of
-the process's peak over what it held with inputs and weight in place; a trained head's gradient is part of it.
+For each width of the hidden states, V = 151,936 tokens and 2,048 rows in fp32, with a random upstream gradient. Every
+measurement is a new process, which warms up on a small vocabulary; the methods alternate. Memory is the rise of the
+process's peak above inputs and weight; a trained head's gradient is part of it.
 
 Methods: ``full`` is log_softmax and gather, without entropies; ``full, entropy`` is ``token_log_probs``; ``tiles`` is
-``chunked_token_log_probs``, and ``frozen`` the same where the head takes no gradient; ``trl`` is the fused head of TRL
-(extra `bench`), asked for entropies as its GRPO trainer asks. ``full`` and ``trl`` are measured with a frozen head too.
-On a busy machine read the CPU time, with one thread; on a quiet one the wall time.
+``chunked_token_log_probs``, ``tiles, logp`` the same without entropies; ``trl`` is the fused head of TRL (extra
+`bench`) with entropies, as in its GRPO trainer. ``frozen`` means that the head takes no gradient. On a busy machine
+read the CPU time, with one thread; on an idle one the wall time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FROZEN = " frozen"
 
 
 def full(hidden_MH: Tensor, weight_VH: Tensor, ids_M: Tensor) -> Tensor:
-    """What every textbook has."""
+    """The textbook form."""
     return (hidden_MH @ weight_VH.T).log_softmax(-1).gather(1, ids_M[:, None])[:, 0]
 
 
@@ -45,6 +45,11 @@ def tiles(hidden_MH: Tensor, weight_VH: Tensor, ids_M: Tensor) -> Tensor:
     return chunked_token_log_probs(hidden_MH[None], weight_VH, ids_M[None])[0][0]
 
 
+def tiles_without_entropy(hidden_MH: Tensor, weight_VH: Tensor, ids_M: Tensor) -> Tensor:
+    """This package's function of hidden states, log-probs only."""
+    return chunked_token_log_probs(hidden_MH[None], weight_VH, ids_M[None], entropy=False)[0][0]
+
+
 def trl(hidden_MH: Tensor, weight_VH: Tensor, ids_M: Tensor) -> Tensor:
     """The head of TRL's GRPO trainer, with its tile size."""
     from trl.kernels import ChunkedLogProbFunction
@@ -54,7 +59,13 @@ def trl(hidden_MH: Tensor, weight_VH: Tensor, ids_M: Tensor) -> Tensor:
     return ChunkedLogProbFunction.apply(hidden_MH, weight_VH, None, ids_M, 1.0, size, None, 1.0, ("entropy",))[0]
 
 
-METHODS: dict[str, Method] = {"full": full, "full, entropy": full_with_entropy, "tiles": tiles, "trl": trl}
+METHODS: dict[str, Method] = {
+    "full": full,
+    "full, entropy": full_with_entropy,
+    "tiles": tiles,
+    "tiles, logp": tiles_without_entropy,
+    "trl": trl,
+}
 CASES = [*METHODS, *(name + FROZEN for name in ("full", "tiles", "trl"))]
 
 
@@ -94,7 +105,7 @@ def take_turns(options: argparse.Namespace, width: int) -> dict[str, list[dict[s
 
 
 def table(found: dict[str, list[dict[str, float]]], width: int) -> str:
-    """Medians of each clock, with the least and the most, and relative to full logits with a trained head."""
+    """Medians of each clock with minimum and maximum, and relative to full logits with a trained head."""
     columns = f"{'median':>9}{'min':>7}{'max':>7}{'/ full':>8}"
     lines = [f"H = {width:<14}{'':8}{'wall seconds':>31}{'CPU seconds':>31}", f"{'':18}{'MB':>8}{columns}{columns}"]
     for case, results in found.items():
@@ -108,7 +119,7 @@ def table(found: dict[str, list[dict[str, float]]], width: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print a table a width."""
+    """Measure and print one table per width."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 1024], help="of the hidden states")
     parser.add_argument("--rows", type=int, default=2048, help="response tokens (default 2048)")

@@ -1,12 +1,12 @@
-"""Forward and backward of log-probs by how a batch is laid out: time and memory, with and without checkpointing.
+"""Forward and backward of log-probs by layout of the batch: time and memory, with and without checkpointing.
 
     python benchmarks/shared_prompt.py --turns 5
 
 Forms: ``plain`` computes a prompt once a completion; ``padded`` computes it once a group, all prompts and all responses
-as long as the longest; ``packed`` is what the policy does, one row without padding. A random idefics3 in fp32, one
-picture a prompt, groups of 8, lengths drawn evenly from the ranges of the case, one thread. Every measurement is a
-process of its own, which warms up once; the forms take turns. Memory is the rise of the process's peak over what it
-held before the first forward.
+padded to the longest; ``packed`` is the form of the policy, one row without padding. A random idefics3 in fp32, one
+image a prompt, groups of 8, lengths uniform in the ranges of the case, one thread. Every measurement is a new process,
+which warms up once; the forms alternate. Memory is the rise of the process's peak above its value before the first
+forward.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def build(folder: Path, case: Case, *, checkpointing: bool, share_prompt: bool) 
 
 
 def batch_of(policy: Policy, case: Case, *, padded: bool) -> PolicyBatch:
-    """Random text behind real prompts of one picture; ``padded``: everything as long as the longest."""
+    """Random text behind real prompts of one image; ``padded``: all padded to the longest."""
     generator = torch.Generator().manual_seed(1)
 
     def lengths(bounds: tuple[int, int], count: int) -> list[int]:
@@ -118,12 +118,6 @@ def take_turns(folder: Path, name: str, options: argparse.Namespace, *, checkpoi
     return f"{name + (' checkpointed' if checkpointing else ''):16}" + "".join(f"{cell:>22}" for cell in cells)
 
 
-def build_tiny(folder: Path) -> None:
-    """The tiny model whose processor and config the measured ones take."""
-    task = TASKS["color"]
-    tiny.build(folder, family="idefics3", questions=[task.question], answers=list(task.answers), warmup_steps=0)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,9 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary) / "tiny"
-        if not folder.is_dir():
-            task = TASKS["color"]
-            tiny.build(folder, family="idefics3", questions=[task.question], answers=list(task.answers), warmup_steps=0)
+        task = TASKS["color"]
+        tiny.build(folder, family="idefics3", questions=[task.question], answers=list(task.answers), warmup_steps=0)
         print(f"{'':16}" + "".join(f"{form + ', ms / CPU / MB':>22}" for form in options.forms))
         for name in options.cases:
             for checkpointing in (False, True):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rllava_pl.datamodules.rejections import RowError
 from rllava_pl.models.encoding import encode, prompt_text, tokenizer_of, unexpanded_ids
-from rllava_pl.models.literal import SpecialTokens
+from rllava_pl.models.special_tokens import SpecialTokens
 from rllava_pl.types import Prompt
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class ModelChecks:
         special = SpecialTokens.of(tokenizer)
         control = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
         for token in special.all.findall(text):
-            if token in control or special.pictures.fullmatch(token):
+            if token in control or special.visual.fullmatch(token):
                 raise RowError("E13", field, f"has the special token {token!r}, which no response holds; take it out")
             if self.special_tokens != "allow":
                 hint = "take it out, or set special_tokens: allow if the policy is to write it"

@@ -1,4 +1,4 @@
-"""Losses with one ratio per response; public through :mod:`rllava_pl.functional.losses`."""
+"""Losses with one ratio per response; public through :mod:`rllava_pl.functional.losses`, which explains arguments."""
 
 from __future__ import annotations
 
@@ -25,20 +25,6 @@ def gspo(
     but a gradient through its own log-prob alone: ``s_it = sg[s_i] * exp(logp - sg[logp])``, sg = no gradient. The loss
     is that of :func:`~rllava_pl.functional.losses.clipped` with ``s_it`` in place of the ratio: a response is kept or
     clipped as a whole. A mean varies far less than its terms, hence ranges a thousandth as wide as PPO's.
-
-    Args:
-        logp: (N, T), log-probs under the policy being trained.
-        old_logp: (N, T), under the policy that sampled.
-        advantages: (N, T), credit of every token.
-        mask: bool (N, T), True at trainable tokens.
-        clip_low: How far the ratio may fall below 1.
-        clip_high: How far it may rise above 1.
-
-    Returns:
-        (N, T), in at least fp32; 0 where masked.
-
-    Raises:
-        ValueError: a negative clip range; a mask that is not boolean or of another shape.
 
     >>> logp, mask = torch.tensor([[0.1, -0.2, -0.3]]), torch.ones(1, 3, dtype=torch.bool)
     >>> gspo(logp, torch.zeros(1, 3), torch.ones(1, 3), mask)
@@ -67,19 +53,9 @@ def gmpo(
     ``y = max(x, -clip_low)`` elsewhere: as in PPO, only the side with something to gain is clipped. One extreme token
     moves a geometric mean little, so the range, ``(exp(-0.4), exp(0.4))``, can be wide.
 
-    Args:
-        logp: (N, T), log-probs under the policy being trained.
-        old_logp: (N, T), under the policy that sampled.
-        advantages: (N, T), credit of every token.
-        mask: bool (N, T), True at trainable tokens.
+    Options:
         clip_low: How far a log-ratio may fall below 0, in nats.
         clip_high: How far it may rise above 0, in nats.
-
-    Returns:
-        (N, T), in at least fp32; 0 where masked.
-
-    Raises:
-        ValueError: a negative clip range; a mask that is not boolean or of another shape.
 
     >>> logp, mask = torch.tensor([[0.6, 0.1, -0.5]]), torch.ones(1, 3, dtype=torch.bool)
     >>> gmpo(logp, torch.zeros(1, 3), torch.ones(1, 3), mask)

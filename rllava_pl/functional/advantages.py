@@ -6,6 +6,13 @@ information and get exactly 0.
 
 One advantage a sample: :func:`grpo`, :func:`rloo`, :func:`opo`, :func:`gpg`, :func:`pass_at_k`, :func:`remax`.
 One a token: :func:`reinforce_pp`, :func:`reinforce_pp_baseline`, :func:`gae`.
+
+============== =====================================================================================================
+``rewards_N``  one reward a sample
+``group_N``    int64; equal for samples of one prompt instance. Ids are arbitrary, groups may be unequal
+returned       (N,), in at least fp32
+raised         ValueError: inputs that are not vectors of one length, an option out of its range
+============== =====================================================================================================
 """
 
 from __future__ import annotations
@@ -26,17 +33,9 @@ def grpo(rewards_N: Tensor, group_N: Tensor, *, scale_by_std: bool = True, eps: 
     GRPO (arXiv 2402.03300); without the division Dr. GRPO (arXiv 2503.20783), which does not favour groups with
     almost equal rewards.
 
-    Args:
-        rewards_N: One reward a sample.
-        group_N: int64; equal for samples of one prompt instance. Ids are arbitrary, groups may be unequal.
+    Options:
         scale_by_std: Divide by the standard deviation of the group.
         eps: Added to the standard deviation.
-
-    Returns:
-        (N,), in at least fp32.
-
-    Raises:
-        ValueError: the two are not vectors of one length.
 
     >>> grpo(torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.tensor([7, 7, 7, 7]), scale_by_std=False)
     tensor([-0.2500, -0.2500, -0.2500,  0.7500])
@@ -51,17 +50,8 @@ def grpo(rewards_N: Tensor, group_N: Tensor, *, scale_by_std: bool = True, eps: 
 def rloo(rewards_N: Tensor, group_N: Tensor) -> Tensor:
     """Leave-one-out advantages: reward minus the mean of the group's other samples, ``n / (n - 1) * (r - mean_g)``.
 
-    RLOO (arXiv 2402.14740). The baseline leaves the sample itself out, so it does not bias the gradient.
-
-    Args:
-        rewards_N: One reward a sample.
-        group_N: int64; equal for samples of one prompt instance. n is the size of the sample's own group.
-
-    Returns:
-        (N,), in at least fp32.
-
-    Raises:
-        ValueError: the two are not vectors of one length.
+    RLOO (arXiv 2402.14740); n is the size of the group. The baseline leaves the sample itself out, so it does not bias
+    the gradient.
 
     >>> rloo(torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0, 0, 0]))
     tensor([ 0.7500, -0.7500,  0.0000])
@@ -77,16 +67,7 @@ def opo(rewards_N: Tensor, group_N: Tensor, lengths_N: Tensor) -> Tensor:
     OPO (arXiv 2505.23585): the baseline of least gradient variance if the squared norm of a response's gradient grows
     with its length. It presumes sums over tokens and one optimizer step a rollout batch.
 
-    Args:
-        rewards_N: One reward a sample.
-        group_N: int64; equal for samples of one prompt instance.
-        lengths_N: int64; trainable tokens of each sample. A group without any takes its plain mean.
-
-    Returns:
-        (N,), in at least fp32.
-
-    Raises:
-        ValueError: the three are not vectors of one length, or a length is negative.
+    ``lengths_N``, int64, are the trainable tokens of each sample; a group without any uses its plain mean.
 
     >>> opo(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), torch.tensor([5, 3]))
     tensor([ 0.3750, -0.6250])
@@ -112,16 +93,8 @@ def gpg(rewards_N: Tensor, group_N: Tensor, *, f_norm: float = 1.0) -> Tensor:
     of equal rewards add to the mean over the batch. Groups count by their spread, so a bonus for every sample leaves
     alpha unchanged.
 
-    Args:
-        rewards_N: One reward a sample.
-        group_N: int64; equal for samples of one prompt instance.
-        f_norm: Constant the rewards are divided by.
-
-    Returns:
-        (N,), in at least fp32; all 0 if no group has unequal rewards.
-
-    Raises:
-        ValueError: the two are not vectors of one length, or ``f_norm`` is not positive.
+    Options:
+        f_norm: Constant that the rewards are divided by.
 
     >>> gpg(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]))
     tensor([ 1., -1.,  0.,  0.])
@@ -139,17 +112,9 @@ def pass_at_k(rewards_N: Tensor, group_N: Tensor, *, scale_by_std: bool = True, 
     The gain of the group's maximum over its maximum without the sample (arXiv 2503.19595, there without the division),
     which trains pass@k, k = size of the group. The std is unbiased (n - 1). A tie at the top gives 0 to all.
 
-    Args:
-        rewards_N: One reward a sample.
-        group_N: int64; equal for samples of one prompt instance.
+    Options:
         scale_by_std: Divide by the standard deviation of the group.
         eps: Added to the standard deviation.
-
-    Returns:
-        (N,), in at least fp32.
-
-    Raises:
-        ValueError: the two are not vectors of one length.
 
     >>> pass_at_k(torch.tensor([0.2, 1.0, 0.5]), torch.tensor([0, 0, 0]), scale_by_std=False)
     tensor([0.0000, 0.5000, 0.0000])
@@ -167,15 +132,7 @@ def remax(rewards_N: Tensor, greedy_rewards_N: Tensor) -> Tensor:
 
     ReMax (arXiv 2310.10505). The greedy response gets the same penalties and KL as the samples, and is not trained.
 
-    Args:
-        rewards_N: One reward a sample.
-        greedy_rewards_N: Reward of the greedy response to each sample's prompt, once a sample.
-
-    Returns:
-        (N,), in at least fp32.
-
-    Raises:
-        ValueError: the two are not vectors of one length.
+    ``greedy_rewards_N`` repeats the reward of a prompt's greedy response for each of its samples.
 
     >>> remax(torch.tensor([1.0, 0.0]), torch.tensor([0.25, 0.25]))
     tensor([ 0.7500, -0.2500])

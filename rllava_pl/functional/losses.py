@@ -15,6 +15,17 @@ All are per token: :func:`rllava_pl.functional.reduce.reduce_loss` reduces them,
 ``ratio = exp(clamp(logp - old_logp, -20, 20))`` throughout. At ``logp = old_logp``, with advantages constant along each
 row, every policy loss has the gradient of :func:`reinforce` (:func:`clip_cov`: except at its selected tokens); they
 differ in how the gradient changes with the ratio.
+
+============== =====================================================================================================
+``logp``       log-probs under the policy being trained, any shape; (N, T) where there is a mask
+``old_logp``   log-probs under the policy that sampled
+``advantages`` credit of every token
+``mask``       bool (N, T), True at trainable tokens
+``clip_low``   how far the ratio may fall below 1
+``clip_high``  how far it may rise above 1
+returned       the shape of the inputs, in at least fp32, 0 where masked
+raised         ValueError: an option out of its range, a mask that is not boolean or of another shape
+============== =====================================================================================================
 """
 
 from __future__ import annotations
@@ -56,13 +67,6 @@ def reinforce(logp: Tensor, advantages: Tensor) -> Tensor:
 
     It has no ratio and is therefore valid for one update on each rollout batch.
 
-    Args:
-        logp: Log-probs under the policy being trained, any shape.
-        advantages: Credit of every token.
-
-    Returns:
-        The shape of the inputs, in at least fp32.
-
     >>> reinforce(torch.tensor([-1.0, -0.5]), torch.tensor([2.0, -1.0]))
     tensor([ 2.0000, -0.5000])
     """
@@ -84,19 +88,8 @@ def clipped(
     not clip. ``dual_clip = c`` bounds the loss by ``-A * c`` where A < 0 (arXiv 1912.09729), against very large
     ratios of bad tokens.
 
-    Args:
-        logp: Log-probs under the policy being trained, any shape.
-        old_logp: Log-probs under the policy that sampled.
-        advantages: Credit of every token.
-        clip_low: How far the ratio may fall below 1.
-        clip_high: How far it may rise above 1.
+    Options:
         dual_clip: Upper bound of the ratio for negative advantages, above 1; None: no bound.
-
-    Returns:
-        The shape of the inputs, in at least fp32.
-
-    Raises:
-        ValueError: a negative clip range, or ``dual_clip`` not above 1.
 
     >>> clipped(torch.tensor([0.5, -0.5, 0.5]), torch.zeros(3), torch.tensor([1.0, -1.0, -1.0]))
     tensor([-1.2000,  0.8000,  1.6487])
@@ -117,18 +110,7 @@ def cispo(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_low: float
     ``clip_low=1.0`` is no lower bound, which is usual. Ranges are distances from 1: ``clip_high=4.0`` is the upper
     bound of 5.0 that ScaleRL recommends (arXiv 2510.13786).
 
-    Args:
-        logp: Log-probs under the policy being trained, any shape.
-        old_logp: Log-probs under the policy that sampled.
-        advantages: Credit of every token.
-        clip_low: How far the weight may fall below 1.
-        clip_high: How far it may rise above 1.
-
-    Returns:
-        The shape of the inputs, in at least fp32. Only its gradient has a meaning.
-
-    Raises:
-        ValueError: a negative clip range.
+    Only the gradient of the result has a meaning.
 
     >>> logp, old_logp = torch.tensor([-1.0, -1.0]), torch.tensor([-3.0, -1.5])
     >>> cispo(logp, old_logp, torch.tensor([1.0, -2.0]), clip_low=1.0, clip_high=4.0)
@@ -152,18 +134,9 @@ def sapo(
     SAPO (arXiv 2511.20347). The gradient with respect to the ratio is A at ratio 1 and falls smoothly on both sides of
     it, the faster the higher the temperature.
 
-    Args:
-        logp: Log-probs under the policy being trained, any shape.
-        old_logp: Log-probs under the policy that sampled.
-        advantages: Credit of every token.
+    Options:
         temperature_positive: Where A > 0.
         temperature_negative: Elsewhere; higher, because lowering one token raises all others, good or bad.
-
-    Returns:
-        The shape of the inputs, in at least fp32.
-
-    Raises:
-        ValueError: a temperature that is not positive and finite.
 
     >>> sapo(torch.tensor([1.5, 1.5, 1.0]).log(), torch.zeros(3), torch.tensor([1.0, -1.0, 2.0]))
     tensor([-2.4898,  2.3936, -4.0000])

@@ -1,8 +1,8 @@
 """Prompts to model inputs: chat template, processor, padding; written responses to token ids.
 
 ``encode`` runs the processor once over a batch and takes the result apart again, one ``PromptInputs`` a prompt, so that
-prompts can be regrouped freely into mini- and micro-batches; ``collate`` pads a selection of them for one forward.
-``encode_response`` turns a demonstration into the ids a policy would have sampled, ``extend`` puts ids behind a prompt.
+prompts can be regrouped into mini- and micro-batches; ``collate`` pads a selection of them for one forward.
+``encode_response`` turns a demonstration into the ids a policy would have sampled, ``extend`` appends ids to a prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rllava_pl.models.families import FAMILIES, Family, ImageAxis
-from rllava_pl.models.literal import SpecialTokens, choose_mark
+from rllava_pl.models.special_tokens import SpecialTokens, choose_marker
 from rllava_pl.types import ImageSlot, Message, Prompt, PromptInputs
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def check_prompt(prompt: Prompt) -> None:
     try:
         "".join(part for message in prompt.messages for part in message.parts if isinstance(part, str)).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} has a lone surrogate in its text, which is no character; take it out") from error
+        raise ValueError(f"{where} has a lone surrogate in its text, which no tokenizer can read; remove it") from error
 
 
 def prompt_text(processor: Processor, prompt: Prompt) -> str:
@@ -75,7 +75,7 @@ def prompt_text(processor: Processor, prompt: Prompt) -> str:
 def encode(processor: Processor, prompts: Sequence[Prompt], family: Family | None = None) -> list[PromptInputs]:
     """Prompts as the model reads them, without padding, placeholders expanded.
 
-    Texts that spell special tokens are encoded as what they are, text; see ``literal``.
+    Texts that spell special tokens are encoded as text; see ``special_tokens``.
 
     Args:
         processor: Of the model, or its tokenizer for a text-only model.
@@ -89,7 +89,7 @@ def encode(processor: Processor, prompts: Sequence[Prompt], family: Family | Non
         return []
     for prompt in prompts:
         check_prompt(prompt)
-    texts, marks = zip(*(_literal_text(processor, prompt) for prompt in prompts), strict=True)
+    texts, markers = zip(*(_escaped_text(processor, prompt) for prompt in prompts), strict=True)
     images = [image for prompt in prompts for image in prompt.images]
     outputs = processor(
         text=list(texts),
@@ -98,38 +98,38 @@ def encode(processor: Processor, prompts: Sequence[Prompt], family: Family | Non
         add_special_tokens=_adds_special_tokens(processor, texts[0]),
         return_tensors="pt",
     )
-    _take_out(marks, outputs)
-    return _take_apart(dict(outputs), [len(prompt.images) for prompt in prompts], family or _family_by_class(processor))
+    _mask_markers(markers, outputs)
+    return _split(dict(outputs), [len(prompt.images) for prompt in prompts], family or _family_by_class(processor))
 
 
-def _literal_text(processor: Processor, prompt: Prompt) -> tuple[str, int | None]:
-    """The prompt's text with a mark in every special token that its messages spell; the mark's id, None without one."""
+def _escaped_text(processor: Processor, prompt: Prompt) -> tuple[str, int | None]:
+    """The prompt's text with a marker in every special token that its messages spell; the marker's id, or None."""
     tokenizer, messages = tokenizer_of(processor), prompt.messages
     special = SpecialTokens.of(tokenizer)
     if not any(map(special.spelled_by, messages)):
         return prompt_text(processor, prompt), None
-    harmless = [replace(m, parts=tuple("x" if isinstance(p, str) else p for p in m.parts)) for m in messages]
-    mark = choose_mark(tokenizer, prompt_text(processor, replace(prompt, messages=tuple(harmless))))
-    marked = replace(prompt, messages=tuple(special.break_up(message, mark) for message in messages))
-    return prompt_text(processor, marked), tokenizer.convert_tokens_to_ids(mark)
+    plain = [replace(m, parts=tuple("x" if isinstance(p, str) else p for p in m.parts)) for m in messages]
+    marker = choose_marker(tokenizer, prompt_text(processor, replace(prompt, messages=tuple(plain))))
+    marked = replace(prompt, messages=tuple(special.insert_marker(message, marker) for message in messages))
+    return prompt_text(processor, marked), tokenizer.convert_tokens_to_ids(marker)
 
 
-def _take_out(marks: Sequence[int | None], outputs: Mapping[str, Tensor]) -> None:
-    """Treat every prompt's marks like padding, which belongs to no prompt."""
-    for ids, attention, mark in zip(outputs["input_ids"], outputs["attention_mask"], marks, strict=True):
-        if mark is not None:
-            attention[ids == mark] = 0
+def _mask_markers(markers: Sequence[int | None], outputs: Mapping[str, Tensor]) -> None:
+    """Treat the markers like padding."""
+    for ids, attention, marker in zip(outputs["input_ids"], outputs["attention_mask"], markers, strict=True):
+        if marker is not None:
+            attention[ids == marker] = 0
 
 
 def unexpanded_ids(processor: Processor, prompt: Prompt) -> list[int]:
-    """Token ids with one placeholder an image, for engines that expand them by themselves."""
-    text, mark = _literal_text(processor, prompt)
+    """Token ids with one placeholder an image, for engines that expand them."""
+    text, marker = _escaped_text(processor, prompt)
     tokens = tokenizer_of(processor)(text, add_special_tokens=_adds_special_tokens(processor, text))
-    return [i for i in tokens["input_ids"] if i != mark]
+    return [i for i in tokens["input_ids"] if i != marker]
 
 
 def _adds_special_tokens(processor: Processor, text: str) -> bool:
-    """Whether the tokenizer has to write BOS: some chat templates do it themselves."""
+    """Whether the tokenizer must write BOS; some chat templates do."""
     bos = tokenizer_of(processor).bos_token
     return not (bos and text.startswith(bos))
 
@@ -137,10 +137,10 @@ def _adds_special_tokens(processor: Processor, text: str) -> bool:
 def encode_response(
     tokenizer: PreTrainedTokenizerBase, text: str, *, banned_ids: Sequence[int], stop_ids: Sequence[int]
 ) -> Tensor:
-    """A written response as if the policy had sampled it: the tokens of the text, then the end token.
+    """A given text as a response of the policy: its tokens, then the end token.
 
     Args:
-        tokenizer: Of the model; it adds no special tokens of its own here.
+        tokenizer: Of the model; it adds no special tokens here.
         text: Of a demonstration, without an end token.
         banned_ids: Ids the policy never samples: their log-prob would be that of an impossible token.
         stop_ids: Ids that end a response. The tokenizer's end token is appended if it is one of them, else the first.
@@ -156,14 +156,14 @@ def encode_response(
         token, ends = tokenizer.convert_ids_to_tokens(misplaced[0]), misplaced[0] in stop_ids
         cause = "ends a response (one is appended here)" if ends else "stands for image content and is never sampled"
         raise ValueError(
-            f"the response {text[:80]!r} holds the token {token!r}, which {cause}; take it out of the text"
+            f"the response {text[:80]!r} holds the token {token!r}, which {cause}; remove it from the text"
         )
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in stop_ids else stop_ids[0]
     return torch.tensor([*ids, end], dtype=torch.int64)
 
 
 def extend(inputs: PromptInputs, ids: Sequence[int]) -> PromptInputs:
-    """A prompt with further text tokens behind it, its images unchanged: what the model reads after those tokens.
+    """A prompt with text tokens appended, its images unchanged.
 
     Inputs that run along the tokens (``mm_token_type_ids``) are 0 at text, and so at the new tokens.
     """
@@ -179,8 +179,8 @@ def _family_by_class(processor: Processor) -> Family:
     return next((row for key, row in FAMILIES.items() if key.replace("_", "") == name.replace("_", "")), Family())
 
 
-def _take_apart(outputs: dict[str, Tensor], counts: Sequence[int], family: Family) -> list[PromptInputs]:
-    """Split a padded processor output into one unpadded piece a prompt."""
+def _split(outputs: dict[str, Tensor], counts: Sequence[int], family: Family) -> list[PromptInputs]:
+    """Split a padded processor output into unpadded inputs of each prompt."""
     attention = outputs.pop("attention_mask").bool()
     ids = outputs.pop("input_ids")
     along_tokens = [name for name, x in outputs.items() if x.shape[:2] == ids.shape and x.ndim == 2]
@@ -194,7 +194,7 @@ def _take_apart(outputs: dict[str, Tensor], counts: Sequence[int], family: Famil
 def split_images(features: Mapping[str, Tensor], counts: Sequence[int], axis: ImageAxis) -> list[dict[str, Tensor]]:
     """Vision inputs of each prompt; ``counts`` images a prompt, none gives an empty dict.
 
-    Flat layouts are cut by images, and patches by the grid of their image (t·h·w patches each), never by rows.
+    Flat layouts are split by images, and patches by the grid of their image (t·h·w patches each).
     """
     parts: list[dict[str, Tensor]] = [{} for _ in counts]
     grids = features.get("image_grid_thw")

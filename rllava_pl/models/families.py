@@ -1,7 +1,7 @@
-"""What differs between families of vision-language models, as data.
+"""The differences between families of vision-language models, as data.
 
 A family that follows the transformers conventions needs no entry: it loads, samples and trains in the plain form. An
-entry names its vision modules and special tokens and says whether the shared-prompt form is exact for it.
+entry names its vision modules and special tokens and states whether the shared-prompt form is exact for it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ ImageAxis = Literal["prompt", "image", "patch"]
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table: everything the policy must know of a model type."""
+    """One row of the table: what the policy needs to know about a model type."""
 
     vision_tower: str = "*vision*"
     """Glob of the tower's parameter names."""
     connector: str = "*projector*"
-    """Glob of the parameters that lead from the tower into the language model."""
+    """Glob of the parameters between tower and language model."""
     visual_tokens: tuple[str, ...] = ()
-    """Special tokens that only the processor may write; never sampled, whatever the config says of them."""
+    """Special tokens that only the processor writes; never sampled, whether the config names them or not."""
     image_axis: ImageAxis = "image"
     """First axis of ``pixel_values``: one row a prompt (with an image axis behind it), one an image, or one a patch."""
     causal: bool = False
@@ -61,21 +61,18 @@ def banned_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     """Ids that must never be sampled: a placeholder without an image makes the sequence impossible to score again.
 
     They are the family's visual tokens, every image, video or vision token id that the model's config names, and every
-    added token of the tokenizer that speaks of pictures, as far as the vocabulary has them. Sorted, without repeats.
+    visual added token of the tokenizer, as far as the vocabulary has them. Sorted, without repeats.
     """
-    spoken = [token for token in tokenizer.get_added_vocab() if speaks_of_pictures(token)]
-    named = tokenizer.convert_tokens_to_ids([*family_of(model).visual_tokens, *spoken])
+    added = [token for token in tokenizer.get_added_vocab() if is_visual(token)]
+    named = tokenizer.convert_tokens_to_ids([*family_of(model).visual_tokens, *added])
     vocabulary = model.config.get_text_config().vocab_size
     ids = {*named, *_visual_ids(model)} - {None, tokenizer.unk_token_id}
     return sorted(i for i in ids if 0 <= i < vocabulary)
 
 
-def speaks_of_pictures(token: str) -> bool:
+def is_visual(token: str) -> bool:
     """Whether an added token stands for image or video content, by its name."""
-    return any(word in token for word in _PICTURE_WORDS)
-
-
-_PICTURE_WORDS = ("image", "img", "video", "vision", "<row_")
+    return any(word in token for word in ("image", "img", "video", "vision", "<row_"))
 
 
 def _visual_ids(model: PreTrainedModel) -> Iterator[int]:

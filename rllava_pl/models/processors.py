@@ -17,7 +17,7 @@ def load_processor(path: str | Path, *, revision: str | None = None) -> Processo
 
     Some processors (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, ...) carry a video processor, which transformers builds only with
     torchvision. Where that is missing, or where the directory was saved without a video processor, the processor is
-    loaded for images alone and one line in the log says that video is off. Code of the model's repository never runs.
+    loaded for images only and one line in the log says that video is off. Code of the model's repository never runs.
 
     Args:
         path: Directory or hub name of the model.
@@ -37,7 +37,7 @@ def load_processor(path: str | Path, *, revision: str | None = None) -> Processo
         if missing:
             logger.info("%s: video input is off, %s; images work", path, missing)
             return image_only(base).from_pretrained(path, revision=revision)
-    auto = AutoTokenizer if text_only else AutoProcessor  # a text model may name the processor of its origin
+    auto = AutoTokenizer if text_only else AutoProcessor  # a text model may name that of its VLM
     processor = auto.from_pretrained(path, revision=revision, trust_remote_code=False)
     if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):
         found = type(processor).__name__
@@ -49,7 +49,7 @@ def image_only(base: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """``base`` without its video processor; everything about text and images is inherited.
 
     The subclass keeps the name of ``base``: a processor writes its class name into what it saves, and such a directory
-    must name a class that transformers knows.
+    must name a class of transformers.
 
     Example: ``image_only(Qwen2VLProcessor)(image_processor, tokenizer, chat_template=template)``.
 
@@ -63,7 +63,7 @@ def image_only(base: type[ProcessorMixin]) -> type[ProcessorMixin]:
             """Names of the parts to load, check and save."""
             return [name for name in super().get_attributes() if name != "video_processor"]
 
-    ImageOnlyProcessor.__doc__ = f"{base.__name__} for images alone; video input is off."
+    ImageOnlyProcessor.__doc__ = f"{base.__name__} for images only; video input is off."
     ImageOnlyProcessor.__name__ = ImageOnlyProcessor.__qualname__ = base.__name__
     return ImageOnlyProcessor
 

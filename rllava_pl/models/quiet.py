@@ -1,4 +1,4 @@
-"""Loading and saving of small files without a progress bar each."""
+"""Loading and saving without a progress bar for every file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Transformers' own bars off: they would break the one of the run. Downloads still show theirs."""
+    """Disable the progress bars of transformers, which would break the run's; downloads still show theirs."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,18 +1,18 @@
 """One prompt for its whole group, with gradients, and no padding.
 
 The G completions of a prompt share its images and its text. Here they share the computation as well, and all prompts of
-a batch stand in one row behind each other:
+a batch are concatenated to one row:
 
     [ prompt 1 | response 11 | ... | response 1G | prompt 2 | response 21 | ... ]
 
-Attention treats the parts apart: prompt tokens attend to their prompt, the tokens of a response to their prompt and to
-their own response. Every position is computed once, whatever G is. For a causal model that is exact: a prompt never
-sees a response, so its keys and values are the same for all of them, and their gradients add up. Cost: P·S + N·R tokens
-as long as they really are, and P·S² + N·R·(S + R) attention pairs as wide as the longest, against N·(S + R) tokens and
-N·(S + R)² pairs, padding included, when the prompt is repeated.
+Attention treats the parts separately: prompt tokens attend to their prompt, the tokens of a response to their prompt
+and to their own response. Every position is computed once, whatever G is. For a causal model that is exact: a prompt
+never attends to a response, so its keys and values are the same for all of them, and their gradients add up. Cost:
+P·S + N·R tokens in their real length, and P·S² + N·R·(S + R) attention pairs as wide as the longest, against N·(S + R)
+tokens and N·(S + R)² pairs, padding included, when the prompt is repeated.
 
 The attention function is registered with transformers under ``shared_prompt`` and falls through to SDPA when a call
-carries no layout, so that sampling and ordinary forwards are untouched.
+carries no layout, so that sampling and ordinary forwards do not change.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _slots(start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _seen(prompt_valid_PS: Tensor, response_tokens: int, *, group_size: int) -> Tensor:
-    """All real tokens of the prompt, and of the response those that are not later; its padding sees and is unseen."""
+    """All real tokens of the prompt, and the response up to the token itself."""
     causal = torch.ones(response_tokens, response_tokens, dtype=torch.bool).tril()
     prompts = prompt_valid_PS[:1] if prompt_valid_PS.all() else prompt_valid_PS.repeat_interleave(group_size, 0)
     rows = len(prompts)
@@ -135,7 +135,7 @@ def attention(
         layout.states, (query, key, value)
     )
     grouped = key.shape[1] != query.shape[1]
-    # Padding stands behind the tokens of a prompt, so causality alone hides it.
+    # Padding follows the tokens of a prompt, so causality hides it.
     prompts = sdpa(
         query_prompt, key_prompt, value_prompt, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=grouped
     )

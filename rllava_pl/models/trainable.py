@@ -1,4 +1,4 @@
-"""What of a model is trained, frozen parts and LoRA adapters, and the stream of its weights."""
+"""Frozen parameters, LoRA adapters, and the stream of a model's weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class LoRA:
     """Low-rank adapters W + (alpha / r)·B·A on linear layers (arXiv 2106.09685), through peft.
 
-    Dropout is not offered: it would make the policy that is updated differ from the one that sampled.
+    There is no dropout: it would make the policy that is updated differ from the one that sampled.
 
     Args:
         r: Rank.
@@ -63,7 +63,7 @@ def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
             ``embeddings``.
 
     Raises:
-        ValueError: A pattern matches no parameter: it would silently do nothing.
+        ValueError: A pattern matches no parameter.
     """
     names = {name for name, _ in model.named_parameters()}
     frozen = {name for pattern in patterns for name in _matches_part(model, pattern, names)}
@@ -124,11 +124,11 @@ def hf_weights(
                 weight = _merged(weight, adapted[id(module)], full)
             parts = [part for part in prefix.split(".") if part not in _WRAPPERS]
             yield ".".join([*filter(None, parts), name]), weight
-            del weight  # or it would still be there while the next one is gathered
+            del weight  # else it would stay in memory while the next one is gathered
 
 
 def _merged(weight: Tensor, layer: LoraLayer, full: Callable[[Tensor], Tensor]) -> Tensor:
-    """W + scaling·B·A in memory of its own; of that size nothing else is made in float32."""
+    """W + scaling·B·A as a new tensor; no other tensor of that size is made in float32."""
     (adapter,) = layer.active_adapters
     a, b = full(layer.lora_A[adapter].weight), full(layer.lora_B[adapter].weight)
     change = (b.float() @ a.float()).mul_(layer.scaling[adapter])
@@ -136,11 +136,11 @@ def _merged(weight: Tensor, layer: LoraLayer, full: Callable[[Tensor], Tensor]) 
 
 
 _WRAPPERS = {"base_layer", "_fsdp_wrapped_module"}
-"""Attributes under which adapters and FSDP keep what they wrap."""
+"""Attributes under which adapters and FSDP keep the wrapped module."""
 
 
 def _own_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a module itself, without its children, adds to a ``state_dict``: parameters and persistent buffers."""
+    """Parameters and persistent buffers of a module itself, without its children."""
     yield from ((name, p) for name, p in module._parameters.items() if p is not None)
     hidden = module._non_persistent_buffers_set
     yield from ((name, b) for name, b in module._buffers.items() if b is not None and name not in hidden)

@@ -25,7 +25,7 @@ def lines(script: str, *arguments: str) -> list[str]:
 
 def test_benchmark_measures_every_form_of_log_probs() -> None:
     sizes = ("--widths", "8", "16", "--rows", "16", "--vocabulary", "300", "--threads", "1")
-    cases = ("full", "full, entropy", "tiles", "full frozen", "tiles frozen")
+    cases = ("full", "full, entropy", "tiles", "tiles, logp", "full frozen", "tiles frozen")
     printed = lines("logprobs", *sizes, "--cases", *cases)
     for width in (8, 16):
         start = next(k for k, line in enumerate(printed) if line.startswith(f"H = {width} "))

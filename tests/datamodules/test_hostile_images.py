@@ -34,7 +34,7 @@ def growth_mib(action: Callable[[], None]) -> float:
     return memory_mib("VmHWM") - before
 
 
-def verdict(data: bytes) -> str:
+def code_of(data: bytes) -> str:
     """The code an image is refused by, or mode and size of what it becomes; ``check`` and ``load`` agree."""
     found = set()
     for read in (READER.check, READER.load):
@@ -105,7 +105,7 @@ SMALL: dict[str, tuple[Callable[[], bytes], str]] = {
 @pytest.mark.parametrize("name", SMALL)
 def test_hostile_images_are_refused_or_converted_by_rule(name):
     make, expected = SMALL[name]
-    assert verdict(make()) == expected
+    assert code_of(make()) == expected
 
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
@@ -115,7 +115,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak
 @pytest.mark.parametrize("name", [name for name in SMALL if "bomb" in name or "scans" in name])
 def test_refused_image_costs_no_memory(name):
     data = SMALL[name][0]()
-    assert growth_mib(lambda: verdict(data)) < LIMIT_MIB / 4
+    assert growth_mib(lambda: code_of(data)) < LIMIT_MIB / 4
 
 
 def big(mode: str, side: int) -> Image.Image:
@@ -139,7 +139,7 @@ LARGE: dict[str, Callable[[], bytes]] = {
 def test_largest_allowed_images_stay_within_memory(name):
     data = LARGE[name]()
     found = []
-    grown = growth_mib(lambda: found.append(verdict(data)))
+    grown = growth_mib(lambda: found.append(code_of(data)))
     assert found == ["RGB 2048x2048"]
     assert grown <= LIMIT_MIB
 
@@ -194,5 +194,5 @@ def test_global_options_of_pillow_are_unchanged():
     from PIL import ImageFile
 
     limit = Image.MAX_IMAGE_PIXELS
-    verdict(io.BytesIO(encoded(noise())).getvalue())
+    code_of(io.BytesIO(encoded(noise())).getvalue())
     assert not ImageFile.LOAD_TRUNCATED_IMAGES and limit == Image.MAX_IMAGE_PIXELS

@@ -205,11 +205,11 @@ def test_damaged_file_gives_a_code_or_an_image(reader, kind):
         damaged = bytearray(data)
         for place in rng.integers(0, len(data), 3):
             damaged[place] = rng.integers(256)
-        verdicts = []
+        codes = []
         for read in (reader.check, reader.load):
             try:
                 read(bytes(damaged), "images[0]")
-                verdicts.append("fine")
+                codes.append("fine")
             except RowError as error:
-                verdicts.append(error.code)
-        assert verdicts[0] == verdicts[1], "what the audit accepts can be loaded"
+                codes.append(error.code)
+        assert codes[0] == codes[1], "what the audit accepts can be loaded"

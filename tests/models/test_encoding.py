@@ -134,6 +134,6 @@ def test_demonstration_with_a_banned_token_is_refused(load: Callable[..., Policy
     ) as banned:
         policy.encode_response(f"It is {token} red")
     assert repr(token) in str(banned.value)
-    message = r"holds the token '<\|im_end\|>', which ends a response \(one is appended here\); take it out of the text"
+    message = r"holds the token '<\|im_end\|>', which ends a response \(one is appended here\); remove it from the text"
     with pytest.raises(ValueError, match=message):
         policy.encode_response("<answer>red</answer><|im_end|>")
