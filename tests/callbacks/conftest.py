@@ -1,4 +1,4 @@
-"""One short run with every callback that people see a run by, shared by all tests of this folder."""
+"""One short run with the callbacks that report on it, shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from rllava_pl.callbacks import ExportHF, RolloutCheckpoint, RolloutProgressBar, RolloutTable, RunSummary
-from rllava_pl.modules import RLModule
+from rllava_pl.modules import PolicyModule
 from tests import runs
 
 ROLLOUTS = 4
@@ -22,9 +22,9 @@ ROLLOUTS = 4
 
 @dataclass
 class Run:
-    """A fitted module and what was said on the way."""
+    """A fitted module and its output."""
 
-    module: RLModule
+    module: PolicyModule
     trainer: Trainer
     data: LightningDataModule
     callbacks: dict[type, Callback]
@@ -42,7 +42,7 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def plain_console() -> Iterator[None]:
-    """A wide console that is no terminal, whatever a test makes of the global one."""
+    """A wide console that is not a terminal, restored after the test."""
     rich.reconfigure(width=160, force_terminal=False)
     yield
     rich.reconfigure()
@@ -53,7 +53,7 @@ def fit(root: Path, *, checkpoint: str | None = None) -> Run:
     callbacks = [
         RolloutProgressBar(every_n_rollouts=2),
         RolloutTable(num_prompts=3, samples=2, every_n_rollouts=2),
-        RunSummary(),  # before the two below, whose files it has to know all the same
+        RunSummary(),  # before the two below, whose files it lists all the same
         ExportHF(),
         RolloutCheckpoint(every_n_rollouts=2, keep=0),
     ]

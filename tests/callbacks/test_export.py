@@ -1,4 +1,4 @@
-"""An export loads like any other model and computes what the trained policy computes."""
+"""An export loads like any other model and equals the trained policy."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rllava_pl.callbacks.export import NOTE, export
 from rllava_pl.models import VLM, LoRA
 from rllava_pl.models.policy import Policy
 from rllava_pl.models.trainable import hf_weights
-from rllava_pl.modules import RLModule
+from rllava_pl.modules import PolicyModule
 from rllava_pl.types import PolicyBatch
 from tests import runs
 from tests.callbacks.conftest import Run
 
 
-def trained(root: Path, family: str = "idefics3", lora: LoRA | None = None, **options: object) -> RLModule:
+def trained(root: Path, family: str = "idefics3", lora: LoRA | None = None, **options: object) -> PolicyModule:
     """Two rollouts of a tiny model, exported after each to ``root/hf``."""
     module = runs.module(policy=runs.tiny(family, warmup_steps=10, lora=lora), max_rollouts=2, **options)
     runs.trainer(root, callbacks=[ExportHF(every_n_rollouts=1)]).fit(module, runs.data())
@@ -50,7 +50,7 @@ def test_the_reloaded_policy_equals_the_trained_one(tmp_path: Path, family: str)
     module = trained(tmp_path, family)
     reloaded = VLM(str(tmp_path / "hf")).load()
     assert torch.equal(logp(reloaded), logp(module.policy))
-    assert not torch.equal(logp(reloaded), logp(VLM(module.source.path).load()))  # it has learnt something
+    assert not torch.equal(logp(reloaded), logp(VLM(module.policy.path).load()))  # the training changed it
 
 
 @pytest.mark.parametrize("family", ["idefics3", "qwen2_vl"])
@@ -58,19 +58,19 @@ def test_adapters_are_merged(tmp_path: Path, family: str) -> None:
     module = trained(tmp_path, family, LoRA(r=2))
     reloaded = VLM(str(tmp_path / "hf")).load()
     assert torch.allclose(logp(reloaded), logp(module.policy), atol=1e-5)
-    assert (logp(reloaded) - logp(VLM(module.source.path).load())).abs().max() > 1e-3
+    assert (logp(reloaded) - logp(VLM(module.policy.path).load())).abs().max() > 1e-3
     assert not list((tmp_path / "hf").glob("adapter*"))
 
 
-def test_tied_weights_that_an_adapter_parted_are_untied(tmp_path: Path) -> None:
+def test_tied_weights_with_an_adapter_on_one_name_are_untied(tmp_path: Path) -> None:
     module = trained(tmp_path, lora=LoRA(r=2, target_modules=["lm_head"]))
     reloaded = VLM(str(tmp_path / "hf")).load()
     assert "lm_head.weight" in weight_names(tmp_path / "hf")
     assert torch.allclose(logp(reloaded), logp(module.policy), atol=1e-5)
 
 
-def test_files_are_those_of_the_original_model(run: Run) -> None:
-    source, target = Path(run.module.source.path), run.folder / "hf"
+def test_exported_files_equal_those_of_the_original_model(run: Run) -> None:
+    source, target = Path(run.module.policy.path), run.folder / "hf"
     assert weight_names(target) == weight_names(source)  # tied weights once, under the names of the checkpoint
     names = {path.name for path in source.iterdir()} - {"tiny_vlm.json"}
     assert {path.name for path in target.iterdir()} == names | {NOTE}
@@ -79,13 +79,13 @@ def test_files_are_those_of_the_original_model(run: Run) -> None:
     assert json.loads((target / NOTE).read_text("utf-8")).items() >= {"rollouts": 4, "updates": 8}.items()
 
 
-def test_tied_weights_are_written_once_also_from_gathered_copies(run: Run, tmp_path: Path) -> None:
+def test_gathered_copies_of_tied_weights_are_written_once(run: Run, tmp_path: Path) -> None:
     gathered = ((name, tensor.clone()) for name, tensor in hf_weights(run.module.policy.model))
     export(run.module.policy, gathered, tmp_path / "hf")
-    assert weight_names(tmp_path / "hf") == weight_names(Path(run.module.source.path))
+    assert weight_names(tmp_path / "hf") == weight_names(Path(run.module.policy.path))
 
 
-def test_a_newer_export_replaces_all_of_the_older(run: Run, tmp_path: Path) -> None:
+def test_a_new_export_replaces_the_older_one_as_a_whole(run: Run, tmp_path: Path) -> None:
     policy, directory = run.module.policy, tmp_path / "hf"
     export(policy, hf_weights(policy.model), directory, {"rollouts": 1})
     (directory / "model-00002-of-00002.safetensors").write_text("of an older, larger export")
@@ -95,7 +95,7 @@ def test_a_newer_export_replaces_all_of_the_older(run: Run, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_a_failed_export_leaves_the_older_one(run: Run, tmp_path: Path) -> None:
+def test_a_failed_export_keeps_the_older_one(run: Run, tmp_path: Path) -> None:
     def broken() -> Iterator[tuple[str, Tensor]]:
         yield next(iter(hf_weights(policy.model)))
         raise OSError("a rank was lost")
@@ -111,10 +111,10 @@ def test_a_failed_export_leaves_the_older_one(run: Run, tmp_path: Path) -> None:
 def test_a_directory_with_other_content_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     module = runs.module(max_rollouts=1)
-    message = f"ExportHF: {tmp_path} exists and is no earlier export (it has no {NOTE}), so it will not be replaced"
+    message = f"ExportHF: {tmp_path} exists and is not an earlier export (it has no {NOTE}), so it is not replaced"
     with pytest.raises(FileExistsError, match=re.escape(message)):
         runs.trainer(tmp_path, callbacks=[ExportHF(str(tmp_path))]).fit(module, runs.data())
-    assert module.rollout_index == 0
+    assert module.state.rollouts == 0
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 

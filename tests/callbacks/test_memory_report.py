@@ -19,9 +19,9 @@ MIB = 2**20
 
 
 @linux
-def test_the_meter_sees_what_was_touched_and_forgets_at_a_restart():
+def test_meter_counts_touched_memory_and_a_restart_resets_it():
     meter = ProcessMeter(loaded=5 * MIB)
-    with mmap.mmap(-1, 64 * MIB) as block:  # of its own, so that it is given back at once
+    with mmap.mmap(-1, 64 * MIB) as block:  # mapped by itself, so that it is freed at once
         for page in range(0, 64 * MIB, mmap.PAGESIZE):
             block[page] = 1
     assert meter.peak() == pytest.approx(69 * MIB, abs=8 * MIB)
@@ -31,8 +31,8 @@ def test_the_meter_sees_what_was_touched_and_forgets_at_a_restart():
 
 @linux
 @pytest.mark.parametrize("trainable", [True, False])
-def test_weights_that_are_still_in_their_file_count_when_they_are_written(tmp_path, trainable):
-    """Else those that an update has written would count twice: as loaded, and as growth."""
+def test_weights_in_their_file_count_once_they_are_written(tmp_path, trainable):
+    """Otherwise updated weights would count twice: as loaded, and as growth."""
     file = tmp_path / "weights.safetensors"
     save_file({"weight": torch.ones(4 * MIB)}, file)
     policy = torch.nn.Linear(1, 1)
@@ -57,7 +57,7 @@ class Steps:
         return self.peaks.pop(0) * 2**30
 
 
-def test_a_phase_inside_another_counts_for_both():
+def test_peak_of_an_inner_phase_counts_for_both_phases():
     report = MemoryReport()
     report._meter = Steps(1, 7, 2)  # before, in and behind the inner one
     report.phase_begins("rollout")
@@ -68,7 +68,7 @@ def test_a_phase_inside_another_counts_for_both():
 
 
 @linux
-def test_every_rollout_logs_both(tmp_path, capsys):
+def test_every_rollout_logs_measured_and_predicted_memory(tmp_path, capsys):
     report = MemoryReport()
     trainer = runs.trainer(tmp_path, callbacks=[report])
     trainer.fit(runs.module(max_rollouts=2), runs.data())
@@ -80,17 +80,17 @@ def test_every_rollout_logs_both(tmp_path, capsys):
 
 
 @linux
-def test_of_two_reports_one_speaks_and_a_second_run_has_its_own(tmp_path, capsys):
+def test_only_the_first_of_two_reports_prints_in_each_run(tmp_path, capsys):
     module = runs.module()
     for reports in ([MemoryReport(), MemoryReport()], [MemoryReport()]):
-        module.max_rollouts = module.rollout_index + 1
+        module.max_rollouts = module.state.rollouts + 1
         runs.trainer(tmp_path, callbacks=reports).fit(module, runs.data())
         assert [bool(report.measured) for report in reports] == [True, False][: len(reports)]
         assert capsys.readouterr().out.count("peak memory") == 1
-        assert module.observers == []
+        assert module.phases.observers == []
 
 
-def test_a_run_without_a_plan_is_measured_all_the_same(tmp_path, monkeypatch, caplog):
+def test_a_run_that_cannot_be_planned_is_measured(tmp_path, monkeypatch, caplog):
     def fails(*_: object) -> None:
         raise ValueError("no memory plan for this")
 
@@ -102,7 +102,7 @@ def test_a_run_without_a_plan_is_measured_all_the_same(tmp_path, monkeypatch, ca
     assert "no memory plan for this" in caplog.text
 
 
-def test_the_plan_of_a_run_knows_its_prompts_and_its_optimizer(tmp_path):
+def test_plan_of_a_run_has_its_prompt_size_and_optimizer(tmp_path):
     report = MemoryReport()
     seen = []
     trainer = runs.trainer(tmp_path, callbacks=[report])
@@ -112,7 +112,7 @@ def test_the_plan_of_a_run_knows_its_prompts_and_its_optimizer(tmp_path):
     from rllava_pl.callbacks.memory_report import planned
 
     found = planned(*seen[0])
-    assert found.settings.prompts.images == 1 and found.settings.prompts.image_tokens == 4
+    assert found.settings.prompt.images == 1 and found.settings.prompt.image_tokens == 4
     assert found.optimizer.moment_bytes == 8.0
     assert found.settings.batch_prompts == 4 and found.settings.minibatch_rows == 8
-    assert isinstance(found.shapes.parameters, int) and torch.is_tensor(next(seen[0][1].policy.parameters()))
+    assert isinstance(found.size.parameters, int) and torch.is_tensor(next(seen[0][1].policy.parameters()))

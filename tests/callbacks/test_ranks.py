@@ -1,4 +1,4 @@
-"""On two ranks every callback takes part everywhere and writes once."""
+"""On two ranks every file is written once and covers all rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_two_ranks_write_what_one_would(tmp_path: Path) -> None:
+def test_two_ranks_write_the_files_of_one(tmp_path: Path) -> None:
     runs.tiny().prepare(1)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""The page is complete in itself, and nothing a model writes gets out of its cell."""
+"""The page has no external files, and hostile text stays text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def page(answers: list[Answer], sampled: list[Answer] = [], asked: Prompt | None
     return Reader(render("Run", [asked], [[data_uri(image) for image in asked.images]], moments))
 
 
-def test_hostile_text_stays_text_wherever_it_comes_from() -> None:
+def test_hostile_text_from_any_source_stays_text() -> None:
     asked = Prompt(HOSTILE, (Message("user", (IMAGE, HOSTILE)),), (PICTURE,), HOSTILE)
     answer = Answer(HOSTILE, "stop", 1.0, {HOSTILE: 1.0})
     moments = [Moment(0, [answer], [[answer]])]
@@ -60,12 +60,12 @@ def test_hostile_text_stays_text_wherever_it_comes_from() -> None:
     )  # title and heading; uid, question, expected; text and component, twice
 
 
-def test_a_policy_forbids_scripts_and_requests() -> None:
+def test_content_policy_forbids_scripts_and_requests() -> None:
     policies = [attrs["content"] for attrs in page([]).named("meta") if "http-equiv" in attrs]
     assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
 
-def test_columns_are_moments_and_the_image_is_there_once() -> None:
+def test_each_moment_is_a_column_and_each_image_is_embedded_once() -> None:
     read = page([Answer("x", "stop", 0.1), Answer("y", "stop", 0.1), Answer("z", "stop", 0.1)])
     assert len(read.named("th")) == 1 + 3 + 1  # corner, moments, one prompt
     assert len(read.named("img")) == 1
@@ -76,7 +76,7 @@ def test_columns_are_moments_and_the_image_is_there_once() -> None:
     ]
 
 
-def test_a_cell_tells_reward_components_and_why_an_answer_ended() -> None:
+def test_a_cell_shows_reward_components_and_how_the_answer_ended() -> None:
     text = page([Answer("a b", "length", 0.55, {"accuracy": 0.5, "format": 1.0, "iou": float("nan")})]).text
     assert "0.55 accuracy 0.5 · format 1 · cut at the token limit" in text
     assert "iou" not in text  # not named by the reward
@@ -84,29 +84,29 @@ def test_a_cell_tells_reward_components_and_why_an_answer_ended() -> None:
     assert "empty" in page([Answer("", "abort", None)]).text
 
 
-def test_sampled_answers_are_folded_under_their_mean() -> None:
+def test_sampled_answers_are_collapsed_under_their_mean() -> None:
     read = page([Answer("a", "stop", 1.0)], sampled=[Answer("b", "stop", 0.0), Answer("c", "stop", 1.0)])
     assert len(read.named("details")) == 1
     assert "2 sampled · mean 0.50" in read.text
 
 
-def test_colours_run_from_the_worst_to_the_best_reward() -> None:
+def test_colours_range_from_the_worst_to_the_best_reward() -> None:
     read = page([Answer("a", "stop", r) for r in (-2.0, 0.0, 2.0)])
     hues = [attrs["style"] for attrs in read.named("b") if "style" in attrs]
     assert hues == ["--hue:0", "--hue:60", "--hue:120"] * 2  # headings, then cells
 
 
-def test_equal_rewards_need_no_scale() -> None:
+def test_equal_rewards_are_shown() -> None:
     assert "0.30" in page([Answer("a", "stop", 0.3)]).text
 
 
-def test_mean_reward_is_over_scored_answers() -> None:
+def test_mean_reward_ignores_unscored_answers() -> None:
     answers = [Answer("", "stop", 1.0), Answer("", "stop", None), Answer("", "stop", 0.0)]
     assert mean_reward(answers) == 0.5
     assert mean_reward(answers[1:2]) != mean_reward(answers[1:2])  # nan
 
 
-def test_large_images_are_shrunk_and_small_ones_kept() -> None:
+def test_large_images_are_reduced_and_small_ones_kept() -> None:
     def size(image: Image.Image) -> tuple[int, int]:
         return Image.open(io.BytesIO(base64.b64decode(data_uri(image).partition(",")[2]))).size
 
@@ -114,7 +114,7 @@ def test_large_images_are_shrunk_and_small_ones_kept() -> None:
     assert size(Image.new("L", (3200, 1600))) == (320, 160)
 
 
-def test_prompt_text_names_speakers_of_a_conversation() -> None:
+def test_prompt_text_names_roles_if_there_are_several_messages() -> None:
     assert prompt_text(prompt("Which one?", images=2)) == "Which one?"
     talk = Prompt("p", (Message("system", ("Be brief.",)), Message("user", ("Compare", IMAGE, "and", IMAGE))))
     assert prompt_text(talk) == "system: Be brief.\nuser: Compare and"
@@ -129,5 +129,5 @@ def test_prompt_text_names_speakers_of_a_conversation() -> None:
         ("\U0001f469\u200d\U0001f680", "\U0001f469\u200d\U0001f680"),  # a joined emoji
     ],
 )
-def test_printable(text: str, shown: str) -> None:
+def test_printable_replaces_control_and_direction_characters(text: str, shown: str) -> None:
     assert printable(text) == shown

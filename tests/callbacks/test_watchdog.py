@@ -1,4 +1,4 @@
-"""A run that hangs ends, says where, and exits with the code of its phase; a dead rank is named by the others."""
+"""A run that hangs exits with the code of its phase; other ranks name a dead rank."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lightning.pytorch import Callback
 
 from rllava_pl.callbacks import RolloutCheckpoint, Watchdog, watchdog
 from rllava_pl.callbacks.watchdog import EXIT_CODES, LOST
+from rllava_pl.loop.options import KL
 from rllava_pl.testing import FaultyRollout
 from tests import runs
 from tests.reliability import forks
@@ -31,19 +33,20 @@ LIMIT_SECONDS = 2.0
 
 def fit(root: Path, callbacks: list[Callback], deadlines: dict[str, float] | None = None, **options: object) -> None:
     """A short run in which something hangs or ends."""
-    module = runs.module(max_rollouts=4, kl_loss_coef=0.01)
+    module = runs.module(max_rollouts=4, kl=KL(loss_coef=0.01))
     runs.trainer(root, callbacks=[*callbacks, Watchdog(deadlines=deadlines)], **options).fit(module, runs.data())
 
 
 class InThirdRollout(Callback):
-    """Puts something else in the place of a method of the module, and sets the limit of a phase."""
+    """Replaces a method of the module or of one of its parts, and sets the limit of a phase."""
 
     def __init__(self, name: str, replacement: Callable[..., object], phase: str = "") -> None:
         self.name, self.replacement, self.phase = name, replacement, phase
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if batch_idx == 2:
-            setattr(pl_module, self.name, self.replacement)
+            *parts, name = self.name.split(".")
+            setattr(reduce(getattr, parts, pl_module), name, self.replacement)
             if self.phase:
                 (watchdog,) = (callback for callback in trainer.callbacks if isinstance(callback, Watchdog))
                 watchdog.deadlines[self.phase] = LIMIT_SECONDS
@@ -68,15 +71,15 @@ class Syncs(FaultyRollout):
 
 HANGS: dict[str, Callable[[], Callback]] = {
     "rollout": lambda: FaultyRollout(faults=["hangs"], rate=1.0),
-    "reward": lambda: InThirdRollout("score_rollouts", hang, "reward"),
-    "evaluate": lambda: InThirdRollout("score", hang, "evaluate"),
-    "update": lambda: InThirdRollout("denominators", hang, "update"),
+    "reward": lambda: InThirdRollout("reward_monitor.settle", hang, "reward"),
+    "logprobs": lambda: InThirdRollout("reference.forward", hang, "logprobs"),
+    "update": lambda: InThirdRollout("losses", hang, "update"),
     "sync": lambda: Syncs(rate=0.0),
     "save": lambda: Saves(every_n_rollouts=2),
-    "validate": lambda: InThirdRollout("_evaluate", hang, "validate"),
+    "validate": lambda: InThirdRollout("evaluator.step", hang, "validate"),
     "between": Hangs,
 }
-"""Those without a limit of their own hang the first time."""
+"""By phase; what hangs is replaced in the third rollout, or hangs from the start."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,7 +88,7 @@ def model_is_there() -> None:
 
 
 @pytest.mark.slow
-def test_every_phase_that_hangs_is_named_and_has_its_exit_code(tmp_path: Path) -> None:
+def test_a_hanging_phase_is_named_and_has_its_exit_code(tmp_path: Path) -> None:
     assert HANGS.keys() == EXIT_CODES.keys()
     for phase in HANGS:
         log = tmp_path / f"{phase}.log"
@@ -107,7 +110,7 @@ def test_every_phase_that_hangs_is_named_and_has_its_exit_code(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_the_other_ranks_show_their_stacks_and_exit_with_the_same_code(tmp_path: Path) -> None:
+def test_after_a_timeout_other_ranks_exit_with_the_same_code(tmp_path: Path) -> None:
     def task(rank: int) -> None:
         fit(tmp_path, [HANGS["reward"]()] if rank else [], strategy="rl_ddp", devices=2)
 
@@ -120,13 +123,13 @@ def test_the_other_ranks_show_their_stacks_and_exit_with_the_same_code(tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_is_named_by_the_other(tmp_path: Path, victim: int) -> None:
+def test_a_killed_rank_is_named_by_the_other_rank(tmp_path: Path, victim: int) -> None:
     def task(rank: int) -> None:
         def die(*_: object) -> None:
             (tmp_path / "death").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
 
-        fit(tmp_path, [InThirdRollout("loss", die)] if rank == victim else [], strategy="rl_ddp", devices=2)
+        fit(tmp_path, [InThirdRollout("losses", die)] if rank == victim else [], strategy="rl_ddp", devices=2)
 
     codes = forks.run(task, log := tmp_path / "log", ranks=2, together=False)
     survived_seconds = time.time() - float((tmp_path / "death").read_text())
@@ -134,7 +137,7 @@ def test_a_killed_rank_is_named_by_the_other(tmp_path: Path, victim: int) -> Non
     assert survived_seconds < 30
     said = log.read_text()
     assert codes[victim] == -9 and codes[1 - victim] == LOST, said[-3000:]
-    assert f"rank {1 - victim}: rank {victim} is gone: its process ended without a word" in said
+    assert f"rank {1 - victim}: rank {victim} is gone: its process was killed or crashed" in said
 
 
 @pytest.mark.slow
@@ -145,7 +148,7 @@ def test_a_rank_that_fails_alone_is_named_with_its_error(tmp_path: Path, monkeyp
         raise KeyError("the key that was missing")
 
     def task(rank: int) -> None:
-        fit(tmp_path, [InThirdRollout("credit", fail if rank else hang)], strategy="rl_ddp", devices=2)
+        fit(tmp_path, [InThirdRollout("compute_advantages", fail if rank else hang)], strategy="rl_ddp", devices=2)
 
     codes = forks.run(task, log := tmp_path / "log", ranks=2, limit_seconds=60.0)
     said = log.read_text()
@@ -153,18 +156,18 @@ def test_a_rank_that_fails_alone_is_named_with_its_error(tmp_path: Path, monkeyp
     assert "rank 0: rank 1 failed: KeyError: 'the key that was missing'" in said
 
 
-def test_a_run_that_works_is_left_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_timeouts_is_not_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     module, watchdog = runs.module(max_rollouts=2), Watchdog()
     runs.trainer(tmp_path, callbacks=[watchdog]).fit(module, runs.data())
-    assert module.rollout_index == 2 and "[watchdog]" not in capfd.readouterr().err
-    assert module.observers == []
+    assert module.state.rollouts == 2 and "[watchdog]" not in capfd.readouterr().err
+    assert module.phases.observers == []
     for thread in threading.enumerate():
         if thread.name == "watchdog":
             thread.join(timeout=60.0)
             assert not thread.is_alive()
 
 
-def test_limits_follow_the_usual_time() -> None:
+def test_limits_are_multiples_of_the_median() -> None:
     watchdog = Watchdog(factor=10.0, floor_seconds=60.0, first_seconds=3600.0, deadlines={"save": 5.0})
     assert (watchdog.limit("rollout"), watchdog.limit("save")) == (3600.0, 5.0)
     for seconds in (1.0, 30.0, 20.0):
@@ -175,8 +178,8 @@ def test_limits_follow_the_usual_time() -> None:
     assert watchdog.limit("rollout") == 60.0
 
 
-def test_wrong_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="there is no phase 'rolout'; there are between, rollout, reward"):
+def test_unknown_phases_and_zero_limits_are_refused() -> None:
+    with pytest.raises(ValueError, match="there is no phase 'rolout'; the phases are between, rollout, reward"):
         Watchdog(deadlines={"rolout": 5.0})
     with pytest.raises(ValueError, match=r"floor_seconds \(0\)"):
         Watchdog(floor_seconds=0)

@@ -1,4 +1,4 @@
-"""Predictions as JSON lines: one a row of the split, in its order."""
+"""Predictions are JSON lines, one per row of the split, in order."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lightning.pytorch import Callback
 
 from rllava_pl.callbacks import RolloutWriter
 from rllava_pl.datamodules import SyntheticVisionDataModule
-from rllava_pl.modules import RLModule
+from rllava_pl.modules import PolicyModule
 from rllava_pl.types import Rollout
 from tests import runs
 from tests.callbacks.conftest import Run
 
 
 class Keep(Callback):
-    """Everything ``predict`` answered."""
+    """All rollouts of ``predict``."""
 
     def __init__(self) -> None:
         self.rollouts: list[Rollout] = []
@@ -26,13 +26,13 @@ class Keep(Callback):
         self.rollouts += outputs
 
 
-def predict(root: Path, module: RLModule, data: SyntheticVisionDataModule, *callbacks: Callback) -> list[Rollout]:
+def predict(root: Path, module: PolicyModule, data: SyntheticVisionDataModule, *callbacks: Callback) -> list[Rollout]:
     keep = Keep()
     runs.trainer(root, callbacks=[keep, *callbacks]).predict(module, data, return_predictions=False)
     return keep.rollouts
 
 
-def test_predict_writes_one_line_a_row(run: Run, tmp_path: Path) -> None:
+def test_predict_writes_one_line_per_row(run: Run, tmp_path: Path) -> None:
     rollouts = predict(tmp_path, run.module, runs.data(test_size=5, val_batch_size=2), RolloutWriter())
     text = (tmp_path / "predictions.jsonl").read_text("utf-8")
     assert [json.loads(line) for line in text.splitlines()] == [
@@ -49,7 +49,7 @@ def test_predict_writes_one_line_a_row(run: Run, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
-def test_any_text_survives_and_an_older_file_is_replaced(run: Run, tmp_path: Path) -> None:
+def test_any_text_is_preserved_and_an_older_file_replaced(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "answers.jsonl"
     path.parent.mkdir()
     path.write_text("old")
