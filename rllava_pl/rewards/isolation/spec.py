@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
@@ -62,11 +63,9 @@ class RewardSpec:
 
     def build(self) -> BaseReward:
         """The reward, in this process."""
-        args, kwargs = cast(
-            "tuple[tuple[object, ...], dict[str, object]]",
-            decode({"tensors": [], "objects": [], "value": self.arguments}),
-        )
-        return cast("type[BaseReward]", _find(self.module, self.name))(*args, **kwargs)
+        arguments = decode({"tensors": [], "objects": [], "value": self.arguments})
+        args, kwargs = cast("tuple[tuple[object, ...], dict[str, object]]", arguments)
+        return cast("Callable[..., BaseReward]", _find(self.module, self.name))(*args, **kwargs)
 
 
 def _find(module: str, name: str) -> object:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from rllava_pl.rewards import AnswerTagReward, BaseReward, RewardError, RewardRunner, Scoring
+from rllava_pl.rewards.isolation.fork_server import ForkServer, ForkServerLostError
 from rllava_pl.rewards.isolation.spec import NotIsolableError, RewardSpec
 from rllava_pl.types import IMAGE, Message, Rollout, Score, Segment
 from tests.rewards import faults
@@ -165,6 +166,18 @@ def test_killed_fork_server_is_replaced(runner, rollout):
     os.kill(*servers, signal.SIGKILL)
     assert have_ended(servers)
     assert runner([rollout("ab")] * 3).rewards == [2.0] * 3
+
+
+@pytest.mark.slow
+def test_fork_server_that_is_lost_twice_leaves_its_samples_unscored(rollout, monkeypatch):
+    def lost(_):
+        raise ForkServerLostError("killed")
+
+    monkeypatch.setattr(ForkServer, "fork", lost)
+    runner = started([Faulty()])
+    output = runner([rollout("ab")] * 2)
+    assert (output.rewards, output.causes, runner.restarts()) == ([None, None], {"pool": 2}, 2)
+    runner.close()
 
 
 def test_runner_that_is_not_started_scores_here_and_can_be_copied(rollout):

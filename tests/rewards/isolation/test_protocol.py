@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from rllava_pl.rewards.isolation import protocol
-from rllava_pl.types import PromptInputs, Rollout
+from rllava_pl.types import PromptInputs, Rollout, Score
 
 
 def with_images(rollout: Rollout, *images: Image.Image) -> Rollout:
@@ -46,3 +46,44 @@ def test_request_with_too_many_images_is_refused(rollout, monkeypatch):
     monkeypatch.setattr(protocol, "MAX_REQUEST_BYTES", 1 << 20)
     with pytest.raises(protocol.ProtocolError, match="1 rollouts have more than 1 MiB of images"):
         protocol.score_request(0, [with_images(rollout(), Image.new("RGB", (1024, 512)))], images=True)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        1.0,
+        [1.0],
+        ["1.0", {}, "", "", []],
+        [float("nan"), {}, "", "", []],
+        [1e39, {}, "", "", []],
+        [1.0, {"iou": "high"}, "", "", []],
+        [1.0, {"iou": float("inf")}, "", "", []],
+        [None, {}, 1, "", []],
+    ],
+)
+def test_invalid_score_of_a_worker_is_refused(row):
+    with pytest.raises(protocol.ProtocolError, match="something else than a score"):
+        protocol.read_scores([row], 1)
+
+
+def test_answer_with_another_number_of_scores_is_refused():
+    with pytest.raises(protocol.ProtocolError, match="not a list of 2 scores"):
+        protocol.read_scores([None], 2)
+
+
+def test_scores_of_all_outcomes_arrive_as_they_were():
+    scores = [
+        Score(0.5, {"iou": 1.0}, flags=("odd",)),
+        Score(None, reason="no_box", detail="x"),
+        Score.not_applicable(),
+    ]
+    ((message, _),) = protocol.FrameReader(1 << 20).feed(protocol.score_answer(scores))
+    assert protocol.read_scores(message, 3) == scores
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"\xff" * 64, "at most 1024 are accepted"), (b"\0\0\0\1\0\0\0\0{", "does not hold JSON")]
+)
+def test_bytes_that_are_not_a_frame_are_refused(data, message):
+    with pytest.raises(protocol.ProtocolError, match=message):
+        list(protocol.FrameReader(1024).feed(data))
