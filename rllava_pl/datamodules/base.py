@@ -57,7 +57,7 @@ class BaseDataModule(LightningDataModule):
             common = inspect.signature(BaseDataModule.__init__).parameters
             names = {parameter.name for parameter in own}
             own = [*own[:-1], *(p for name, p in list(common.items())[1:] if name not in names)]
-        cls.__signature__ = inspect.Signature(own)
+        cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
 
     def train_dataloader(self) -> PromptLoader:
         """Shuffled batches; prompts that do not fill a batch on every rank are left out of the epoch.

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, get_args
 
 from PIL import Image, UnidentifiedImageError
 
@@ -71,6 +71,12 @@ class ImageReader:
     """Whether an animation is refused or read as its first frame."""
     resize_above: int = 0
     """Larger images are scaled down to this many pixels; 0 keeps their size."""
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.formats if name not in get_args(ImageFormat)]:
+            raise ValueError(f"image_formats is {unknown[0]!r}; it is one of {', '.join(get_args(ImageFormat))}")
+        if self.animations not in get_args(Animations):
+            raise ValueError(f"animations is {self.animations!r}; it is one of {', '.join(get_args(Animations))}")
 
     def check(self, ref: ImageRef, field: str) -> None:
         """Refuse an image that ``load`` could not read, at less cost.

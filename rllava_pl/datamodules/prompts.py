@@ -153,11 +153,8 @@ class PromptDataModule(BaseDataModule):
         **loader_options: int,
     ) -> None:
         super().__init__(**loader_options)
-        _check_choice("answer_kind", answer_kind, AnswerKind)
-        _check_choice("special_tokens", special_tokens, SpecialTokenPolicy)
-        _check_choice("animations", animations, Animations)
-        for image_format in image_formats:
-            _check_choice("image_formats", image_format, ImageFormat)
+        if special_tokens not in (policies := get_args(SpecialTokenPolicy)):
+            raise ValueError(f"special_tokens is {special_tokens!r}; it is one of {', '.join(policies)}")
         if not 0 <= max_reject_fraction < 1:
             raise ValueError(f"max_reject_fraction is {max_reject_fraction}; it is a share from 0 to below 1")
         if image_root and not Path(image_root).expanduser().is_dir():
@@ -167,7 +164,8 @@ class PromptDataModule(BaseDataModule):
         for name, value in measured.items():
             if value and not processor_path:
                 raise ValueError(f"{name} is {value}, but processor_path names no model to measure with")
-        self.specs = {"train": _as_list(train), "val": _as_list(val), "test": _as_list(test)}
+        splits = {"train": train, "val": val, "test": test}
+        self.specs = {name: [x] if isinstance(x, str) and x else list(x) for name, x in splits.items()}
         self.schema = RowSchema(
             columns=columns or {},
             system_prompt=system_prompt,
@@ -180,20 +178,13 @@ class PromptDataModule(BaseDataModule):
             markup=special_tokens == "allow",
         )
         self.image_root = image_root
+        max_bytes = int(max_image_mib * MIB)
         self.images = ImageReader(
-            root=None,
-            max_pixels=max_image_pixels,
-            max_bytes=int(max_image_mib * MIB),
-            formats=tuple(image_formats),
-            animations=animations,
-            resize_above=resize_above_pixels,
+            None, max_image_pixels, max_bytes, tuple(image_formats), animations, resize_above_pixels
         )
-        self.special_tokens = special_tokens
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_target_tokens = max_target_tokens
-        self.processor_path = processor_path
-        self.max_reject_fraction = max_reject_fraction
-        self.report = report
+        self.special_tokens, self.processor_path = special_tokens, processor_path
+        self.max_prompt_tokens, self.max_target_tokens = max_prompt_tokens, max_target_tokens
+        self.max_reject_fraction, self.report = max_reject_fraction, report
 
     def prepare_data(self) -> None:
         """Download hub data sets, in one process."""
@@ -240,7 +231,7 @@ class PromptDataModule(BaseDataModule):
         if not rejections or not (self.report or self.trainer):
             return ""
         path = Path(self.report.replace("{split}", split))
-        if not self.report:
+        if self.trainer is not None and not self.report:
             path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / f"rejected_{split}.jsonl"
         if self.trainer is None or self.trainer.is_global_zero:
             write_report(path, rejections)
@@ -273,11 +264,11 @@ class PromptDataModule(BaseDataModule):
         if not self.specs[split]:
             raise ValueError(f"there is no source for the {split} split; set {split} to a file or data set")
         tables, checks = _unique_names(map(open_table, self.specs[split])), self._model_checks()
-        return [self._source(table, checks) for table in tables]
-
-    def _source(self, table: Table, checks: ModelChecks | None) -> PromptSource:
-        root = Path(self.image_root).expanduser() if self.image_root else table.folder
-        return PromptSource(table, self.schema, replace(self.images, root=root), checks)
+        root = Path(self.image_root).expanduser() if self.image_root else None
+        return [
+            PromptSource(table, self.schema, replace(self.images, root=root or table.folder), checks)
+            for table in tables
+        ]
 
     def _model_checks(self) -> ModelChecks | None:
         """Checks by the model's processor; None without ``processor_path``."""
@@ -287,17 +278,6 @@ class PromptDataModule(BaseDataModule):
 
         processor = load_processor(self.processor_path)
         return ModelChecks(processor, self.special_tokens, self.max_prompt_tokens, self.max_target_tokens)
-
-
-def _check_choice(name: str, value: object, kind: object) -> None:
-    if value not in get_args(kind):
-        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(get_args(kind))}")
-
-
-def _as_list(sources: list[str] | str) -> list[str]:
-    if isinstance(sources, str):
-        return [sources] if sources else []
-    return list(sources)
 
 
 def _unique_names(tables: Iterable[Table]) -> Iterator[Table]:

@@ -10,7 +10,7 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Literal
 
-from rllava_pl.datamodules.answers import AnswerKind, check_answer, check_target
+from rllava_pl.datamodules.answers import KINDS, AnswerKind, check_answer, check_target
 from rllava_pl.datamodules.images import ImageRef
 from rllava_pl.datamodules.messages import (
     check_text,
@@ -82,6 +82,8 @@ class RowSchema:
             raise ValueError(f"columns maps the unknown field {unknown[0]!r}; fields are {', '.join(FIELDS)}")
         if {"prompt", "messages"} <= set(self.columns):
             raise ValueError("columns maps both prompt and messages; a row is one or the other")
+        if self.answer_kind not in KINDS:
+            raise ValueError(f"answer_kind is {self.answer_kind!r}; it is one of {', '.join(KINDS)}")
         if self.template.count("{prompt}") != 1:
             raise ValueError(f"template {self.template!r} must contain {{prompt}} exactly once")
 

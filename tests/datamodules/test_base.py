@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 
-from rllava_pl.datamodules import BaseDataModule
+from rllava_pl.datamodules import BaseDataModule, DigitsDataModule, PromptDataModule, SyntheticVisionDataModule
 from rllava_pl.types import Prompt
 
 
@@ -74,3 +75,20 @@ def test_test_loader_without_test_rows_is_refused():
 def test_wrong_option_is_refused_at_construction(option, message):
     with pytest.raises(ValueError, match=message):
         BaseDataModule(**option)
+
+
+@pytest.mark.parametrize("kind", [DigitsDataModule, PromptDataModule, SyntheticVisionDataModule])
+def test_signature_shows_own_and_common_options(kind: type[BaseDataModule]) -> None:
+    names = list(inspect.signature(kind).parameters)
+    assert names[-4:] == ["batch_size", "val_batch_size", "num_workers", "seed"] and "loader_options" not in names
+    assert kind(batch_size=3, seed=5).batch_size == 3
+    with pytest.raises(TypeError, match="batch_sise"):
+        kind(batch_sise=3)
+
+
+def test_signature_of_a_module_with_fixed_options_has_no_others() -> None:
+    class Fixed(BaseDataModule):
+        def __init__(self, path: str) -> None:
+            super().__init__(batch_size=2)
+
+    assert list(inspect.signature(Fixed).parameters) == ["path"]
