@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rllava_pl.functional._groups import Groups
+from rllava_pl.functional.seeds import uniforms
 
 
 def uft_hint_probability(step: int, *, hint_steps: int, low: float = 0.05, high: float = 0.95) -> float:
@@ -37,6 +39,16 @@ def uft_hint_probability(step: int, *, hint_steps: int, low: float = 0.05, high:
     if step >= hint_steps:
         return 0.0
     return low + (high - low) / 2 * (1 + math.cos(math.pi * (step + 1) / hint_steps))
+
+
+def uft_hint_length(tokens: int, p: float, seeds: Sequence[int]) -> int:
+    """Tokens of a hint: the first l of L equal segments of a demonstration, l ~ Binomial(L, p), a draw a seed.
+
+    >>> uft_hint_length(10, 1.0, [1, 2, 3]), uft_hint_length(10, 0.0, [1, 2, 3])
+    (10, 0)
+    """
+    given = int((uniforms(torch.tensor(seeds), 0) < p).sum())
+    return round(tokens * given / len(seeds))
 
 
 def chord_mu(step: int, *, warmup_steps: int, decay_steps: int, peak: float, valley: float) -> float:

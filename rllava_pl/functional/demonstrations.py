@@ -28,12 +28,23 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rllava_pl.functional._mixing import check_share, chord_mu, hpt_gate, uft_hint_probability
+from rllava_pl.functional._mixing import check_share, chord_mu, hpt_gate, uft_hint_length, uft_hint_probability
 from rllava_pl.functional._numerics import LOG_RATIO_BOUND, bounded_exp, check_choice, check_mask, raised
 from rllava_pl.functional.losses import clipped
 from rllava_pl.functional.reduce import masked_mean
 
-__all__ = ["ChordWeighting", "chord", "chord_mu", "hpt", "hpt_gate", "luffy", "srft", "uft", "uft_hint_probability"]
+__all__ = [
+    "ChordWeighting",
+    "chord",
+    "chord_mu",
+    "hpt",
+    "hpt_gate",
+    "luffy",
+    "srft",
+    "uft",
+    "uft_hint_length",
+    "uft_hint_probability",
+]
 
 ChordWeighting = Literal["phi", "p", "none"]
 

@@ -64,3 +64,10 @@ def _check_pairs(*logps: Tensor) -> None:
         names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip(names, logps, strict=True))
         raise ValueError(f"log-probs have the shapes {shapes}; all four must be (N,), one sum a response")
+
+
+def pair_metrics(chosen_P: Tensor, rejected_P: Tensor) -> dict[str, Tensor]:
+    """Margin c - r of the implicit rewards, whether it is positive, and both rewards, (P,) each, by metric name."""
+    margin_P = chosen_P - rejected_P
+    accuracy_P = (margin_P > 0).float()
+    return {"margin": margin_P, "pair_accuracy": accuracy_P, "chosen_reward": chosen_P, "rejected_reward": rejected_P}

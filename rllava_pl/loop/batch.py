@@ -137,7 +137,7 @@ def split_minibatches(batch: BatchT, parts: int, order: Sequence[int]) -> list[B
 
 def drop_untrained_members(batch: BatchT) -> BatchT:
     """Without the members of a group that no group trains, such as a greedy answer that is a baseline only."""
-    trained_PG = batch.trained_mask_NT.any(1).unflatten(0, (-1, batch.group_size))
+    trained_PG = batch.by_prompt(batch.trained_mask_NT.any(1))
     members = trained_PG.any(0).nonzero()[:, 0].tolist()
     if len(members) in (0, batch.group_size):
         return batch

@@ -70,8 +70,8 @@ class GroupBuffer:
             return batch
         self.parts.append(batch)
         everything = join(self.parts)
-        rows_PG = self.informative(everything) & everything.trained_mask_NT.any(1)
-        chosen = rows_PG.unflatten(0, (-1, everything.group_size)).any(1).nonzero()[:, 0].tolist()
+        informative_N = self.informative(everything) & everything.trained_mask_NT.any(1)
+        chosen = everything.by_prompt(informative_N).any(1).nonzero()[:, 0].tolist()
         lacking = torch.tensor(len(chosen) < math.ceil(self.options.min_informative * wanted), dtype=torch.int64)
         short = bool(max_over_ranks(lacking.to(everything.scores_N.device)))
         if short and self.rounds <= self.options.max_rounds:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -44,6 +45,17 @@ def require(ok: bool, option: str, value: object, rule: str) -> None:
     """
     if not ok:
         raise ValueError(f"{option} is {value!r}; it must be {rule}")
+
+
+def require_range(owner: object, *options: str, low: float = 0.0, high: float = math.inf) -> None:
+    """Refuse attributes of ``owner`` that are not between ``low`` and ``high``.
+
+    Raises:
+        ValueError: ``gamma is 1.5; it must be between 0 and 1``.
+    """
+    rule = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+    for option in options:
+        require(low <= getattr(owner, option) <= high, option, getattr(owner, option), rule)
 
 
 @dataclass(frozen=True)

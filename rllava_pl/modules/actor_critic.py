@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rllava_pl.functional._numerics import check_choice
 from rllava_pl.functional.losses import value_clipped
-from rllava_pl.loop.options import require
+from rllava_pl.loop.options import require, require_range
 from rllava_pl.models.policy import Policy, spread
 from rllava_pl.models.vlm import VLM
 from rllava_pl.modules.base import RLModule
@@ -51,12 +51,11 @@ class ActorCritic(RLModule):
     ) -> None:
         super().__init__(*args, **kwargs)
         check_choice("critic", critic, get_args(CriticKind))
-        require(vf_coef >= 0, "vf_coef", vf_coef, "at least 0")
-        require(critic_lr_factor > 0, "critic_lr_factor", critic_lr_factor, "larger than 0")
-        require(critic_warmup_steps >= 0, "critic_warmup_steps", critic_warmup_steps, "at least 0")
         self.critic: CriticKind = critic
         self.vf_coef, self.value_clip = vf_coef, value_clip
         self.critic_lr_factor, self.critic_warmup_steps = critic_lr_factor, critic_warmup_steps
+        require_range(self, "vf_coef", "critic_warmup_steps")
+        require(critic_lr_factor > 0, "critic_lr_factor", critic_lr_factor, "larger than 0")
         self.critic_model: VLM | None = None
 
     def configure_model(self) -> None:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from rllava_pl.functional import advantages, demonstrations
 from rllava_pl.functional.demonstrations import ChordWeighting
-from rllava_pl.loop.options import require
-from rllava_pl.modules.demonstrations import BesideGroupModule
+from rllava_pl.loop.options import require_range
+from rllava_pl.modules.demonstrations import BesideGroupModule, mixed_inputs
 from rllava_pl.types import RewardedBatch, TrainingBatch
 
 
@@ -15,11 +15,10 @@ class CHORD(BesideGroupModule):
     """CHORD (arXiv 2508.11408): imitation as a second loss, weighed as a whole by μ and token by token by φ.
 
     (1 - μ)·GRPO over the samples, mean over their tokens, - μ·φ·log π over the demonstrations, mean over theirs;
-    φ = p(1 - p) spares tokens that are known and tokens that are out of reach. μ rises to ``mu`` over
-    ``mu_warmup_steps`` rollouts and, with ``mu_decay_steps``, falls by a cosine to ``mu_valley``.
+    φ = p(1 - p) spares tokens that are nearly certain and tokens that are out of reach.
 
     Args:
-        mu: μ, or its peak.
+        mu: μ, or its peak; with decay steps it falls by a cosine to the valley.
         weighting: "phi": p(1 - p); "p": p; "none": 1, which is CHORD-μ.
         mu_warmup_steps: Rollouts of linear rise.
         mu_decay_steps: Rollouts of decay; 0: none.
@@ -41,8 +40,7 @@ class CHORD(BesideGroupModule):
         super().__init__(*args, **kwargs)
         self.mu, self.weighting, self.scale_by_std = mu, weighting, scale_by_std
         self.mu_warmup_steps, self.mu_decay_steps, self.mu_valley = mu_warmup_steps, mu_decay_steps, mu_valley
-        require(0 <= mu <= 1, "mu", mu, "between 0 and 1")
-        require(0 <= mu_valley <= 1, "mu_valley", mu_valley, "between 0 and 1")
+        require_range(self, "mu", "mu_valley", high=1.0)
 
     @property
     def current_mu(self) -> float:
@@ -58,12 +56,5 @@ class CHORD(BesideGroupModule):
     def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """(1 - μ)·clipped, and -μ·φ·log π on demonstrations."""
         return demonstrations.chord(
-            logp_NT,
-            batch.old_logp_NT,
-            batch.advantages_NT,
-            batch.trained_mask_NT,
-            batch.given_mask_NT,
-            mu=self.current_mu,
-            weighting=self.weighting,
-            **self.clip.range,
+            logp_NT, *mixed_inputs(batch), mu=self.current_mu, weighting=self.weighting, **self.clip.range
         )

@@ -40,26 +40,15 @@ class ClipCov(CovarianceModule):
     def select(self, minibatch: TrainingBatch) -> Tensor:
         """A random part of the tokens of high covariance."""
         seed = seed_from(self.seed, "clip_cov", self.state.updates)
+        old_logp_NT, options = minibatch.old_logp_NT, {"ratio": self.ratio, "lower": self.lower, "upper": self.upper}
         return losses.clip_cov_select(
-            minibatch.old_logp_NT,
-            minibatch.old_logp_NT,
-            minibatch.advantages_NT,
-            minibatch.trained_mask_NT,
-            **self.clip.range,
-            ratio=self.ratio,
-            lower=self.lower,
-            upper=self.upper,
-            generator=torch.Generator(minibatch.scores_N.device).manual_seed(seed),
+            *(old_logp_NT, old_logp_NT, minibatch.advantages_NT, minibatch.trained_mask_NT),
+            generator=torch.Generator(old_logp_NT.device).manual_seed(seed),
+            **(self.clip.range | options),
         )
 
     def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """Clipped surrogate, 0 on the selected tokens."""
-        return losses.clip_cov(
-            logp_NT,
-            batch.old_logp_NT,
-            batch.advantages_NT,
-            batch.trained_mask_NT,
-            clip_low=self.clip.low,
-            clip_high=self.clip.high,
-            selected_NT=batch.selected_NT,
-        )
+        inputs = (logp_NT, batch.old_logp_NT, batch.advantages_NT, batch.trained_mask_NT)
+        low, high = self.clip.low, self.clip.high
+        return losses.clip_cov(*inputs, clip_low=low, clip_high=high, selected_NT=batch.selected_NT)

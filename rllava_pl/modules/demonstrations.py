@@ -15,6 +15,11 @@ from rllava_pl.modules.base import RLModule
 from rllava_pl.types import PolicyOutput, PromptBatch, Request, Rollout, ScoredBatch, Term, TrainingBatch
 
 
+def mixed_inputs(batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What functions of ``functional.demonstrations`` take after the log-probs: old ones, advantages and two masks."""
+    return batch.old_logp_NT, batch.advantages_NT, batch.trained_mask_NT, batch.given_mask_NT
+
+
 class DemonstrationModule(RLModule):
     """RL beside demonstrations: the ``target`` of a prompt, where it has one, tokenised and closed by the end token.
 
@@ -37,6 +42,10 @@ class DemonstrationModule(RLModule):
         rows = getattr(getattr(self.trainer, "datamodule", None), "train_prompts", None)
         name, budget = type(self).__name__, self.sampling.max_tokens
         check_given_responses(rows, ["target"], self.policy, budget, owner=name, required=False)
+
+    def given(self, request: Request, *, in_baseline: bool = True) -> Rollout:
+        """The target of a request's prompt as a rollout; errors as of ``given_rollout``."""
+        return given_rollout(self.policy, request, "target", self.sampling.max_tokens, in_baseline=in_baseline)
 
     def score(self, rollouts: Sequence[Rollout]) -> ScoredBatch:
         """Also how many of the trained tokens were given."""
@@ -70,13 +79,12 @@ class MixedGroupModule(DemonstrationModule):
         requests = self.requests(prompts, samples=self.group_size, stream="train")
         asked = [dataclasses.replace(r, seeds=r.seeds[:-1]) if r.prompt.target else r for r in requests]
         sampled = iter(self.engine.generate(asked, self.sampling))
-        budget = self.sampling.max_tokens
         return [
             rollout
             for r in asked
             for rollout in (
                 *islice(sampled, len(r.seeds)),
-                *([given_rollout(self.policy, r, "target", budget)] if r.prompt.target else []),
+                *([self.given(r)] if r.prompt.target else []),
             )
         ]
 
@@ -99,5 +107,5 @@ class BesideGroupModule(DemonstrationModule):
 
     def _beside(self, request: Request, sample: Rollout) -> Rollout:
         if request.prompt.target:
-            return given_rollout(self.policy, request, "target", self.sampling.max_tokens, in_baseline=False)
+            return self.given(request, in_baseline=False)
         return dataclasses.replace(sample, in_baseline=False, trained=False)

@@ -7,7 +7,7 @@ from torch import Tensor
 from rllava_pl.functional import advantages, demonstrations
 from rllava_pl.functional.reduce import ReduceMode
 from rllava_pl.loop.options import require
-from rllava_pl.modules.demonstrations import MixedGroupModule
+from rllava_pl.modules.demonstrations import MixedGroupModule, mixed_inputs
 from rllava_pl.types import RewardedBatch, TrainingBatch
 
 
@@ -47,12 +47,4 @@ class LUFFY(MixedGroupModule):
 
     def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """-A·ρ, and -A·p/(p + γ) on demonstrations."""
-        return demonstrations.luffy(
-            logp_NT,
-            batch.old_logp_NT,
-            batch.advantages_NT,
-            batch.trained_mask_NT,
-            batch.given_mask_NT,
-            shaping=self.shaping,
-            clip=self.ratio_clip,
-        )
+        return demonstrations.luffy(logp_NT, *mixed_inputs(batch), shaping=self.shaping, clip=self.ratio_clip)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rllava_pl.functional.advantages import gae
-from rllava_pl.loop.options import KL, require
+from rllava_pl.loop.options import KL, require_range
 from rllava_pl.modules.actor_critic import ActorCritic
 from rllava_pl.types import PolicyOutput, RewardedBatch, Term, TrainingBatch
 
@@ -14,8 +14,7 @@ class PPO(ActorCritic):
     """PPO (arXiv 1707.06347): clipped surrogate, with advantages from a critic (GAE, arXiv 1506.02438).
 
     δ_t = r_t + γ·V_{t+1} - V_t, A_t = δ_t + γ·λ·A_{t+1}, whitened over all trainable tokens of all ranks; returns
-    R_t = A_t + V_t before whitening. The reward stands on the last token, the KL penalty (k1) on every one. Mean over
-    tokens. One completion a prompt is enough.
+    R_t = A_t + V_t before whitening. The reward stands on the last token, the KL penalty (k1) on every one.
 
     Args:
         gamma: Discount γ.
@@ -42,32 +41,25 @@ class PPO(ActorCritic):
         **kwargs,
     ) -> None:
         super().__init__(*args, group_size=group_size, kl=kl, **kwargs)
-        for name, value in (("gamma", gamma), ("lam", lam), ("lam_critic", lam if lam_critic is None else lam_critic)):
-            require(0 <= value <= 1, name, value, "between 0 and 1")
-        require(length_adaptive >= 0, "length_adaptive", length_adaptive, "at least 0")
-        require(imitation_coef >= 0, "imitation_coef", imitation_coef, "at least 0")
-        self.gamma, self.lam = gamma, lam
-        self.lam_critic = lam if lam_critic is None else lam_critic
-        self.length_adaptive = length_adaptive
-        self.imitation_coef, self.success_threshold = imitation_coef, success_threshold
+        self.gamma, self.lam, self.lam_critic = gamma, lam, lam if lam_critic is None else lam_critic
+        self.length_adaptive, self.imitation_coef = length_adaptive, imitation_coef
+        self.success_threshold = success_threshold
+        require_range(self, "gamma", "lam", "lam_critic", high=1.0)
+        require_range(self, "length_adaptive", "imitation_coef")
 
     def estimate(self, batch: RewardedBatch) -> tuple[Tensor, Tensor]:
         """Whitened advantages, and returns."""
         states = (batch.token_rewards_NT, batch.values_NT, batch.sampled_mask_NT)
-        lam: float | Tensor = self.lam
-        if self.length_adaptive:
-            lam = (1 - 1 / (self.length_adaptive * batch.lengths_N.clamp(min=1))).clamp(0, 1)
-        advantages_NT, _ = gae(*states, gamma=self.gamma, lam=lam)
-        _, returns_NT = gae(*states, gamma=self.gamma, lam=self.lam_critic, whiten=False)
-        return advantages_NT, returns_NT
+        adapted_N = (1 - 1 / (max(self.length_adaptive, 1e-9) * batch.lengths_N.clamp(min=1))).clamp(0, 1)
+        advantages_NT, _ = gae(*states, gamma=self.gamma, lam=adapted_N if self.length_adaptive else self.lam)
+        return advantages_NT, gae(*states, gamma=self.gamma, lam=self.lam_critic, whiten=False)[1]
 
     def terms(self, batch: TrainingBatch) -> dict[str, Term]:
         """Also the imitation of right responses."""
-        terms = super().terms(batch)
-        if not self.imitation_coef or self.trains_critic_only:
-            return terms
         right_NT = batch.trained_mask_NT & (batch.scores_N >= self.success_threshold)[:, None]
-        return terms | {"imitation": Term(right_NT, "token-mean", self.imitation_coef)}
+        active = self.imitation_coef and not self.trains_critic_only
+        imitation = {"imitation": Term(right_NT, "token-mean", self.imitation_coef)} if active else {}
+        return super().terms(batch) | imitation
 
     def losses(self, output: PolicyOutput, batch: TrainingBatch) -> dict[str, Tensor]:
         """Also -log π for the imitation."""

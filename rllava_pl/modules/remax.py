@@ -39,6 +39,6 @@ class ReMax(RLModule):
 
     def advantages(self, batch: RewardedBatch) -> Tensor:
         """Reward minus that of the greedy answer, (N,)."""
-        rewards_PG = batch.rewards_N.unflatten(0, (-1, self.group_size + 1))
+        rewards_PG = batch.by_prompt(batch.rewards_N)
         greedy_PG = rewards_PG[:, -1:].expand_as(rewards_PG)
         return advantages.remax(rewards_PG.flatten(), greedy_PG.flatten())

@@ -30,6 +30,5 @@ class SFT(SupervisedModule):
 
     def losses(self, output: PolicyOutput, batch: TrainingBatch) -> dict[str, Tensor]:
         """-log π."""
-        nll_NT = losses.reinforce(output.logp_NT, batch.advantages_NT)
-        self.metrics.add_masked({"nll": nll_NT, "entropy": output.entropy_NT}, batch.trained_mask_NT)
-        return {"policy": nll_NT}
+        self.log_tokens(output, batch)
+        return {"policy": losses.reinforce(output.logp_NT, batch.advantages_NT)}

@@ -14,11 +14,10 @@ from rllava_pl.loop.checks import check_batch_size
 from rllava_pl.loop.given_responses import check_given_responses, given_rollout
 from rllava_pl.loop.micro_batches import join_rows, numbered
 from rllava_pl.loop.penalties import penalize
-from rllava_pl.models.policy import Policy
 from rllava_pl.models.vlm import VLM
 from rllava_pl.modules.policy_module import PolicyModule
 from rllava_pl.rewards import BaseReward, RewardOutput
-from rllava_pl.types import Prompt, PromptBatch, Reward, TrainingBatch
+from rllava_pl.types import PolicyOutput, Prompt, PromptBatch, Reward, TrainingBatch
 
 
 class SupervisedModule(PolicyModule):
@@ -79,6 +78,10 @@ class SupervisedModule(PolicyModule):
         rewarded = penalize(scored, None, kl_coef=0.0)
         return rewarded.to_stage(TrainingBatch, advantages_NT=rewarded.trained_mask_NT.float())
 
+    def log_tokens(self, output: PolicyOutput, batch: TrainingBatch) -> None:
+        """Negative log-likelihood and entropy of the given tokens of a micro-batch."""
+        self.metrics.add_masked({"nll": -output.logp_NT, "entropy": output.entropy_NT}, batch.trained_mask_NT)
+
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Score greedy answers where there are rewards, and the given responses."""
         if self.rewards:
@@ -95,13 +98,13 @@ class SupervisedModule(PolicyModule):
 
     def evaluate_given(self, batch: TrainingBatch) -> None:
         """Scores of the given responses of one validation batch: ``val/nll``."""
-        logp_NT = self.given_logp(self.policy, batch)
+        logp_NT = self.given_logp(batch)
         self.evaluator.scores.add("nll", -logp_NT[batch.trained_mask_NT])
 
     @torch.no_grad()
-    def given_logp(self, policy: Policy, batch: TrainingBatch) -> Tensor:
+    def given_logp(self, batch: TrainingBatch, *, reference: bool = False) -> Tensor:
         """Log-probs (N, T) without communication: other ranks may have no rows left."""
         runner = self.updater.micro_batches
         parts = runner.split(numbered(batch), runner.size or len(batch))
-        outputs = [policy(part.policy_batch(), entropy=False).logp_NT for part in parts]
+        outputs = [self.forward(part.policy_batch(), reference=reference, entropy=False).logp_NT for part in parts]
         return join_rows(outputs, parts, batch.trained_mask_NT)

@@ -138,6 +138,10 @@ class ScoredBatch:
             raise MissingTensorError(f"this batch has no {name}; {SOURCES[name]}")
         return self.computed[name]
 
+    def by_prompt(self, x: Tensor) -> Tensor:
+        """(N, ...) as (P, rows of a prompt, ...)."""
+        return x.unflatten(0, (-1, self.group_size))
+
     def policy_batch(self, mask_NT: Tensor | None = None) -> PolicyBatch:
         """The forward's input for all of these rows; log-probs of the trained tokens unless another mask is given."""
         mask_NT = self.trained_mask_NT if mask_NT is None else mask_NT
