@@ -114,22 +114,23 @@ def combine_scores(
 ) -> RewardOutput:
     """Add up the checked scores of every reward; the rest is as in ``compute_rewards``."""
     for reward, column in zip(rewards, scores, strict=True):
-        _log_faults(reward, rollouts, column)
+        _log_faults(reward_name(reward), rollouts, column)
     totals = [_weighted_sum(rewards, row) for row in zip(*scores, strict=True)]
+    _log_faults("sum", rollouts, totals)
     causes = Counter(total.reason for total in totals if total.value is None)
     flags = Counter(flag for score in chain.from_iterable(scores) for flag in score.flags)
     components, applies = _columns(rewards, scores)
     return RewardOutput([total.value for total in totals], components, causes, flags, applies)
 
 
-def _log_faults(reward: Reward, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> None:
+def _log_faults(name: str, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> None:
     """One line for each cause, with its first sample; causes that a reward returns on purpose have no detail."""
     seen: set[str] = set()
     for rollout, score in zip(rollouts, scores, strict=True):
         if score.value is None and score.detail and score.reason not in seen:
             seen.add(score.reason)
             prompt = f"{rollout.prompt.uid!r}" + (f" ({rollout.prompt.source})" if rollout.prompt.source else "")
-            texts = (reward_name(reward), score.reason, prompt, score.detail)
+            texts = (name, score.reason, prompt, score.detail)
             log.warning("reward %s, %s at prompt %s: %s", *map(escaped, texts))
 
 
@@ -137,13 +138,15 @@ def _weighted_sum(rewards: Sequence[Reward], row: Sequence[Score]) -> Score:
     """One sample's reward, or the first cause why there is none."""
     applicable = [(reward.weight, score) for reward, score in zip(rewards, row, strict=True) if score.applicable]
     if not applicable:
-        return Score(None, reason="not_applicable")
+        return Score(None, reason="not_applicable", detail="no reward applies to this row")
     total = 0.0
     for weight, score in applicable:
         if score.value is None:
-            return score
+            return Score(None, reason=score.reason)  # its detail is in the log already
         total += weight * score.value
-    return Score(None, reason="not_finite") if finite_float(total) is None else Score(total)
+    if finite_float(total) is None:
+        return Score(None, reason="not_finite", detail="the weighted sum is infinite in float32")
+    return Score(total)
 
 
 def _columns(

@@ -318,9 +318,10 @@ def test_sum_skips_rewards_that_do_not_apply(rollout):
     assert output.applies == {"accuracy": [True, False], "length": [True, True]}
 
 
-def test_row_to_which_no_reward_applies_is_unscored(rollout):
+def test_row_to_which_no_reward_applies_is_unscored_and_logged(rollout, caplog):
     output = compute_rewards([Digits()], [rollout("12", answer=12), rollout("12", answer=None)])
     assert (output.rewards, output.causes) == ([0.5, None], {"not_applicable": 1})
+    assert caplog.messages == ["reward sum, not_applicable at prompt 'row:0': no reward applies to this row"]
 
 
 def test_reward_that_fails_is_the_cause_beside_one_that_does_not_apply(rollout):
