@@ -1,4 +1,4 @@
-"""``check-data``: what it prints, writes and returns, on the configs that ``fit`` takes."""
+"""``check-data``: what it prints, writes and returns."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check(*options: str) -> int:
     return 0
 
 
-def test_clean_data(capsys):
+def test_clean_data_passes(capsys):
     write("train.jsonl", *[ROW] * 3)
     assert check() == 0
     out = capsys.readouterr()
@@ -60,7 +60,7 @@ def test_clean_data(capsys):
     assert "code" not in out.out and out.err == ""
 
 
-def test_bad_rows_are_shown_by_code_with_the_first_of_each(capsys):
+def test_bad_rows_are_listed_by_code_with_examples(capsys):
     write(
         "train.jsonl",
         ROW,
@@ -81,7 +81,7 @@ def test_bad_rows_are_shown_by_code_with_the_first_of_each(capsys):
     assert {"source", "row", "id", "field", "code", "message", "line"} == set(report[0])
 
 
-def test_the_summary_as_json(capsys):
+def test_json_option_prints_the_summary(capsys):
     write("train.jsonl", *[ROW] * 99, {"id": "q", "prompt": "Which?"})
     write("val.jsonl", {})
     assert check("--json", "--data.val", "val.jsonl") == 1
@@ -94,7 +94,7 @@ def test_the_summary_as_json(capsys):
     assert list(json.loads(capsys.readouterr().out)) == ["train"]
 
 
-def test_options_of_fit_are_understood_and_the_processor_measures(capsys):
+def test_options_of_fit_apply_and_prompts_are_measured(capsys):
     write("train.jsonl", ROW, ROW | {"prompt": "Which? " * 50})
     assert check() == 0
     assert check("--data.max_prompt_tokens", "30", "--data.max_reject_fraction", "0.5") == 0
@@ -102,7 +102,7 @@ def test_options_of_fit_are_understood_and_the_processor_measures(capsys):
     assert check("--data.max_prompt_tokens", "30") == 1
 
 
-def test_decoding_in_full_finds_no_more_than_the_quick_check(capsys):
+def test_full_decoding_finds_the_same_as_the_quick_check(capsys):
     Path("a.jpg").write_bytes(encoded(noise(64, 48), "JPEG"))
     Path("b.jpg").write_bytes(encoded(noise(64, 48), "JPEG")[:700])
     write("train.jsonl", ROW | {"images": "a.jpg"}, ROW | {"images": "b.jpg"})
@@ -114,7 +114,7 @@ def test_decoding_in_full_finds_no_more_than_the_quick_check(capsys):
     assert list(summaries[0]["rejected_by_code"]) == ["E10"]
 
 
-def test_data_without_files_is_checked_by_making_it(capsys):
+def test_generated_data_is_checked(capsys):
     assert main(["check-data", "--config", "tiny/colour", "--data.train_size=64", "--data.val_size=8"]) is None
     out = capsys.readouterr().out
     assert "train: 64 rows, 64 usable, 0 refused" in out and "val: 8 rows" in out and "test: " in out
@@ -131,14 +131,14 @@ def test_data_without_files_is_checked_by_making_it(capsys):
         (["--split", "trian"], "invalid choice: 'trian'"),
     ],
 )
-def test_mistakes_are_told_in_a_line(capsys, options, message):
+def test_mistake_gives_one_line(capsys, options, message):
     write("train.jsonl", ROW)
     Path("empty.jsonl").touch()
     assert check(*options) == 2
     assert message in capsys.readouterr().err
 
 
-def test_help_names_options_and_exit_codes(capsys):
+def test_help_shows_options_and_exit_codes(capsys):
     assert check("--help") == 0
     out = capsys.readouterr().out
     assert "--report FILE" in out and "exit code: 0 the run would start" in out

@@ -1,4 +1,4 @@
-"""What holds for the package as a whole: instant import, doors between rooms, docstrings, the wheel."""
+"""The package as a whole: instant import, imports between packages, docstrings, the wheel."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def undocumented(source: str) -> list[str]:
 
 
 def is_overload_or_override(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
-    """Whether the documentation stands at another definition; setters share that of their property."""
+    """Whether another definition has the documentation; setters share that of their property."""
     return any(ast.unparse(d).rpartition(".")[2] in {"overload", "override", "setter"} for d in node.decorator_list)
 
 
@@ -101,14 +101,14 @@ def violations(check) -> dict[str, list[str]]:
     return {file: found for file, found in findings.items() if found}
 
 
-def test_importing_the_package_loads_nothing_but_itself():
+def test_import_of_the_package_loads_nothing_else():
     code = "import sys; before = set(sys.modules); import rllava_pl; print(*sorted(set(sys.modules) - before))"
     process = run(sys.executable, "-c", code)
     foreign = [name for name in process.stdout.split() if name.partition(".")[0] not in sys.stdlib_module_names]
     assert foreign == ["rllava_pl"], process.stderr
 
 
-def test_version_is_that_of_the_changelog_and_the_citation():
+def test_version_equals_changelog_and_citation():
     assert f"## [{rllava_pl.__version__}]" in (REPOSITORY / "CHANGELOG.md").read_text("utf-8")
     assert f"\nversion: {rllava_pl.__version__}\n" in (REPOSITORY / "CITATION.cff").read_text("utf-8")
 
@@ -117,7 +117,7 @@ def test_heavy_and_optional_packages_are_imported_inside_functions():
     assert violations(eager_imports) == {}
 
 
-def test_everything_public_has_a_docstring():
+def test_public_names_have_docstrings():
     assert violations(undocumented) == {}
 
 
@@ -133,22 +133,22 @@ def test_everything_public_has_a_docstring():
         ("from .vllm import Engine", set()),
     ],
 )
-def test_the_search_for_eager_imports_finds(source, found):
+def test_eager_import_is_found(source, found):
     assert eager_imports(source) == found
 
 
-def test_the_search_for_missing_docstrings_finds():
+def test_missing_docstring_is_found():
     source = '"""File."""\ndef f(): ...\ndef _g(): ...\nclass A:\n    """A."""\n    def m(self): ...\n'
     assert undocumented(source) == ["line 2: f", "line 6: A.m"]
 
 
-def test_no_room_imports_from_above():
+def test_packages_import_in_one_direction():
     process = run(sys.executable, "-c", LINT_IMPORTS)
     assert process.returncode == 0, process.stdout + process.stderr
 
 
 @pytest.mark.parametrize(
-    ("room", "line"),
+    ("package", "line"),
     [
         ("functional", "import rllava_pl.rewards"),
         ("rewards", "import rllava_pl.modules"),
@@ -158,13 +158,13 @@ def test_no_room_imports_from_above():
         ("functional", "def f():\n    import lightning"),
     ],
 )
-def test_the_import_contract_refuses(tmp_path, room, line):
+def test_forbidden_import_breaks_the_contract(tmp_path, package, line):
     shutil.copytree(PACKAGE, tmp_path / "rllava_pl", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
-    (tmp_path / "rllava_pl" / room / "trespasser.py").write_text(f"{line}\n", "utf-8")
+    (tmp_path / "rllava_pl" / package / "trespasser.py").write_text(f"{line}\n", "utf-8")
     process = run(sys.executable, "-c", LINT_IMPORTS, cwd=tmp_path, path=tmp_path)
     assert process.returncode == 1, process.stdout + process.stderr
-    assert f"rllava_pl.{room}.trespasser ->" in process.stdout
+    assert f"rllava_pl.{package}.trespasser ->" in process.stdout
 
 
 @pytest.fixture(scope="module")
@@ -176,21 +176,21 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(next(folder.glob("*.whl")))
 
 
-def test_wheel_contains_the_package_its_types_and_every_config(wheel):
+def test_wheel_has_the_package_its_types_and_every_config(wheel):
     configs = {f"rllava_pl/{path.relative_to(REPOSITORY)}" for path in REPOSITORY.glob("configs/**/*.yaml")}
     sources = {str(path.relative_to(REPOSITORY)) for path in FILES}
     assert "rllava_pl/configs/quickstart.yaml" in configs
     assert configs | sources | {"rllava_pl/py.typed"} <= set(wheel.namelist())
 
 
-def test_wheel_contains_nothing_else(wheel):
+def test_wheel_has_nothing_else(wheel):
     tops = {name.partition("/")[0] for name in wheel.namelist()}
     assert tops == {"rllava_pl", f"rllava_pl-{rllava_pl.__version__}.dist-info"}
     assert not [name for name in wheel.namelist() if "__pycache__" in name]
 
 
 def requirements() -> list[str]:
-    """What the core and all extras ask for, as written in pyproject.toml."""
+    """Requirements of the core and of all extras, as written in pyproject.toml."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
     return [line for part in (project["dependencies"], *project["optional-dependencies"].values()) for line in part]
 
@@ -200,5 +200,5 @@ def test_every_dependency_has_a_lower_and_an_upper_bound():
     assert loose == []
 
 
-def test_no_extra_asks_for_torchvision():
+def test_no_extra_requires_torchvision():
     assert [r for r in requirements() if r.startswith("torchvision")] == []

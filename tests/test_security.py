@@ -1,4 +1,4 @@
-"""What SECURITY.md promises: no source file can run or load foreign code, and no file that is read does so either."""
+"""The promises of SECURITY.md: no source file runs or loads foreign code, and neither does any file that is read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MEMBERS = {
     ),
 }
 FORBIDDEN = {"trust_remote_code": True, "weights_only": False, "allow_pickle": True, "shell": True}
-"""Options and the value that is not allowed; where one is not a constant, it cannot be told, so that is not either."""
+"""Options and the value that is not allowed."""
 
 
 def findings(source: str) -> list[str]:
@@ -56,7 +56,7 @@ def _unsafe(node: ast.AST) -> Iterator[str]:
         yield ast.unparse(node)
     if isinstance(node, ast.Call):
         yield from _unsafe_call(node)
-    if isinstance(node, ast.Dict):  # options that are handed on as a mapping
+    if isinstance(node, ast.Dict):  # options that are passed as a mapping
         for key, value in zip(node.keys, node.values, strict=True):
             if isinstance(key, ast.Constant) and _is_forbidden(key.value, value):
                 yield f"{key.value}={ast.unparse(value)}"
@@ -77,7 +77,7 @@ def _is_forbidden(option: object, value: ast.expr) -> bool:
     return isinstance(option, str) and ast.unparse(value) == str(FORBIDDEN.get(option, "no such option"))
 
 
-def test_no_file_runs_or_loads_foreign_code() -> None:
+def test_source_runs_and_loads_no_foreign_code() -> None:
     found = {str(file.relative_to(ROOT)): findings(file.read_text("utf-8")) for file in FILES}
     assert {file: lines for file, lines in found.items() if lines} == {}
 
@@ -102,7 +102,7 @@ def test_no_file_runs_or_loads_foreign_code() -> None:
         ("yaml.load(text, Loader)", "line 1: yaml.load"),
     ],
 )
-def test_the_search_finds(source: str, finding: str) -> None:
+def test_unsafe_source_is_found(source: str, finding: str) -> None:
     assert findings(source) == [finding]
 
 
@@ -119,7 +119,7 @@ def test_the_search_finds(source: str, finding: str) -> None:
         "from .pickle import x",
     ],
 )
-def test_the_search_leaves_alone(source: str) -> None:
+def test_safe_source_is_accepted(source: str) -> None:
     assert findings(source) == []
 
 
@@ -138,7 +138,7 @@ class Payload:
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Iterator[Path]:
-    """A checkpoint with a payload, which must not have worked when the test is over."""
+    """A checkpoint with a payload, which must not have run when the test is over."""
     path, mark = tmp_path / "hostile.ckpt", tmp_path / "it-worked"
     plain = {"state_dict": {}, "hyper_parameters": {}, "pytorch-lightning_version": "2.6.6", "global_step": 0}
     torch.save(plain | {"loops": Payload(mark)}, path)
@@ -146,7 +146,7 @@ def hostile(tmp_path: Path) -> Iterator[Path]:
     assert not mark.exists()
 
 
-def test_the_payload_would_work(tmp_path: Path) -> None:
+def test_payload_runs_when_unpickled(tmp_path: Path) -> None:
     torch.save(Payload(tmp_path / "mark"), tmp_path / "file")
     torch.load(tmp_path / "file", weights_only=False)
     assert (tmp_path / "mark").is_dir()
@@ -155,17 +155,17 @@ def test_the_payload_would_work(tmp_path: Path) -> None:
 REFUSED = r"(?i)weights.?only|unsupported global|GLOBAL posix.mkdir"
 
 
-def test_a_run_does_not_resume_from_it(hostile: Path, tmp_path: Path) -> None:
+def test_hostile_checkpoint_is_refused_at_resume(hostile: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=REFUSED):
         runs.trainer(tmp_path).fit(runs.module(), runs.data(), ckpt_path=hostile, weights_only=True)
 
 
-def test_a_run_does_not_resume_from_it_where_nobody_says_weights_only(hostile: Path, tmp_path: Path) -> None:
+def test_hostile_checkpoint_is_refused_at_resume_without_weights_only(hostile: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=REFUSED):
         runs.trainer(tmp_path).fit(runs.module(), runs.data(), ckpt_path=hostile)
 
 
-def test_the_command_line_does_not_resume_from_it(
+def test_hostile_checkpoint_is_refused_by_the_command_line(
     hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -174,22 +174,22 @@ def test_the_command_line_does_not_resume_from_it(
         main(["test", "--config=tiny/colour", f"--ckpt_path={hostile}", *options])
 
 
-def test_a_module_is_not_made_of_it(hostile: Path) -> None:
+def test_hostile_checkpoint_is_refused_by_load_from_checkpoint(hostile: Path) -> None:
     with pytest.raises(Exception, match=REFUSED):
         GRPO.load_from_checkpoint(hostile, policy=runs.tiny(), rewards=[])
 
 
-def test_checkpoint_files_are_not_read_with_it(hostile: Path) -> None:
+def test_hostile_checkpoint_is_refused_by_the_checkpoint_io(hostile: Path) -> None:
     with pytest.raises(Exception, match=REFUSED):
         AtomicCheckpointIO().load_checkpoint(hostile)
 
 
-def test_a_batch_for_replay_is_not_read_with_it(hostile: Path) -> None:
+def test_hostile_batch_dump_is_refused(hostile: Path) -> None:
     with pytest.raises(Exception, match=REFUSED):
-        guard.load(hostile)
+        guard.load_batch(hostile)
 
 
-def test_weights_of_a_model_are_not_read_with_it(hostile: Path, tmp_path: Path) -> None:
+def test_hostile_weights_of_a_model_are_refused(hostile: Path, tmp_path: Path) -> None:
     source = runs.tiny()
     source.prepare(0)
     model = Path(shutil.copytree(source.path, tmp_path / "model"))

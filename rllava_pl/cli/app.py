@@ -26,7 +26,7 @@ from rllava_pl.cli.errors import UsageError, debugging, raised_by_us, with_hint
 from rllava_pl.cli.messages import check_keys, explain, import_class, unknown_option
 from rllava_pl.cli.raw_config import CLASS, OPTIONS, Tree, lookup, merge, sources
 from rllava_pl.cli.warnings import filter_warnings
-from rllava_pl.modules.policy_module import PolicyModule
+from rllava_pl.modules import PolicyModule
 from rllava_pl.redaction import redact
 
 TRAINER_DEFAULTS = {
@@ -96,7 +96,7 @@ class RLCLI(LightningCLI):
                 args=list(args),
             )
         except UsageError as error:
-            raise UsageError(redact(str(error), self.raw)) from error
+            raise UsageError(redact(str(error), self.raw)) from error.__cause__
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on the instance
         """The one command of this run; parsers of the others would cost start-up time."""

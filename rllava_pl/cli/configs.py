@@ -27,9 +27,8 @@ def run(args: Sequence[str]) -> int:
     """Print one line for each config: its name and the first line of its comment."""
     command_parser("configs", "List the configs that --config finds by name.\n").parse_args(args)
     width = max(map(len, names()))
-    for name in names():
-        print(f"{name:{width}} {_title(folder() / (name + SUFFIX))}")
-    print(f"\nfiles in {folder()}; several --config are merged, later ones win")
+    lines = [f"{name:{width}} {_title(folder() / (name + SUFFIX))}" for name in names()]
+    print("\n".join([*lines, f"\nfiles in {folder()}; several --config are merged, later ones win"]))
     return 0
 
 

@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rllava_pl.cli.errors import UsageError, nearest
 from rllava_pl.cli.raw_config import CLASS, EXTRA, OPTIONS, Value, lookup
 from rllava_pl.loop.options import RENAMED
-from rllava_pl.modules.policy_module import PolicyModule
+from rllava_pl.modules import PolicyModule
 
 MOVED = {"rllava_pl.strategies.HostAdamW": "rllava_pl.optim.HostAdamW"}
 """Class paths of release 0.1 and what they are now."""
