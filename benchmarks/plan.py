@@ -1,11 +1,11 @@
 """The memory plan beside what real runs take, on a CPU.
 
     python benchmarks/plan.py                 # every case, each in a fresh process; about ten minutes
-    python benchmarks/plan.py --cases tiny    # those whose name begins so
+    python benchmarks/plan.py --cases tiny    # cases whose name begins with this
 
 Models are built from a config with random weights and trained by ``python -m rllava_pl fit`` with a ``MemoryReport``.
 On a CPU the process is what is measured: its growth since the first rollout began (resident memory at its peak in a
-phase, VmHWM of Linux), plus the weights that were loaded by then. Interpreter and libraries are not counted, nor are
+phase, VmHWM of Linux), plus the weights that were loaded before. Interpreter and libraries are not counted, nor are
 holes in the heap (``HEAP``).
 """
 
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Tells the C library to give every freed tensor back at once; else holes in its heap are measured as well."""
+"""Makes the C library return freed memory at once; otherwise holes in its heap are measured as well."""
 QUESTION = "What color is the shape?"
 
 
@@ -45,7 +45,7 @@ CHECKPOINTED = {"model.policy.gradient_checkpointing": "true"}
 CASES = [
     Case("tiny qwen2_vl"),
     Case("tiny qwen2_vl, checkpointed", options=CHECKPOINTED),
-    Case("tiny qwen2_vl, 4 micro-batches", options={"model.micro_batch_size": "64"}),
+    Case("tiny qwen2_vl, 4 micro-batches", options={"model.batching.micro_batch_size": "64"}),
     Case("tiny qwen3_vl", family="qwen3_vl"),
     Case("tiny qwen2_5_vl", family="qwen2_5_vl"),
     Case("tiny idefics3", family="idefics3"),
@@ -99,7 +99,7 @@ def enlarge(directory: Path, case: Case) -> None:
 
 
 def run(case: Case, directory: Path) -> dict[str, dict[str, float]]:
-    """Predicted and measured GiB a phase, of a run of two rollouts in this process."""
+    """Predicted and measured GiB by phase, of a run of two rollouts in this process."""
     from rllava_pl.callbacks import MemoryReport
     from rllava_pl.cli import main
 
@@ -109,10 +109,10 @@ def run(case: Case, directory: Path) -> dict[str, dict[str, float]]:
         "model.policy.path": str(directory / "model"),
         "model.group_size": str(case.group),
         "model.sampling.max_tokens": str(case.max_tokens),
-        "model.minibatches": "1",
+        "model.batching.num_minibatches": "1",
         "model.max_rollouts": "2",
-        "model.kl_loss_coef": "0.0",
-        "model.lr_schedule": "constant",
+        "model.kl.loss_coef": "0.0",
+        "model.schedule.kind": "constant",
         "data.batch_size": str(case.prompts),
         "trainer.callbacks": "MemoryReport",
         "trainer.logger": "false",
@@ -145,7 +145,7 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Every case, one row a phase."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="", help="begin of the names of the cases to run; all by default")
+    parser.add_argument("--cases", default="", help="run the cases whose names begin with this; all by default")
     parser.add_argument("--step", choices=("make", "run"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--case", type=lambda text: Case(**json.loads(text)), help=argparse.SUPPRESS)

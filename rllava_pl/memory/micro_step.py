@@ -55,7 +55,8 @@ class StepPeaks:
     def along(self, other: StepPeaks, distance: float) -> StepPeaks:
         """Peaks of another number of rows, ``distance`` times as far from this one as ``other`` is.
 
-        Between two boundaries the bytes are an affine function of the number of rows, which their maximum is not.
+        Between two boundaries the peak is an affine function of the number of rows, unless another tensor becomes the
+        largest; then the result is too low.
         """
         return StepPeaks(_along(self.logprobs, other.logprobs, distance), _along(self.update, other.update, distance))
 

@@ -1,4 +1,4 @@
-"""Bytes of every phase, by hand."""
+"""Bytes of every phase equal sums by hand."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ import dataclasses
 
 import pytest
 
-from rllava_pl.memory import Engine, Placement, Prompts, Settings, Source, parse_bytes
+from rllava_pl.memory import (
+    PhaseMemory,
+    Placement,
+    PlannedEngine,
+    PlannedModel,
+    PlanSettings,
+    PromptSize,
+    parse_bytes,
+)
 from rllava_pl.memory.budget import (
     CONTEXT_BYTES,
     FRAGMENT_BYTES,
     PROCESS_BYTES,
     STAGING_BYTES,
+    ModelSize,
     OptimizerCost,
-    Phase,
-    Shapes,
-    Steps,
     kv_cache_bytes,
     phases,
 )
+from rllava_pl.memory.micro_step import StepBytes
 from rllava_pl.memory.placement import ddp, deepspeed, fsdp, host_adamw, placement_of, single
 
-SHAPES = Shapes(
+SIZE = ModelSize(
     parameters=1000,
     trained=800,
     largest=300,
@@ -33,64 +40,65 @@ SHAPES = Shapes(
     layers=6,
     vocabulary=50,
 )
-STEPS = Steps(streamed=70, kept=90, scoring=40, prefill=30)
+STEP = StepBytes(update=70, update_with_gradients=90, logprobs=40)
+PREFILL_BYTES = 30
 ADAMW = OptimizerCost(moment_bytes=4.0, scratch_bytes=600.0)
-SERVER = Engine("server")
+SERVER = PlannedEngine("server")
 
 
-def of(name: str, **options: object) -> Phase:
+def of(name: str, **options: object) -> PhaseMemory:
     """One phase of a run on a GPU with rollouts from a server."""
-    settings = Settings(Source("none"), **({"engine": SERVER, "evaluates": True} | options))
-    return next(phase for phase in phases(SHAPES, settings, STEPS, ADAMW) if phase.name == name)
+    settings = PlanSettings(PlannedModel("none"), **({"engine": SERVER, "computes_logprobs": True} | options))
+    return next(phase for phase in phases(SIZE, settings, STEP, PREFILL_BYTES, ADAMW) if phase.name == name)
 
 
 def gpu(name: str, **options: object) -> int:
     """Bytes on the GPU that are computed."""
-    return sum(line.gpu for line in of(name, **options).lines if not line.assumed)
+    return sum(item.gpu for item in of(name, **options).items if not item.assumed)
 
 
 def host(name: str, **options: object) -> int:
     """Bytes on the host that are computed."""
-    return sum(line.host for line in of(name, **options).lines if not line.assumed)
+    return sum(item.host for item in of(name, **options).items if not item.assumed)
 
 
-def test_one_device_holds_weights_moments_and_what_an_update_makes():
+def test_one_device_holds_weights_moments_and_activations():
     resting = 1000 * 2 + 800 * 4
     assert gpu("load") == 2000
-    assert gpu("reference") == resting + 40
+    assert gpu("logprobs") == resting + 40
     assert gpu("update") == resting + 90  # one micro-batch: gradients appear while activations go
-    assert gpu("update", micro_batch_size=8) == resting + 800 * 2 + 70  # of several: they are there from the start
+    assert gpu("update", micro_batch_size=8) == resting + 800 * 2 + 70  # of several: gradients exist from the start
     assert gpu("optimizer") == resting + 800 * 2 + 600
     assert gpu("save") == resting
     assert host("load") == 2000 and host("save") == 300 * 4
 
 
-def test_what_is_assumed_stands_apart():
-    assumed = [line for line in of("update").lines if line.assumed]
-    assert sum(line.gpu for line in assumed) == CONTEXT_BYTES + FRAGMENT_BYTES
-    assert sum(line.host for line in assumed) == PROCESS_BYTES
+def test_assumed_items_are_separate():
+    assumed = [item for item in of("update").items if item.assumed]
+    assert sum(item.gpu for item in assumed) == CONTEXT_BYTES + FRAGMENT_BYTES
+    assert sum(item.host for item in assumed) == PROCESS_BYTES
 
 
-def test_on_a_cpu_everything_is_host_memory_and_nothing_is_assumed():
+def test_a_cpu_run_has_host_memory_only_and_no_assumed_items():
     update = of("update", device="cpu")
     assert update.gpu == 0
     assert update.host == 1000 * 2 + 800 * 4 + 90
-    assert not any(line.assumed for line in update.lines)
+    assert not any(item.assumed for item in update.items)
 
 
 def test_ddp_holds_gradients_twice():
     assert gpu("update", placement=ddp(), ranks=4, micro_batch_size=8) == 2000 + 3200 + 2 * 1600 + 70
 
 
-def test_fsdp_cuts_everything_and_gathers_two_layers_and_the_root():
+def test_fsdp_shards_everything_and_gathers_two_layers_and_the_root():
     resting = (2000 + 3200) // 4
-    whole = (2 * 100 + 400) * 2
-    assert gpu("reference", placement=fsdp(), ranks=4) == resting + 40 + whole
-    assert gpu("update", placement=fsdp(), ranks=4) == resting + 1600 // 4 + 70 + whole
+    gathered = (2 * 100 + 400) * 2
+    assert gpu("logprobs", placement=fsdp(), ranks=4) == resting + 40 + gathered
+    assert gpu("update", placement=fsdp(), ranks=4) == resting + 1600 // 4 + 70 + gathered
     assert gpu("optimizer", placement=fsdp(), ranks=4) == resting + 1600 // 4 + 600 // 4
 
 
-def test_zero_cuts_by_stage():
+def test_zero_shards_by_stage():
     states = 800 * (8 + 4)
 
     def update(stage: int) -> int:
@@ -112,7 +120,7 @@ def test_zero_offload_moves_states_and_weights_to_the_host():
     ("states", "gradients", "bytes_a_parameter"),
     [("float32", "float32", 16), ("float32", "bfloat16", 14), ("bfloat16", "bfloat16", 10), ("int8", "bfloat16", 4.03)],
 )
-def test_the_host_optimizer_leaves_weights_and_activations_on_the_gpu(states, gradients, bytes_a_parameter):
+def test_host_adamw_keeps_only_weights_and_activations_on_the_gpu(states, gradients, bytes_a_parameter):
     placement = host_adamw(states, gradients)
     assert gpu("update", placement=placement) == 2000 + 70
     assert gpu("optimizer", placement=placement) == 2000
@@ -120,62 +128,62 @@ def test_the_host_optimizer_leaves_weights_and_activations_on_the_gpu(states, gr
 
 
 @pytest.mark.parametrize(("weight_bytes", "bytes_a_parameter"), [(2, 16), (4, 12)])
-def test_on_a_host_that_trains_its_own_weights_fp32_needs_no_masters(weight_bytes, bytes_a_parameter):
-    shapes = dataclasses.replace(SHAPES, weight_bytes=weight_bytes)
-    settings = Settings(Source("none"), placement=host_adamw(), device="cpu", engine=SERVER)
-    found = next(phase for phase in phases(shapes, settings, STEPS, ADAMW) if phase.name == "save")
+def test_fp32_weights_on_a_cpu_need_no_master_weights(weight_bytes, bytes_a_parameter):
+    size = dataclasses.replace(SIZE, weight_bytes=weight_bytes)
+    settings = PlanSettings(PlannedModel("none"), placement=host_adamw(), device="cpu", engine=SERVER)
+    found = next(phase for phase in phases(size, settings, STEP, PREFILL_BYTES, ADAMW) if phase.name == "save")
     assert found.host == 1000 * weight_bytes + 800 * bytes_a_parameter
 
 
 @pytest.mark.parametrize(
     ("memory", "asleep", "on_host"), [("resident", 2500, 0), ("release_kv", 2000, 0), ("sleep", 0, 2000)]
 )
-def test_vllm_hands_back_what_its_mode_says(memory, asleep, on_host):
-    engine = Engine("vllm", memory, kv_bytes=500)
+def test_vllm_frees_what_its_memory_mode_says(memory, asleep, on_host):
+    engine = PlannedEngine("vllm", memory, kv_bytes=500)
     assert gpu("rollout", engine=engine) == 2000 + 3200 + 2000 + 500
     assert gpu("update", engine=engine) == 2000 + 3200 + 90 + asleep
     assert host("update", engine=engine) == on_host
 
 
-def test_the_embedded_engine_needs_a_cache_and_room_to_draw():
-    engine = Engine(batch_prompts=2)
+def test_the_embedded_engine_needs_a_cache_and_memory_to_sample():
+    engine = PlannedEngine(batch_prompts=2)
     cache = 2 * 8 * (10 + 6) * 8  # prompts x group x tokens x bytes
-    draws = 2 * 8 * 50 * 24  # rows x vocabulary x bytes, more than reading the prompts takes
-    got = gpu("rollout", engine=engine, max_tokens=6, prompts=Prompts(10, 0, 0))
-    assert got == 2000 + 3200 + cache + cache // 6 + draws
+    sampling = 2 * 8 * 50 * 24  # rows x vocabulary x bytes, more than reading the prompts takes
+    got = gpu("rollout", engine=engine, max_tokens=6, prompt=PromptSize(10, 0, 0))
+    assert got == 2000 + 3200 + cache + cache // 6 + sampling
 
 
-def test_reference_and_critic_are_further_models():
+def test_reference_and_separate_critic_add_models():
     assert gpu("load", reference=True) == 4000
     assert gpu("load", critic="separate") == 4000
     assert gpu("save", critic="separate") == 4000 + 2 * 3200
 
 
-def test_phases_that_a_run_does_not_have_are_left_out():
-    names = [p.name for p in phases(SHAPES, Settings(Source("none")), STEPS, ADAMW)]
+def test_phases_without_use_are_left_out():
+    names = [p.name for p in phases(SIZE, PlanSettings(PlannedModel("none")), STEP, PREFILL_BYTES, ADAMW)]
     assert names == ["load", "rollout", "update", "optimizer", "save"]
 
 
-def test_keys_and_values_of_the_4b():
+def test_kv_cache_of_the_4b():
     assert kv_cache_bytes(16, 2048, 36 * 2 * 8 * 128 * 2) == 4.5 * 2**30
 
 
-def test_strategies_are_known_by_name_and_by_class():
+def test_strategies_are_found_by_name_and_by_class():
     assert placement_of("auto", {}) == single() == Placement()
     assert placement_of("rl_fsdp2", {}) == placement_of("rllava_pl.strategies.fsdp2.RLFSDP2Strategy", {}) == fsdp()
     assert placement_of("RLDeepSpeedStrategy", {"stage": 2, "allow_cpu": True}) == deepspeed(2)
-    with pytest.raises(ValueError, match="no memory plan for the strategy 'horovod'; it knows auto, rl_ddp"):
+    with pytest.raises(ValueError, match="no memory plan for the strategy 'horovod'; it must be auto, rl_ddp"):
         placement_of("horovod", {})
 
 
 @pytest.mark.parametrize(
     ("text", "size"), [("24GiB", 24 * 2**30), ("64 GB", 64 * 10**9), ("1.5e9", 1_500_000_000), ("512MiB", 2**29)]
 )
-def test_sizes_are_read(text, size):
+def test_sizes_are_parsed(text, size):
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["24 gigs", "GiB", "-1GB", ""])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="is no size; write a number and a unit"):
+def test_text_that_is_not_a_size_is_refused(text):
+    with pytest.raises(ValueError, match="is not a size; write a number and a unit"):
         parse_bytes(text)
