@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
+from rllava_pl.distributed.collectives import gather_objects
 from rllava_pl.loop.options import Batching, Schedule, require
-from rllava_pl.types import Credit, ScoredBatch
+from rllava_pl.loop.state import RunState
+from rllava_pl.types import Credit, Sampling, ScoredBatch
 
 
 def check_run_options(
-    max_rollouts: int, batching: Batching, schedule: Schedule, max_grad_norm: float, max_skipped: int
+    max_rollouts: int,
+    batching: Batching,
+    schedule: Schedule,
+    sampling: Sampling,
+    max_grad_norm: float,
+    max_skipped: int,
 ) -> None:
     """Refuse options of a run that are out of range or contradict each other.
 
@@ -19,6 +29,8 @@ def check_run_options(
     require(max_rollouts >= 0, "max_rollouts", max_rollouts, "at least 0")
     require(max_grad_norm > 0, "max_grad_norm", max_grad_norm, "larger than 0; .inf: no clipping")
     require(max_skipped >= 1, "max_skipped", max_skipped, "at least 1")
+    if sampling.temperature == 0:
+        raise ValueError("sampling.temperature is 0: all completions of a prompt would be equal")
     if schedule.kind == "constant":
         return
     if max_rollouts < 1:
@@ -31,6 +43,22 @@ def check_run_options(
             f"batching.update_epochs {batching.update_epochs} = {steps} steps; lower warmup_steps, raise max_rollouts "
             "or set schedule.kind: constant"
         )
+
+
+def check_resume(checkpoint: Mapping[str, Any], seed: int, state: RunState) -> None:
+    """Refuse to continue a run from a checkpoint of another one. Collective.
+
+    Raises:
+        ValueError: The run has another seed, or ranks have read different checkpoints.
+    """
+    saved = checkpoint.get("hyper_parameters", {}).get("seed", seed)
+    if saved != seed:
+        raise ValueError(
+            f"the checkpoint was made with seed {saved}, this run has seed {seed}: it would continue with other "
+            "samples in another order; pass the same seed (--seed_everything)"
+        )
+    if len(set(gather_objects(state.saved_at_ns))) > 1:
+        raise ValueError("ranks read different checkpoints; all need the same directory, on a shared file system")
 
 
 def check_batch_size(prompts: int, group_size: int, num_minibatches: int) -> None:

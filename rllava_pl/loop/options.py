@@ -16,6 +16,7 @@ from typing import Literal, Self, TypeVar, cast, get_args
 
 from rllava_pl.functional._numerics import check_choice
 from rllava_pl.functional.kl import KLEstimator
+from rllava_pl.redaction import is_secret
 
 ScheduleKind = Literal["constant", "linear", "cosine"]
 
@@ -266,6 +267,16 @@ def complete(cls: type, name: str, group: GroupT) -> GroupT:
         if parameter is not None and isinstance(parameter.default, OptionGroup):
             return group.with_defaults(cast(GroupT, parameter.default))
     return group
+
+
+def plain_options(cls: type, options: Mapping[str, object]) -> dict[str, object]:
+    """Hyper-parameters as plain data, groups completed with the defaults of the algorithm; secrets are left out."""
+    completed = {k: complete(cls, k, v) if isinstance(v, OptionGroup) else v for k, v in options.items()}
+    return {
+        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+        for name, value in completed.items()
+        if not is_secret(name)
+    }
 
 
 def signature_of(cls: type) -> inspect.Signature:

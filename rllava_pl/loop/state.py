@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 
@@ -31,7 +35,18 @@ class RunState:
         """For a checkpoint."""
         return asdict(self)
 
-    def load(self, saved: dict[str, int | float]) -> None:
+    def load(self, saved: Mapping[str, int | float]) -> None:
         """Take over what ``as_dict`` returned."""
         for name, value in saved.items():
             setattr(self, name, value)
+
+    def facts(self, options: Mapping[str, object]) -> dict[str, int | str]:
+        """For the manifest of a checkpoint; of two checkpoints of a run the later one has the larger time."""
+        self.saved_at_ns = max(time.time_ns(), self.saved_at_ns + 1)
+        text = json.dumps(options, sort_keys=True, default=str)
+        return {
+            "rollouts": self.rollouts,
+            "updates": self.updates,
+            "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "saved_at_ns": self.saved_at_ns,
+        }

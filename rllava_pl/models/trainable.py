@@ -72,6 +72,12 @@ def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
+def frozen_names(module: nn.Module) -> set[str]:
+    """Names in the ``state_dict`` of what is not trained."""
+    trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return set(module.state_dict()) - trained
+
+
 def _matches_part(model: PreTrainedModel, pattern: str, names: set[str]) -> set[str]:
     family = family_of(model)
     connector = _glob(family.connector, names)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import hashlib
-import json
-import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -24,11 +21,11 @@ from rllava_pl.checkpoint import manifest
 from rllava_pl.checkpoint.batch_progress import restart_interrupted
 from rllava_pl.checkpoint.io import AtomicCheckpointIO
 from rllava_pl.distributed import signals
-from rllava_pl.distributed.collectives import gather_objects, world_size
+from rllava_pl.distributed.collectives import world_size
 from rllava_pl.functional.schedules import lr_factor
 from rllava_pl.functional.seeds import permutation, seed_from
 from rllava_pl.loop.batch import split_minibatches
-from rllava_pl.loop.checks import check_run_options
+from rllava_pl.loop.checks import check_resume, check_run_options
 from rllava_pl.loop.evaluation import GREEDY, Evaluator
 from rllava_pl.loop.health import HealthCheck
 from rllava_pl.loop.interruption import ExitHandler, Interruption
@@ -37,17 +34,18 @@ from rllava_pl.loop.options import (
     RENAMED,
     Batching,
     Evaluation,
-    OptionGroup,
     Schedule,
     complete,
+    plain_options,
     signature_of,
 )
 from rllava_pl.loop.phases import Phases
 from rllava_pl.loop.requests import make_requests
 from rllava_pl.loop.state import RunState
 from rllava_pl.loop.updater import Updater
+from rllava_pl.models.trainable import frozen_names
 from rllava_pl.models.vlm import VLM
-from rllava_pl.redaction import is_secret, redact
+from rllava_pl.redaction import redact
 from rllava_pl.rewards import BaseReward, RewardRunner, Scoring
 from rllava_pl.rollout.callbacks import RolloutCallback, TransformersRollout
 from rllava_pl.rollout.engine import ManagedEngine
@@ -143,15 +141,11 @@ class PolicyModule(LightningModule):
         self.max_skipped = max_skipped
         self.evaluation = complete(type(self), "evaluation", evaluation)
         self.seed = seed
-        check_run_options(max_rollouts, self.batching, self.schedule, max_grad_norm, max_skipped)
+        check_run_options(max_rollouts, self.batching, self.schedule, sampling, max_grad_norm, max_skipped)
         if not rewards and self.needs_rewards:
-            raise ValueError(
-                f"{type(self).__name__}: no reward given, so nothing to learn from; e.g. rewards: [AnswerTagReward]"
-            )
-        if sampling.temperature == 0:
-            raise ValueError("sampling.temperature is 0: all completions of a prompt would be equal")
+            raise ValueError(f"{type(self).__name__}: no reward given, e.g. rewards: [AnswerTagReward]")
         self.save_hyperparameters(ignore=["policy", "rewards", "optimizer"])
-        self.save_hyperparameters(redact(_plain_options(type(self), self.hparams)))
+        self.save_hyperparameters(redact(plain_options(type(self), self.hparams)))
         self.reference = None
         self.state = RunState()
         self.metrics = MetricAccumulator()
@@ -247,17 +241,10 @@ class PolicyModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what training changes; frozen weights and the reference come from the policy's own checkpoint again."""
         if checkpoint["state_dict"]:  # else the strategy saves weights in its own way
-            frozen = _frozen_names(self)
+            frozen = frozen_names(self)
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-        state, options = self.state, json.dumps(dict(self.hparams), sort_keys=True, default=str)
-        state.saved_at_ns = max(time.time_ns(), state.saved_at_ns + 1)
-        checkpoint[STATE] = {"state": state.as_dict()}
-        checkpoint[manifest.FACTS] = {
-            "rollouts": state.rollouts,
-            "updates": state.updates,
-            "config_sha256": hashlib.sha256(options.encode()).hexdigest(),
-            "saved_at_ns": state.saved_at_ns,
-        }
+        checkpoint[manifest.FACTS] = self.state.facts(dict(self.hparams))
+        checkpoint[STATE] = {"state": self.state.as_dict()}
         restart_interrupted(checkpoint["loops"]["fit_loop"], self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -266,19 +253,12 @@ class PolicyModule(LightningModule):
         Raises:
             ValueError: The run has another seed, or ranks have read different checkpoints.
         """
-        seed = checkpoint.get("hyper_parameters", {}).get("seed", self.seed)
-        if seed != self.seed:
-            raise ValueError(
-                f"the checkpoint was made with seed {seed}, this run has seed {self.seed}: it would continue with "
-                "other samples in another order; pass the same seed (--seed_everything)"
-            )
         self.state.load(checkpoint.get(STATE, {}).get("state", {}))
-        if len(set(gather_objects(self.state.saved_at_ns))) > 1:
-            raise ValueError("ranks read different checkpoints; all need the same directory, on a shared file system")
+        check_resume(checkpoint, self.seed, self.state)
         self.configure_model()
         if checkpoint["state_dict"]:  # else the strategy has loaded them
             present = self.state_dict()
-            checkpoint["state_dict"] |= {name: present[name] for name in _frozen_names(self)}
+            checkpoint["state_dict"] |= {name: present[name] for name in frozen_names(self)}
 
     # -- sampling and evaluation -------------------------------------------------------------------------------------
 
@@ -359,32 +339,14 @@ class PolicyModule(LightningModule):
         optimizer = self.optimizer([{"params": parameters} for parameters, _ in groups])
         if self._trainer is not None:  # outside of a run there is no strategy that could fail
             adapter_for(self.trainer.strategy).check_optimizer(optimizer)
-        for group, (_, factor) in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] *= factor
+        for group, (_, multiple) in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] *= multiple
 
-        def factor_at(step: int) -> float:
-            return lr_factor(
-                step,
-                schedule=self.schedule.kind,
-                warmup_steps=self.schedule.warmup_steps,
-                total_steps=self.max_rollouts * self.batching.updates_per_rollout,
-                final_ratio=self.schedule.final_ratio,
-            )
-
-        return [optimizer], [LambdaLR(optimizer, factor_at)]
-
-
-def _frozen_names(module: LightningModule) -> set[str]:
-    """Names in the state_dict of what is not trained."""
-    trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return set(module.state_dict()) - trained
-
-
-def _plain_options(cls: type, options: Mapping[str, object]) -> dict[str, object]:
-    """Hyper-parameters as plain data, groups completed with the defaults of the algorithm; secrets are left out."""
-    completed = {k: complete(cls, k, v) if isinstance(v, OptionGroup) else v for k, v in options.items()}
-    return {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-        for name, value in completed.items()
-        if not is_secret(name) and name != "unknown"
-    }
+        factor = partial(
+            lr_factor,
+            schedule=self.schedule.kind,
+            warmup_steps=self.schedule.warmup_steps,
+            total_steps=self.max_rollouts * self.batching.updates_per_rollout,
+            final_ratio=self.schedule.final_ratio,
+        )
+        return [optimizer], [LambdaLR(optimizer, factor)]
