@@ -27,7 +27,7 @@ from rllava_pl.distributed.collectives import world_size
 FORMAT = 1
 NAME = "manifest.json"
 """File name of a directory's manifest."""
-FACTS = "rllava_pl"
+FACTS = "rllava_pl_manifest"
 """Key of a Lightning checkpoint under which a module stores the facts for the manifest."""
 ARCHIVE = "archive"
 """Name, in the manifest of a single file, for everything before the comment."""
