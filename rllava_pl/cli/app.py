@@ -77,7 +77,7 @@ class RLCLI(LightningCLI):
         self.command = args[0]
         self.raw: Tree = {
             "trainer": {**TRAINER_DEFAULTS, "callbacks": CALLBACKS}
-        }  # what the user gave is merged into it
+        }  # the user's values are merged into it
         strict = {"exit_on_error": False, "allow_abbrev": False}  # raise, so that the message can be shortened
         followers = ", ".join(f"--{target} follows --{source}" for target, source in LINKS.items())
         about = f"{TRAINER_COMMANDS[self.command].capitalize()}. Where a class has them, {followers}."
@@ -237,7 +237,7 @@ class RLCLI(LightningCLI):
         if found is None and subcommand != "fit":
             raise UsageError(f"--ckpt_path last: there is no checkpoint in {shown(ours.directory(self.trainer))} yet")
         rank_zero_info(
-            "--ckpt_path last: " + ("no checkpoint yet, starting a new run" if found is None else shown(found))
+            f"--ckpt_path last: {'no checkpoint yet, starting a new run' if found is None else shown(found)}"
         )
         return found
 

@@ -1,4 +1,4 @@
-"""``python -m rllava_pl check-data``: every row of a config's data, checked as ``fit`` would, without training."""
+"""``python -m rllava_pl check-data``: checks every row of a config's data as ``fit`` does, without training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -26,10 +26,10 @@ from rllava_pl.datamodules.rejections import CODES, Rejection, write_report
 
 SPLITS = ("train", "val", "test")
 EXAMPLES = 3
-"""Rows shown a code."""
+"""Rows shown of each code."""
 ABOUT = """\
-Check every row of the data that a config of `fit` names, images included, and say which rows cannot be used and why.
-Nothing is trained and no model is loaded; its processor is, to measure prompts, where the config names its path.
+Check every row of the data that a config of `fit` names, images included, and list the rows that cannot be used, with
+the reason. No model is loaded, only its processor, which measures prompts, where the config names its path.
 All other options are those of `fit`, e.g. --data.max_prompt_tokens 1024.
 """
 EXIT_CODES = "exit code: 0 the run would start, 1 more rows are refused than data.max_reject_fraction allows, 2 usage"
@@ -46,12 +46,12 @@ class DataCLI(PartialCLI):
 
 @dataclass(frozen=True)
 class Checked:
-    """One split and what became of its rows."""
+    """The result of one split."""
 
     split: str
     audit: Audit
     allowed: float
-    """Share of rows that may be refused."""
+    """Fraction of rows that may be rejected."""
     seconds: float
 
     @property
@@ -60,7 +60,7 @@ class Checked:
         return len(self.audit.rejections) <= self.allowed * self.audit.total
 
     def by_code(self) -> dict[str, list[Rejection]]:
-        """Refused rows by code, in the order of the codes."""
+        """Rejected rows by code, sorted by code."""
         codes = sorted({rejection.code for rejection in self.audit.rejections})
         return {code: [r for r in self.audit.rejections if r.code == code] for code in codes}
 
@@ -102,7 +102,7 @@ def run(args: Sequence[str]) -> int:
 
 def _splits(data: LightningDataModule, only: str | None) -> list[str]:
     if not isinstance(data, BaseDataModule):
-        raise ValueError(f"check-data reads data modules derived from BaseDataModule; {type(data).__name__} is none")
+        raise ValueError(f"check-data reads data modules derived from BaseDataModule; {type(data).__name__} is not")
     if only:
         return [only]
     if isinstance(data, PromptDataModule):
@@ -116,7 +116,7 @@ def _check(data: BaseDataModule, split: str, decode: bool) -> Checked:
         sources = data.sources(split)
         with _progress(split, sum(len(source.table.rows) for source in sources)) as tick:
             verdicts, allowed = audit(sources, decode, tick), data.max_reject_fraction
-    else:  # it makes its prompts by itself
+    else:  # the prompts are generated, not read
         data.setup("test" if split == "test" else "fit")
         prompts = getattr(data, f"{split}_prompts")
         with _progress(split, len(prompts)) as tick:
@@ -128,10 +128,9 @@ def _check(data: BaseDataModule, split: str, decode: bool) -> Checked:
 
 @contextmanager
 def _progress(split: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on the terminal, if there is one; what is yielded moves it by a row."""
+    """A progress bar if stderr is a terminal; the function yielded advances it by a row."""
     console = Console(stderr=True)
-    columns = (TextColumn(split), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(split, total=total)
         yield lambda: progress.advance(task)
 
@@ -167,16 +166,14 @@ def _print(results: Sequence[Checked], report: str | None) -> None:
 
 
 def _table(result: Checked) -> Table:
-    """Rows a code, with the first of each."""
-    table = Table("code", "meaning", "rows", "the first of them")
+    """Number and examples of the rows of every code."""
+    table = Table("code", "meaning", "rows", "examples")
     for code, rows in result.by_code().items():
-        examples = "\n".join(_example(row) for row in rows[:EXAMPLES])
-        table.add_row(code, CODES[code], str(len(rows)), Text(examples))
+        examples = [
+            f"{row.source} row {row.row}{f' (line {row.line})' if row.line else ''}, {row.field}: {row.message}"
+            for row in rows[:EXAMPLES]
+        ]
+        table.add_row(code, CODES[code], str(len(rows)), Text("\n".join(examples)))
     for code, count in sorted(result.audit.repairs.items()):
-        table.add_row(code, CODES[code], str(count), "mended, and used")
+        table.add_row(code, CODES[code], str(count), "repaired and used")
     return table
-
-
-def _example(row: Rejection) -> str:
-    line = f" (line {row.line})" if row.line else ""
-    return f"{row.source} row {row.row}{line}, {row.field}: {row.message}"
