@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, Self, TypeVar, cast, get_args
+from typing import Literal, Self, TypedDict, TypeVar, cast, get_args
 
 from rllava_pl.functional._numerics import check_choice
 from rllava_pl.functional.kl import KLEstimator
@@ -86,6 +86,13 @@ class KL(OptionGroup):
         check_choice("kl.estimator", self.estimator, get_args(KLEstimator))
 
 
+class ClipRange(TypedDict):
+    """Arguments of most losses."""
+
+    clip_low: float
+    clip_high: float
+
+
 @dataclass(frozen=True)
 class Clip(OptionGroup):
     """Clip range of the importance ratio.
@@ -107,7 +114,7 @@ class Clip(OptionGroup):
         require(self.dual is None or self.dual > 1, "clip.dual", self.dual, "larger than 1, or null")
 
     @property
-    def range(self) -> dict[str, float]:
+    def range(self) -> ClipRange:
         """The arguments ``clip_low`` and ``clip_high`` of most losses."""
         return {"clip_low": self.low, "clip_high": self.high}
 

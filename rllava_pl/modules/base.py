@@ -282,12 +282,7 @@ class RLModule(PolicyModule):
 
     def requests(self, prompts: Iterable[Prompt], *, samples: int, stream: str) -> list[Request]:
         """What to ask of the engine; a further round of dynamic sampling draws other numbers."""
+        rollout, round_ = self.state.rollouts, self.group_buffer.rounds
         return make_requests(
-            self.policy,
-            list(prompts),
-            samples=samples,
-            stream=stream,
-            seed=self.seed,
-            rollout=self.state.rollouts,
-            round_=self.group_buffer.rounds,
+            self.policy, list(prompts), samples, stream, seed=self.seed, rollout=rollout, round_=round_
         )

@@ -40,11 +40,14 @@ class ClipCov(CovarianceModule):
     def select(self, minibatch: TrainingBatch) -> Tensor:
         """A random part of the tokens of high covariance."""
         seed = seed_from(self.seed, "clip_cov", self.state.updates)
-        old_logp_NT, options = minibatch.old_logp_NT, {"ratio": self.ratio, "lower": self.lower, "upper": self.upper}
+        old_logp_NT = minibatch.old_logp_NT
         return losses.clip_cov_select(
             *(old_logp_NT, old_logp_NT, minibatch.advantages_NT, minibatch.trained_mask_NT),
+            **self.clip.range,
+            ratio=self.ratio,
+            lower=self.lower,
+            upper=self.upper,
             generator=torch.Generator(old_logp_NT.device).manual_seed(seed),
-            **(self.clip.range | options),
         )
 
     def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:

@@ -46,8 +46,8 @@ class HPT(BesideGroupModule):
     def advantages(self, batch: RewardedBatch) -> Credit:
         """Reward - mean over the samples of a prompt, (N,); of each prompt either samples or demonstration train."""
         advantages_N = advantages.grpo(batch.rewards_N, batch.group_N, scale_by_std=False)
-        gate = {"success_threshold": self.success_threshold, "gate": self.gate}
-        failed_N = demonstrations.hpt_gate(batch.scores_N, batch.group_N, **gate)
+        threshold, gate = self.success_threshold, self.gate
+        failed_N = demonstrations.hpt_gate(batch.scores_N, batch.group_N, success_threshold=threshold, gate=gate)
         imitates_P = batch.by_prompt(failed_N)[:, 0] & batch.by_prompt(batch.given_mask_NT.any(1))[:, -1]
         self.metrics.add_masked({"imitated_prompts": imitates_P.float()}, torch.ones_like(imitates_P))
         is_last_G = torch.arange(batch.group_size, device=imitates_P.device) == self.group_size

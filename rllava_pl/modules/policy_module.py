@@ -209,20 +209,24 @@ class PolicyModule(LightningModule):
         return policy
 
     def on_fit_start(self) -> None:
-        """Give the updater what it steps."""
-        self.on_validation_start()
+        """Give the parts the strategy, the engine and the optimizer of this run."""
+        self.connect()
         scheduler = cast(LambdaLR, self.lr_schedulers())
         self.updater.connect_optimizer(cast(LightningOptimizer, self.optimizers()), scheduler)
+
+    def connect(self) -> None:
+        """Give the parts the strategy and the engine of this run."""
+        self.updater.connect(adapter_for(self.trainer.strategy), Path(self.trainer.default_root_dir))
+        self.evaluator.connect(self.engine)
 
     def on_train_start(self) -> None:
         """Note signals from now on, in place of Lightning's handlers, which act in the middle of a step."""
         signals.install_handlers()
 
     def on_validation_start(self) -> None:
-        """Give the updater the strategy; note signals from now on."""
-        self.updater.connect(adapter_for(self.trainer.strategy), Path(self.trainer.default_root_dir))
-        self.evaluator.connect(self.engine)
-        signals.install_handlers()
+        """Validation may also run alone."""
+        self.connect()
+        self.on_train_start()
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -264,14 +268,8 @@ class PolicyModule(LightningModule):
 
     def requests(self, prompts: Iterable[Prompt], *, samples: int, stream: str) -> list[Request]:
         """What to ask of the engine; a sample's seed is a function of run, stream, rollout, prompt and its number."""
-        return make_requests(
-            self.policy,
-            list(prompts),
-            samples=samples,
-            stream=stream,
-            seed=self.seed,
-            rollout=self.state.rollouts,
-        )
+        rollout = self.state.rollouts
+        return make_requests(self.policy, list(prompts), samples, stream, seed=self.seed, rollout=rollout)
 
     def on_validation_epoch_start(self) -> None:
         """Begin with empty scores."""
