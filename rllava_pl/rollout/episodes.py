@@ -53,13 +53,10 @@ def run_episodes(
 
 def _rollout(policy: Policy, request: Request, generation: Generation) -> Rollout:
     sampled = Segment(generation.ids_T, logprobs_T=generation.logprobs_T, weight_version=generation.weight_version)
-    segments, ids_T = (sampled,), generation.ids_T
-    if request.prefix_ids:
-        given = Segment(torch.tensor(request.prefix_ids, dtype=torch.int64), "given")
-        segments, ids_T = (given, sampled), torch.cat([given.ids_T, ids_T])
-    return Rollout(
-        request.prompt, request.group, request.inputs, segments, generation.finish_reason, policy.decode(ids_T)
-    )
+    given = Segment(torch.tensor(request.prefix_ids, dtype=torch.int64), "given")
+    segments = (given, sampled) if len(given) else (sampled,)
+    text = policy.decode(torch.cat([segment.ids_T for segment in segments]))
+    return Rollout(request.prompt, request.group, request.inputs, segments, generation.finish_reason, text)
 
 
 def check_generations(

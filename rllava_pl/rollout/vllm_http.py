@@ -16,7 +16,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partialmethod
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from rllava_pl.distributed.signals import abort_if_signalled
@@ -300,7 +300,8 @@ async def run_while_healthy(
         watches.append(asyncio.create_task(_until_asked()))
     results = asyncio.gather(*tasks)
     try:
-        await asyncio.wait([results, *watches], return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [results, *watches]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for watch in watches:
             if watch.done() and not results.done():
                 watch.result()  # raises: a watch ends in no other way

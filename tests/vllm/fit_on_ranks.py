@@ -1,4 +1,4 @@
-"""Run by a test on each of two ranks: a short fit with an engine each; what happened goes to ``sys.argv[1]``."""
+"""Run by a test on each of two ranks: a short fit with an engine each; results are written to ``sys.argv[1]``."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def main(root: Path) -> None:
     module = runs.module(
         max_rollouts=45, group_size=8, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
     )
-    rollout = module.rollout
+    sample = module.sample
 
-    def noted(prompts):
-        found = rollout(prompts)
-        samples.setdefault("first", [(r.prompt.uid, r.response_ids.tolist()) for r in found])
-        return found
+    def recorded(prompts):
+        rollouts = sample(prompts)
+        samples.setdefault("first", [(r.prompt.uid, r.response_ids.tolist()) for r in rollouts])
+        return rollouts
 
-    module.rollout = noted
-    engine = VLLMRollout(context_tokens=512, kv_cache_gib=1 / 16, canary_every=20)
+    module.sample = recorded
+    engine = VLLMRollout(context_tokens=512, kv_cache_gib=1 / 16, sync_check_every=20)
     trainer = runs.trainer(root, callbacks=[engine, rewards], strategy="rl_ddp", devices=int(os.environ["WORLD_SIZE"]))
     trainer.fit(module, runs.data(batch_size=12, train_size=384))
     assert dist.is_initialized()  # closing the engine has left the trainer's group alone

@@ -1,4 +1,4 @@
-"""Run by a test: an engine in another process is synchronised and asked; prints the largest gap before and after."""
+"""Run by a test: an engine in another process samples before and after a sync; prints the largest gaps."""
 
 from __future__ import annotations
 
