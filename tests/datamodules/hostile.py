@@ -197,7 +197,7 @@ class Maker:
     def messages(self, text: str, slots: int) -> list[Row]:
         rng = self.random
         parts = [{"type": "image"}] * slots + [{"type": "text", "text": text}]
-        if rng.random() < 0.5:  # pictures may stand between texts
+        if rng.random() < 0.5:  # images may be between texts
             parts.insert(0, {"type": "text", "text": "Look: "})
         content: object = parts if rng.random() < 0.5 else "<image>" * slots + text
         turns: list[Row] = [{"role": "user", "content": content}]

@@ -17,7 +17,7 @@ class Rows(BaseDataModule):
 
 
 def on_rank(rank: int, ranks: int, **options: int) -> Rows:
-    """A data module as it stands on one of several data-parallel ranks."""
+    """A data module as on one of several data-parallel ranks."""
     data = Rows(**options)
     strategy = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": ranks, "rank": rank})
     data.trainer = SimpleNamespace(strategy=strategy, fit_loop=None)

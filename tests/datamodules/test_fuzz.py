@@ -36,7 +36,9 @@ def assert_correct(rows: PromptRows, cases: list[Case]) -> None:
         for row, case in enumerate(cases)
         if codes.get(row, "") != case.code
     ]
-    assert not wrong, f"{len(wrong)} of {len(cases)} wrong: (row, expected, got, line) {wrong[:5]}"
+    assert not wrong, (
+        f"{len(wrong)} of {len(cases)} results differ: (row, expected, got, line) {wrong[:5]}"
+    )
     assert len(rows) + len(rows.rejections) == rows.total == len(cases)
     assert rows.repairs == Counter(code for case in cases if not case.code for code in case.repairs)
     for rejection in rows.rejections:

@@ -114,7 +114,7 @@ def test_e07_path_that_leaves_the_folder_is_refused(reader):
     os.mkfifo(reader.root / "pipe.png")
     for ref in ("../outside.png", str(outside), "link.png", "proc/environ", "/proc/self/mem", "a\0b", "folder", "."):
         assert code_of(reader, ref) == {"E07"}, ref
-    assert code_of(reader, "pipe.png") == {"E07"}  # and does not wait for somebody to write into it
+    assert code_of(reader, "pipe.png") == {"E07"}  # without waiting for a writer
 
 
 def test_links_inside_the_folder_are_followed(reader):

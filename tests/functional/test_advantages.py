@@ -109,7 +109,7 @@ def test_pass_at_k_of_known_groups():
     plain = advantages.pass_at_k(rewards, group, scale_by_std=False)
     torch.testing.assert_close(plain, torch.tensor([0, 0.5, 0]))
     torch.testing.assert_close(advantages.pass_at_k(rewards, group), torch.tensor([0, 1.237176, 0]), atol=1e-6, rtol=0)
-    assert (advantages.pass_at_k(torch.tensor([1.0, 0, 1]), group) == 0).all()  # nobody leads
+    assert (advantages.pass_at_k(torch.tensor([1.0, 0, 1]), group) == 0).all()  # a tie
     lead = advantages.pass_at_k(torch.tensor([0.0, -1, 0.5]), torch.tensor([1, 1, 2]), scale_by_std=False)
     assert lead.tolist() == [1, 0, 0]  # the best of another group is no rival
 
@@ -270,7 +270,7 @@ def slow_returns(rewards: list[float], discount: float) -> list[float]:
 
 
 def slow_rows(batch: Tokens, row_of: Callable[[int, list[float], list[float]], list[float]]) -> Tensor:
-    """``row_of(row, rewards, values)`` of the trainable tokens of each row, put back where they stand; 0 elsewhere."""
+    """``row_of(row, rewards, values)`` of the trainable tokens of each row, at their places; 0 elsewhere."""
     result = torch.zeros(batch.mask.shape, dtype=torch.float64)
     for row, kept in enumerate(batch.mask):
         rewards, values = batch.token_rewards[row, kept].tolist(), batch.values[row, kept].tolist()
@@ -297,7 +297,7 @@ def test_reinforce_pp_of_known_rewards():
 
 
 def test_tool_token_is_skipped_by_returns():
-    # 1, .5 * 1 one trainable token earlier, .5 * .5 another one; the 5 stands at a token nobody sampled
+    # 1, .5 * 1 one trainable token earlier, .5 * .5 another one; the 5 is at a token that was not sampled
     rewards, mask = torch.tensor([[0.0, 5, 0, 1]]), torch.tensor([[True, False, True, True]])
     assert advantages.reinforce_pp(rewards, mask, gamma=0.5)[1].tolist() == [[0.25, 0, 0.5, 1]]
 
@@ -380,7 +380,7 @@ def test_gae_reduces_to_returns_and_to_one_step_errors():
     for batch in list(batches(torch.float64, seed=12))[::10]:
         _, expected = advantages.reinforce_pp(batch.token_rewards, batch.mask, gamma=0.7)
         arguments = batch.token_rewards, batch.values, batch.mask
-        # lam 1: A + V telescopes to the discounted rewards, whatever the critic says
+        # lam 1: A + V telescopes to the discounted rewards, for all values
         assert_near(advantages.gae(*arguments, gamma=0.7)[1], expected, dtype=torch.float64)
         # lam 0 and gamma 0: what the reward of the token itself exceeds the value by
         one_step, _ = advantages.gae(*arguments, gamma=0.0, lam=0.0, whiten=False)

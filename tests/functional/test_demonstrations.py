@@ -70,7 +70,7 @@ def drawn(dtype: torch.dtype) -> list[Mixed]:
 
 
 def blocks(cases: Iterable[Mixed]) -> Iterator[Mixed]:
-    """Cases of one shape as one batch: rows stand alone, and a hundred cases cost one call."""
+    """Cases of one shape as one batch: rows are independent, and a hundred cases cost one call."""
     for _, block in itertools.groupby(cases, key=lambda case: case.logp.shape):
         yield Mixed(*map(torch.cat, zip(*block, strict=True)))
 

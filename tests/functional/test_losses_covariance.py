@@ -202,9 +202,9 @@ def test_selection_ignores_padding_and_garbage():
 def test_slices_of_one_selection_give_equal_losses_for_every_micro_batch(size):
     logp, old, credit, mask = torch.randn(4, 6, 8, generator=generator(38), dtype=torch.float64).unbind(0)
     mask = mask > -1
-    silenced = clip_cov_select(old, old, credit, mask, ratio=0.1, lower=0.0, generator=generator(0))
+    excluded = clip_cov_select(old, old, credit, mask, ratio=0.1, lower=0.0, generator=generator(0))
     held = kl_cov_select(old, credit, mask, ratio=0.1)
-    for loss, selected in ((clip_cov, silenced), (kl_cov, held)):
+    for loss, selected in ((clip_cov, excluded), (kl_cov, held)):
         assert 0 < selected.sum() < mask.sum()
         whole = loss(logp, old, credit, mask, selected_NT=selected)
         pieces = [

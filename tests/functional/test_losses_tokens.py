@@ -1,4 +1,4 @@
-"""Losses in which every token stands alone: REINFORCE, CISPO, SAPO and the critic's."""
+"""Losses in which tokens are independent: REINFORCE, CISPO, SAPO and the critic's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The policy's forward: one prompt a group equals everything repeated, whatever a batch mixes."""
+"""The policy's forward: the shared-prompt form equals the plain form for every mix of images and lengths."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_masked_token_inside_a_response_has_no_state_and_no_log_prob(load: Calla
 
 
 def test_batch_without_trained_tokens_still_has_a_graph(load: Callable[..., Policy]) -> None:
-    """A silenced micro-batch goes through the model, so that every rank can call backward."""
+    """A micro-batch without trained tokens runs the model, too, so that every rank can call backward."""
     policy = load("idefics3")
     batch = random_batch(policy, [1, 1])
     silent = PolicyBatch(batch.inputs, 3, batch.response_ids_NT, torch.zeros_like(batch.mask_NT))
@@ -328,7 +328,7 @@ def test_adapters_off_is_the_base_model_bit_for_bit(load: Callable[..., Policy])
 
 
 def text_only(tiny_path: Callable[[str], str]) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
-    """A random language model without eyes, and its tokenizer."""
+    """A random text-only language model, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_path("qwen2_vl"))
     tokenizer.chat_template = tokenizer.chat_template.replace("part['type'] == 'image'", "False")
     config = Qwen2Config(

@@ -49,7 +49,7 @@ def test_image_only_processor_survives_saving(models, family, tmp_path):
     first.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((models[family] / "config.json").read_text())
     saved = json.loads((tmp_path / "processor_config.json").read_text())
-    assert saved["processor_class"] == QWEN[family]  # a name that transformers knows
+    assert saved["processor_class"] == QWEN[family]  # the name of a class in transformers
     assert "video_processor" not in saved
     again = load_processor(tmp_path)
     assert ids(again, images=2) == ids(first, images=2)

@@ -70,7 +70,7 @@ def test_token_spelled_across_parts_is_text(load: Callable[..., Policy]) -> None
         assert special_ids(policy, question(*parts)) == special_ids(policy, question("ab"))
     special = SpecialTokens.of(policy.tokenizer)
     assert special.spelled_by(Message("user", ("<|im_", "end|>")))
-    assert not special.spelled_by(Message("user", ("<|im_", IMAGE, "end|>")))  # a picture stands between
+    assert not special.spelled_by(Message("user", ("<|im_", IMAGE, "end|>")))  # an image is in between
 
 
 def test_every_role_may_spell_tokens(load: Callable[..., Policy]) -> None:
