@@ -6,11 +6,11 @@
     python benchmarks/gpu_24gb.py --size tiny                        # the same on a CPU, in seconds
 
 The model is built from its published config with random weights, on the device and in bf16; nothing is downloaded. The
-rest is a run as any other: GRPO in a Trainer, real pictures, the host optimizer, gradient checkpointing, log-probs in
-tiles. Random weights hardly ever end a response, so every one is as long as the budget: the worst case for memory.
+rest is an ordinary run: GRPO in a Trainer, images, the host optimizer, gradient checkpointing, log-probs in tiles.
+Random weights hardly ever end a response, so all responses have the largest length: the worst case for memory.
 
-Beside each measured peak stands what the memory plan said. ``device`` is the whole card as the driver sees it, context
-and libraries included; it is sampled every 20 ms, the allocator's peaks are exact.
+Each measured peak is printed beside that of the memory plan. ``device`` is the memory in use on the whole card,
+including context and libraries; it is sampled every 20 ms, while the allocator's peaks are exact.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from rllava_pl.callbacks import RolloutCallback, TransformersRollout, VLLMRollou
 from rllava_pl.callbacks.plan_settings import settings_of
 from rllava_pl.datamodules import SyntheticVisionDataModule
 from rllava_pl.datamodules.synthetic import TASKS, DrawnPrompts
-from rllava_pl.memory import Plan, Prompts, plan
+from rllava_pl.loop.options import KL, Batching
+from rllava_pl.memory import MemoryPlan, PromptSize, plan
 from rllava_pl.memory.placement import host_adamw
 from rllava_pl.models import VLM, tiny
 from rllava_pl.models.architectures import architecture, config_of
@@ -50,10 +51,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GIB = 2**30
-PLANNED = {"rollout": ("rollout",), "evaluate": ("reference",), "update": ("update", "optimizer"), "sync": ("sync",)}
-"""Phases of the plan that make up a phase of the run."""
+UPDATE = ("update", "optimizer")
+"""Phases of the plan that belong to the phase ``update`` of a run; the others have equal names."""
 SHORT = {"max_tokens": 8, "group_size": 4, "micro_batch_size": 4, "prompts": 2, "image_side": 56}
-"""What ``--size tiny`` changes."""
+"""Options of ``--size tiny``."""
 
 Row = dict[str, float]
 
@@ -77,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
 
 
 def cap(options: argparse.Namespace) -> int:
-    """Let the allocator have what a card of this size would leave it; returns the bytes of the context."""
-    if options.engine == "embedded":  # lengths that vary then leave no holes; vLLM's sleeping memory needs it off
+    """Limit the allocator to the memory that a card of this size would have; returns the bytes of the context."""
+    if options.engine == "embedded":  # avoids fragmentation by varying lengths; vLLM's sleep mode needs it off
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     torch.empty(1, device="cuda")
     free, total = torch.cuda.mem_get_info()
@@ -88,10 +89,10 @@ def cap(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace, device: str, folder: Path) -> dict[str, object]:
-    """A short training run, watched; one that does not fit is reported as far as it came."""
-    source = RandomVLM(str(directory(options, folder)), dtype="bfloat16", gradient_checkpointing=True)
+    """A short training run with its peaks; a run that fails is reported up to the failure."""
+    policy = RandomVLM(str(directory(options, folder)), dtype="bfloat16", gradient_checkpointing=True)
     rollout, peaks = engine(options), Peaks(device)
-    module = algorithm(options, source)
+    module = algorithm(options, policy)
     data = SyntheticVisionDataModule(task="color", batch_size=options.prompts, train_size=1024)
     trainer = Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
@@ -109,12 +110,12 @@ def run(options: argparse.Namespace, device: str, folder: Path) -> dict[str, obj
     found, failure = planned(options, module, rollout, device), ""
     try:
         trainer.fit(module, data)
-    except RuntimeError as error:  # of which running out of memory is one
+    except RuntimeError as error:  # includes out-of-memory errors
         failure = f"{type(error).__name__}: {error}"
     phases = {name: row | predictions(found, name) for name, row in peaks.rows.items()}
     return {
         "options": vars(options),
-        "parameters": found.shapes.parameters,
+        "parameters": found.size.parameters,
         "failure": failure,
         "rollouts": peaks.rollouts,
         "phases": phases,
@@ -126,7 +127,7 @@ def run(options: argparse.Namespace, device: str, folder: Path) -> dict[str, obj
 
 
 class RandomVLM(VLM):
-    """Random weights from a config, made on the device that will train them."""
+    """Random weights from a config."""
 
     def _load_model(self, *, lazy: bool) -> PreTrainedModel:
         from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
@@ -140,33 +141,32 @@ class RandomVLM(VLM):
         return model
 
 
-class Parity(BaseReward):
-    """Answers of random weights are all wrong; this tells them apart, so that there is something to learn."""
+class IdSum(BaseReward):
+    """A graded reward, because all answers of random weights are wrong and equal rewards have no gradient."""
 
     isolation = "none"
 
     def score(self, rollout: Rollout) -> Score:
-        """1 for an even sum of token ids."""
-        return Score(float(1 - int(rollout.response_ids.sum()) % 2))
+        """The sum of the token ids modulo 97, between 0 and 1."""
+        return Score(int(rollout.response_ids.sum()) % 97 / 96)
 
 
-def algorithm(options: argparse.Namespace, source: VLM) -> RLModule:
-    """GRPO; with a KL term there is a reference policy, a second set of weights."""
+def algorithm(options: argparse.Namespace, policy: VLM) -> RLModule:
+    """GRPO; a KL term needs a reference policy, a second set of weights."""
     return GRPO(
-        source,
-        [Parity()],
+        policy,
+        [IdSum()],
         group_size=options.group_size,
         sampling=Sampling(max_tokens=options.max_tokens),
         max_rollouts=options.rollouts,
-        minibatches=1,
-        micro_batch_size=options.micro_batch_size,
-        kl_loss_coef=options.kl,
+        batching=Batching(micro_batch_size=options.micro_batch_size),
+        kl=KL(loss_coef=options.kl),
         optimizer=partial(HostAdamW, lr=1e-6, states=options.states, gradients=options.gradients),
     )
 
 
 def engine(options: argparse.Namespace) -> RolloutCallback:
-    """Who samples."""
+    """The rollout callback."""
     if options.engine == "embedded":
         return TransformersRollout(batch_prompts=options.rollout_prompts)
     context = options.max_tokens + 1024
@@ -176,9 +176,9 @@ def engine(options: argparse.Namespace) -> RolloutCallback:
 
 
 def directory(options: argparse.Namespace, folder: Path) -> Path:
-    """Config, tokenizer and processor of the model, without weights that anybody would read.
+    """Config, tokenizer and processor of the model.
 
-    The tokenizer is that of the tiny model: the architecture's vocabulary is far larger, which is as good for memory.
+    The tokenizer is that of the tiny model; the larger vocabulary of the architecture determines the memory.
     """
     task = TASKS["color"]
     path = tiny.build(
@@ -222,34 +222,34 @@ class Peaks(Callback):
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Be told of phases; watch from here on."""
-        pl_module.observers.append(self)
+        """Observe the phases from here on."""
+        pl_module.phases.observers.append(self)
         self._sampler.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Loading is over."""
-        self._fold()
+        """The model is loaded."""
+        self._read()
         self._phases = ["between"]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop watching."""
+        """Stop sampling."""
         self._done.set()
         self._sampler.join()
-        self._fold()
+        self._read()
 
     def phase_begins(self, name: str) -> None:
-        """What was so far belongs to the phase around it."""
-        self._fold()
+        """Peaks up to here belong to the phase around this one."""
+        self._read()
         self._phases.append(name)
 
     def phase_ends(self, name: str, seconds: float) -> None:
-        """Back to the phase around it."""
-        self._fold()
+        """Return to the phase around this one."""
+        self._read()
         self._phases.pop()
         self.rows[name]["seconds"] += seconds
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
-        """Speed of one pass."""
+        """Speed of one rollout."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         tokens = metrics["train/response_tokens"] * len(args[1]) * pl_module.group_size
         row = {name: value for name, value in metrics.items() if name.startswith("time/")}
@@ -259,8 +259,8 @@ class Peaks(Callback):
         row["grad_norm"] = metrics["train/grad_norm"]
         self.rollouts.append(row)
 
-    def _fold(self) -> None:
-        """Add the allocator's peaks since the last call to the present phase, and begin anew."""
+    def _read(self) -> None:
+        """Add the allocator's peaks since the last call to the running phase, and reset them."""
         row = self.rows[self._phases[-1]]
         if self.on_gpu:
             torch.cuda.synchronize()
@@ -280,13 +280,13 @@ class Peaks(Callback):
 
 
 def resident_bytes() -> int:
-    """Memory of this process, of the host."""
+    """Host memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def planned(options: argparse.Namespace, module: RLModule, rollout: RolloutCallback, device: str) -> Plan:
-    """What the plan says of this run."""
+def planned(options: argparse.Namespace, module: RLModule, rollout: RolloutCallback, device: str) -> MemoryPlan:
+    """The plan of this run."""
     processor = load_processor(module.policy.path)
     (inputs,) = encode(processor, [DrawnPrompts("color", "train", 1)[0]], FAMILIES["qwen3_vl"])
     image_id = config_of(module.policy.path).image_token_id
@@ -298,26 +298,26 @@ def planned(options: argparse.Namespace, module: RLModule, rollout: RolloutCallb
         precision="32-true",
         ranks=1,
         batch_prompts=options.prompts,
-        prompts=Prompts(tokens, 1, of_image),
+        prompt=PromptSize(tokens, 1, of_image),
         device=device,
     )
     return plan(settings, module.optimizer)
 
 
-def predictions(found: Plan, name: str) -> Row:
-    """The plan's bytes for a phase of the run; nothing where it knows none."""
-    phases = [phase for phase in found.phases if phase.name in PLANNED.get(name, (name,))]
+def predictions(found: MemoryPlan, name: str) -> Row:
+    """Bytes of the plan for a phase of the run; empty if the plan does not have it."""
+    phases = [phase for phase in found.phases if phase.name in (UPDATE if name == "update" else (name,))]
     if not phases:
         return {}
     return {
         "predicted_device_bytes": max(phase.gpu for phase in phases),
-        "predicted_allocated_bytes": max(sum(line.gpu for line in phase.lines if not line.assumed) for phase in phases),
+        "predicted_allocated_bytes": max(sum(item.gpu for item in phase.items if not item.assumed) for phase in phases),
         "predicted_host_bytes": max(phase.host for phase in phases),
     }
 
 
 def machine(device: str) -> dict[str, object]:
-    """What a figure must be read with."""
+    """The machine of the figures."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found: dict[str, object] = {
         "cores": os.cpu_count(),
@@ -333,7 +333,7 @@ def machine(device: str) -> dict[str, object]:
 
 
 def table(report: dict[str, object]) -> str:
-    """What a person wants to see."""
+    """The report as text."""
     columns = ("allocated", "predicted_allocated", "reserved", "device", "predicted_device", "host", "predicted_host")
     lines = [f"{'GiB':10}" + "".join(f"{name.replace('predicted_', '≈'):>12}" for name in columns) + f"{'s':>9}"]
     for name, row in report["phases"].items():
@@ -342,7 +342,7 @@ def table(report: dict[str, object]) -> str:
     for row in report["rollouts"][-1:]:
         sampled, trained = row["sampled_tokens_a_second"], row["trained_tokens_a_second"]
         lines.append(f"last rollout: {sampled:.0f} tokens a second sampled, {trained:.0f} trained")
-    lines.append(f"{report['parameters']:,} parameters; {report['machine']}; ≈ is the plan's")
+    lines.append(f"{report['parameters']:,} parameters; {report['machine']}; ≈ marks the plan")
     return "\n".join(lines)
 
 
