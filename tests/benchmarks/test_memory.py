@@ -29,7 +29,7 @@ def script(name: str) -> ModuleType:
 def with_unequal_rewards(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Every rollout gets another reward, so that no group is uninformative, whatever random weights sample."""
     rewards = count()
-    monkeypatch.setattr(module.Parity, "score", lambda self, rollout: Score(float(next(rewards))))
+    monkeypatch.setattr(module.IdSum, "score", lambda self, rollout: Score(float(next(rewards))))
     return module
 
 
@@ -43,8 +43,8 @@ def test_every_phase_of_a_run_is_measured_beside_the_plan(monkeypatch, tmp_path,
     gpu = with_unequal_rewards(script("gpu_24gb"), monkeypatch)
     gpu.main(["--size", "tiny", "--states", "int8", "--rollouts", "2", "--output", str(file)])
     report = json.loads(file.read_text())
-    assert {"load", "rollout", "evaluate", "update"} <= report["phases"].keys()
-    for name in ("rollout", "evaluate", "update"):
+    assert {"load", "rollout", "logprobs", "update"} <= report["phases"].keys()
+    for name in ("rollout", "logprobs", "update"):
         row = report["phases"][name]
         assert row["seconds"] > 0 and row["host_bytes"] > row["predicted_host_bytes"] > 0
     assert len(report["rollouts"]) == 2
@@ -69,7 +69,7 @@ def test_published_architecture_runs_with_the_tokenizer_of_the_tiny_model(monkey
         return config
 
     monkeypatch.setattr(gpu, "architecture", narrow)
-    monkeypatch.setattr(gpu, "planned", lambda *_: Namespace(phases=(), shapes=Namespace(parameters=0)))
+    monkeypatch.setattr(gpu, "planned", lambda *_: Namespace(phases=(), size=Namespace(parameters=0)))
     options = gpu._options(["--rollouts", "1", "--kl", "0"])
     vars(options).update(prompts=2, group_size=2, max_tokens=4, micro_batch_size=2, image_side=96)
     report = gpu.run(options, "cpu", tmp_path)
@@ -80,7 +80,7 @@ def test_published_architecture_runs_with_the_tokenizer_of_the_tiny_model(monkey
 
 def test_run_out_of_memory_is_reported_up_to_its_failure(monkeypatch, tmp_path):
     gpu = script("gpu_24gb")
-    monkeypatch.setattr(gpu, "planned", lambda *_: Namespace(phases=(), shapes=Namespace(parameters=0)))
+    monkeypatch.setattr(gpu, "planned", lambda *_: Namespace(phases=(), size=Namespace(parameters=0)))
     monkeypatch.setattr(gpu.HostAdamW, "step", out_of_memory)
     file = tmp_path / "gpu.json"
     with pytest.raises(SystemExit, match="OutOfMemoryError: no room for the step"):
