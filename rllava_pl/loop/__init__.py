@@ -19,6 +19,7 @@
 ``state``            counters of a run
 ``phases``           seconds of each phase; observers
 ``interruption``     ending a run on a signal
-``checks``           what hooks may return
+``checks``           options of a run, sizes of batches, results of hooks
+``named_functions``  functions chosen by name, with their options
 ==================== ===============================================================================================
 """
