@@ -44,7 +44,7 @@ def engine_tokens(engine: VLLMEngine | TransformersEngine) -> Sampled:
 
 
 def plain_tokens(policy: Policy) -> Sampled:
-    """The model's own ``generate`` on one batch of P x G rows, prompts repeated, sampling as it does by itself."""
+    """The model's own ``generate`` on one batch of P x G rows, prompts repeated, with its own sampling."""
 
     @torch.no_grad()
     def sampled(requests: Sequence[Request], sampling: Sampling) -> int:

@@ -66,9 +66,9 @@ async def prepare(server: Server) -> None:
 async def begin(server: Server, purpose: str) -> None:
     """Open an update: running requests end, further ones wait.
 
-    A server that is paused already may hold half the weights of an update that broke off. Ending that update makes the
-    server usable; sampling, or adding to the half, would crash it. If the server has noticed the break there is no open
-    update to end, so one is started; if not, it refuses that start.
+    A server that is paused already may hold half the weights of an interrupted update. Ending that update makes the
+    server usable; sampling, or adding to the half, would crash it. A server that has closed the update itself needs
+    another to end; any other refuses to start it.
     """
     interrupted = (await server.get("/is_paused", purpose))["is_paused"]
     await server.post("/pause?mode=wait", purpose)

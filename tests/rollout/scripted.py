@@ -1,4 +1,4 @@
-"""An engine that answers from a script, and a policy that knows tokens only."""
+"""An engine with scripted samples, and a policy without a model."""
 
 from __future__ import annotations
 

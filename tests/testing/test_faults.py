@@ -73,6 +73,13 @@ def test_faulty_call_is_retried_and_counted_and_stops_the_run_after_all_retries(
     assert error.value.__notes__ == ["the engine was asked for 2 prompts at update 3"]
 
 
+def test_faulty_engine_has_the_attributes_of_the_wrapped_engine() -> None:
+    engine = Scripted()
+    faulty = FaultyEngine(engine, Schedule(["dies"], 0.0))
+    faulty.sync([], 3)
+    assert faulty.version == engine.version == 3 and faulty.exact and faulty.unfinished == []
+
+
 def test_error_of_the_request_is_not_retried() -> None:
     engine = Scripted(change=lambda generations: (_ for _ in ()).throw(ValueError("the prompt is too long")))
     with pytest.raises(ValueError, match="too long"):

@@ -29,7 +29,7 @@ SMALL = (
 
 
 class RealServer:
-    """One server with the processes it starts, on a port of its own that stays the same over restarts."""
+    """One server with the processes it starts, on one port that stays the same over restarts."""
 
     def __init__(
         self, model: str, log: Path, options: Sequence[str] = (*OPTIONS, *SMALL), *, dev_mode: bool = True
@@ -58,7 +58,7 @@ class RealServer:
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a group of its own, which signals reach as a whole
+                start_new_session=True,  # a process group, which signals reach as a whole
             )
         last = time.monotonic() + START_SECONDS
         while not self.answers():

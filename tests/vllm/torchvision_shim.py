@@ -3,7 +3,7 @@
 vLLM's vision models ask transformers for a video processor, which asks for torchvision. Where only its CUDA build is to
 be had, ``import torchvision`` fails, because its operators cannot be loaded. This file declares the two operators that
 are missed; nothing here computes with them. It belongs into ``site-packages`` with a ``.pth`` file that imports it,
-since vLLM starts processes of its own. It costs nothing until torchvision is imported, and leaves a matching build
+since vLLM starts further processes. It costs nothing until torchvision is imported, and leaves a matching build
 alone.
 """
 
