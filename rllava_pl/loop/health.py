@@ -33,7 +33,7 @@ def _at_least(name: str, limit: float) -> Callable[[Metrics], bool]:
     return lambda metrics: metrics.get(name, float("-inf")) >= limit
 
 
-def _no_group_teaches(metrics: Metrics) -> bool:
+def _no_group_informative(metrics: Metrics) -> bool:
     """Rewards are equal within groups, and nothing but them gives credit: a batch baseline or a critic may."""
     return metrics.get("train/informative_groups", 1.0) <= 0 and metrics.get("train/advantage_std", 0.0) <= EQUAL
 
@@ -46,7 +46,7 @@ def _no_reward_differs(metrics: Metrics) -> bool:
 SYMPTOMS = (
     Symptom(
         "equal rewards",
-        _no_group_teaches,
+        _no_group_informative,
         "all answers to a prompt earned the same reward (mean {train/reward:.3g}), so that every advantage is 0. If "
         "the mean is low the prompts are too hard or the reward reads another format than the model writes: look at "
         "the rollouts, give part credit, or begin with easier prompts; if it is high they are solved",
@@ -61,7 +61,7 @@ SYMPTOMS = (
         "everything truncated",
         _at_least("train/truncated_fraction", 0.95),
         "{train/truncated_fraction:.0%} of the responses were cut off by the budget, so that no answer is ever "
-        "complete: raise sampling.max_tokens, or check that the model knows its end token",
+        "complete: raise sampling.max_tokens, or check that the model can sample its end token",
     ),
     Symptom(
         "entropy gone",

@@ -135,7 +135,7 @@ class ValueHead(nn.Linear):
 
 
 def explained_variance(returns: Tensor, values: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R), 0-dim: 1: the critic knows the returns, 0: no better than a constant, below: worse.
+    """1 - Var(R - V) / Var(R), 0-dim: 1: exact values, 0: no better than a constant, below: worse.
 
     0 where returns do not vary.
     """
