@@ -347,6 +347,12 @@ def test_option_of_release_0_1_gives_its_new_name(capsys, tmp_path, old, new):
     assert refused(capsys, [*COLOUR, "--config=old.yaml"]) == message
 
 
+def test_option_of_a_callback_of_release_0_1_gives_its_new_name(capsys):
+    args = ["--trainer.callbacks+=VLLMRollout", "--trainer.callbacks.canary_every=1"]
+    message = "trainer.callbacks.canary_every is now trainer.callbacks.sync_check_every"
+    assert refused(capsys, [*COLOUR, *args]) == message
+
+
 @pytest.mark.parametrize(("old", "new"), MOVED.items())
 def test_class_path_of_release_0_1_gives_its_new_path(capsys, tmp_path, old, new):
     (tmp_path / "old.yaml").write_text(f"model: {{init_args: {{optimizer: {{class_path: {old}}}}}}}", "utf-8")

@@ -24,12 +24,12 @@ from rllava_pl.checkpoint.manifest import DamagedCheckpoint
 from rllava_pl.cli import TRAINER_COMMANDS
 from rllava_pl.cli.errors import UsageError, debugging, raised_by_us, with_hint
 from rllava_pl.cli.messages import check_keys, explain, import_class, unknown_option
-from rllava_pl.cli.raw_config import CLASS, OPTIONS, Tree, lookup, merge, sources
+from rllava_pl.cli.raw_config import CLASS, OPTIONS, Tree, Value, lookup, merge, sources
 from rllava_pl.cli.warnings import filter_warnings
 from rllava_pl.modules import PolicyModule
 from rllava_pl.redaction import redact
 
-TRAINER_DEFAULTS = {
+TRAINER_DEFAULTS: Tree = {
     "max_epochs": -1,  # a run ends with max_rollouts, not with a number of passes over the prompts
     "num_sanity_val_steps": 0,  # sampling answers only to throw them away takes as long as a rollout
     "log_every_n_steps": 1,  # a step is a rollout, seconds to minutes long
@@ -39,7 +39,7 @@ TRAINER_DEFAULTS = {
         "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
     },
 }
-CALLBACKS = [
+CALLBACKS: list[Value] = [
     {"class_path": f"rllava_pl.callbacks.{name}"}
     for name in ("RolloutProgressBar", "RolloutCheckpoint", "Watchdog", "MemoryReport")
 ]
@@ -293,10 +293,8 @@ def _objects(section: object, path: str = "") -> Iterator[tuple[str, type | None
         for k, item in enumerate(section):
             yield from _objects(item, f"{path}[{k}]")
         return
-    class_path = section.get(CLASS) if isinstance(section, Namespace) else None
-    cls = import_class(class_path) if class_path else None
-    yield path, cls
-    options = section.get(OPTIONS) if class_path else section
-    if isinstance(options, Namespace):
-        for key, value in vars(options).items():
-            yield from _objects(value, f"{path}.{key}".lstrip("."))
+    fields = vars(section) if isinstance(section, Namespace) else {}
+    class_path = fields.get(CLASS)
+    yield path, import_class(class_path) if class_path else None
+    for key, value in (vars(fields.get(OPTIONS, Namespace())) if class_path else fields).items():
+        yield from _objects(value, f"{path}.{key}".lstrip("."))

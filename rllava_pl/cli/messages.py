@@ -26,6 +26,8 @@ from rllava_pl.modules import PolicyModule
 
 MOVED = {"rllava_pl.strategies.HostAdamW": "rllava_pl.optim.HostAdamW"}
 """Class paths of release 0.1 and what they are now."""
+RENAMED_IN_CALLBACKS = {f"canary_{name}": f"sync_check_{name}" for name in ("every", "limit", "recover")}
+"""Options of rollout callbacks in release 0.1 and what they are called now; those of algorithms are in ``RENAMED``."""
 SHOWN = 14
 """Names are listed where none is near and there are no more than this."""
 _KEY = re.compile(r'Parser key "([^"]+)":?\s*')
@@ -69,13 +71,14 @@ def check_keys(source: Value, given: Value, hint: object, path: str, default: ty
     if isinstance(source, str) or cls is None:
         return
     options = options_of(cls)
+    renamed = RENAMED if issubclass(cls, PolicyModule) else RENAMED_IN_CALLBACKS
     for key, value in source.items():
         option = key.removesuffix("+")
         if option in options:
             inner = value if key != option else lookup(given, [option])
             check_keys(value, inner, options[option][0], f"{path}.{option}", options[option][1])
-        elif option in RENAMED and issubclass(cls, PolicyModule):
-            raise UsageError(f"{path}.{option} is now {path}.{RENAMED[option]}")
+        elif option in renamed:
+            raise UsageError(f"{path}.{option} is now {path}.{renamed[option]}")
         elif option not in (CLASS, EXTRA):
             raise UsageError(unknown_option(f"{path}.{option}", options, cls.__name__))
 

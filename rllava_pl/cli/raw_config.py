@@ -65,9 +65,8 @@ def merge(old: Value, new: Value) -> Value:
         if name == key:
             merged[name] = merge(merged.get(name), value)
         else:
-            before = merged.get(name)
-            added = value if isinstance(value, list) else [value]
-            merged[name] = [*before, *added] if isinstance(before, list) else added
+            before, added = merged.get(name), value if isinstance(value, list) else [value]
+            merged[name] = [*(before if isinstance(before, list) else []), *added]
     return merged
 
 
