@@ -1,10 +1,10 @@
-"""The prompt once a group against once a completion, under every strategy: seconds and memory of an update.
+"""Computing a prompt once a group or once a completion, under every strategy: seconds and memory of an update.
 
     python benchmarks/shared_prompt_ranks.py --strategies rl_ddp rl_deepspeed_3 --turns 3
 
-Two CPU processes over gloo; model, measure and processes are those of ``strategies.py``. A rank has two prompts of
-about 150 tokens with a picture, and eight completions of sixteen tokens of each. Forms take turns; the least of all
-passes but the first counts, the slower rank's seconds and the larger extra peak.
+Two CPU processes over gloo; model, measurement and processes are those of ``strategies.py``. A rank has two prompts of
+about 150 tokens with an image, and eight completions of sixteen tokens of each. The forms alternate. Of all passes but
+the first, the least seconds of the slower rank and the largest extra peak count.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from rllava_pl.models import VLM
 from rllava_pl.types import IMAGE, Message
 
 REPEATS = 16
-"""Of the question, in a prompt."""
+"""Of the question in a prompt."""
 FORMS = ("repeated", "shared", "repeated_checkpointed", "shared_checkpointed")
 
 
 class LongPrompts(BaseDataModule):
-    """Pictures with their question many times over."""
+    """Images with their question repeated."""
 
     def setup(self, stage: str) -> None:
         """Sixteen prompts."""
@@ -49,16 +49,16 @@ class Update(Callback):
         self.passes = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Be told of phases."""
-        pl_module.observers.append(self)
+        """Observe the phases."""
+        pl_module.phases.observers.append(self)
 
     def phase_begins(self, name: str) -> None:
-        """A new peak."""
+        """Start to measure an update."""
         if name == "update":
             self.before = reset_peak()
 
     def phase_ends(self, name: str, seconds: float) -> None:
-        """What it took."""
+        """Record the update."""
         if name == "update":
             self.passes += 1
             if self.passes > 1:
@@ -77,7 +77,7 @@ def work(task: str, checkpoint: str, output: Path) -> None:
 
 
 def row(name: str, found: dict[str, list[dict[str, float]]]) -> str:
-    """Of Markdown: both forms and their ratio, without and with checkpointing."""
+    """Of the table: both forms and their ratio, without and with checkpointing."""
     seconds = {form: min(facts["seconds"] for facts in turns) for form, turns in found.items()}
     peaks = {form: max(facts["peak"] for facts in turns) for form, turns in found.items()}
     cells = [name]
@@ -88,7 +88,7 @@ def row(name: str, found: dict[str, list[dict[str, float]]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a row of Markdown a strategy."""
+    """Print a Markdown table with a row for each strategy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategies", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--turns", type=int, default=1)

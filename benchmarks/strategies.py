@@ -1,11 +1,11 @@
-"""Memory of every strategy on two CPU processes: loading, what a rank keeps, and what a stream of all weights costs.
+"""Memory of every strategy on two CPU processes: loading, what a rank holds, and streaming the full weights.
 
     python benchmarks/strategies.py --strategies rl_ddp rl_fsdp2 rl_deepspeed_3 --width 512 --layers 8
 
 The model is an idefics3 with a wide text part and random weights; the file is in the dtype of ``--stored``, float32 is
 trained. Memory is resident memory of a process, pages of the mapped file included; peaks are reset before each phase
-(Linux only), libraries are imported before the first, and holes in the heap do not count (``HEAP``). Processes share
-two cores, so the seconds of an update compare nothing but themselves.
+(Linux only), libraries are imported before the first, and holes in the heap do not count (``HEAP``). Both processes
+share two cores, so seconds are comparable within one table only.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from rllava_pl.distributed.collectives import rank
 from rllava_pl.models import VLM, TinyVLM
 from rllava_pl.modules import GRPO
 from rllava_pl.rewards import AnswerTagReward
-from rllava_pl.strategies import RLDeepSpeedStrategy, RLFSDP2Strategy, RLFSDPStrategy
-from rllava_pl.strategies.adapter import full_weights
+from rllava_pl.strategies import RLDeepSpeedStrategy, RLFSDP2Strategy, RLFSDPStrategy, adapter_for
 from rllava_pl.types import Sampling
 
 LIBRARIES = {
@@ -41,15 +40,15 @@ LIBRARIES = {
     "rl_fsdp2": ["torch.distributed.fsdp", "rllava_pl.models.lazy_weights"],
     "rl_deepspeed": ["deepspeed", "transformers.integrations.deepspeed"],
 }
-"""What is imported before memory is measured."""
+"""Imported before memory is measured."""
 NAMES = ("rl_ddp", "rl_fsdp", "rl_fsdp2", "rl_deepspeed_1", "rl_deepspeed_2", "rl_deepspeed_3")
 MIB = 1 << 20
 HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Tells the C library to give every freed tensor back at once; else holes in its heap are measured as well."""
+"""Makes the C library return freed tensors at once; otherwise holes in its heap are measured as well."""
 
 
 def strategy(name: str) -> Strategy | str:
-    """By name; DeepSpeed's with its stage behind."""
+    """By name; DeepSpeed's ends with its stage."""
     if name.startswith("rl_deepspeed"):
         return RLDeepSpeedStrategy(int(name[-1]), allow_cpu=True)
     kinds = {"rl_fsdp": RLFSDPStrategy, "rl_fsdp2": RLFSDP2Strategy}
@@ -79,43 +78,43 @@ class Memory(Callback):
         self.facts: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing is loaded yet."""
+        """Before anything is loaded."""
         self.before = reset_peak()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All is loaded and cut; stream once."""
-        self.facts |= {"load_peak": read("VmHWM") - self.before, "rests": read("VmRSS") - self.before}
+        """After everything is loaded and sharded; stream once."""
+        self.facts |= {"load_peak": read("VmHWM") - self.before, "kept": read("VmRSS") - self.before}
         self.facts["held"] = sum(local(p).numel() * p.element_size() for p in pl_module.parameters()) / MIB
         before, largest = reset_peak(), 0
-        for _, x in full_weights(trainer.strategy, pl_module.policy.model):
+        for _, x in adapter_for(trainer.strategy).full_weights(pl_module.policy.model):
             largest = max(largest, x.numel() * x.element_size())
-            del x  # a reader that is done with it
+            del x
         self.facts |= {"stream_peak": read("VmHWM") - before, "largest_tensor": largest / MIB}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """The clock of a pass."""
+        """Start the clock of a pass."""
         self.since = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Rollout, reference and update together; the last pass stays."""
+        """Rollout, reference and update together; the last pass counts."""
         self.facts["pass_seconds"] = time.perf_counter() - self.since
 
 
 def local(p: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a parameter while nothing runs."""
+    """What this rank holds of a parameter between forwards."""
     return getattr(p, "ds_tensor", p.to_local() if hasattr(p, "to_local") else p)
 
 
 def reset_peak() -> float:
-    """Begin a new peak at the present resident memory, MiB, which is returned."""
+    """Reset the peak to the present resident memory; returns it in MiB."""
     Path("/proc/self/clear_refs").write_text("5")
     return read("VmRSS")
 
 
 def read(field: str) -> float:
-    """A field of the process's status, MiB."""
+    """A field of the process's status in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
@@ -123,7 +122,7 @@ def read(field: str) -> float:
 def work(name: str, checkpoint: str, output: Path) -> None:
     """One rank."""
     torch.set_num_threads(1)
-    VLM(checkpoint).load(mode="empty")  # imports what a load needs
+    VLM(checkpoint).load(mode="empty")  # imports everything that loading needs
     for library in LIBRARIES[name if name in LIBRARIES else "rl_deepspeed"]:
         import_module(library)
     memory = Memory()
@@ -149,7 +148,7 @@ def fit(name: str, vlm: VLM, data: LightningDataModule, callback: Callback, *, g
 
 
 def finish(facts: dict[str, float], file: Path) -> None:
-    """Write what this rank found, and leave together."""
+    """Write the facts of this rank; all ranks end together."""
     file.write_text(json.dumps(facts))
     dist.barrier()
     dist.destroy_process_group()
@@ -168,7 +167,7 @@ def launch(script: str, name: str, checkpoint: Path, output: Path) -> list[dict[
 
 
 def main() -> None:
-    """Print a row of Markdown a strategy."""
+    """Print a Markdown table with a row for each strategy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategies", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--width", type=int, default=512)
@@ -184,11 +183,11 @@ def main() -> None:
         build(checkpoint, options.width, options.layers, options.stored)
         size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / MIB
         print(f"file: {size:.0f} MiB, {options.stored}\n")
-        print("| strategy | held | rests when loaded | peak while loading | extra peak of stream | largest | seconds |")
+        print("| strategy | held | kept when loaded | peak while loading | extra peak of stream | largest | seconds |")
         print("|---|---|---|---|---|---|---|")
         for name in options.strategies:
             a, b = launch(__file__, name, checkpoint, Path(directory))
-            keys = ("held", "rests", "load_peak", "stream_peak")
+            keys = ("held", "kept", "load_peak", "stream_peak")
             pairs = [f"{a[key]:.0f} / {b[key]:.0f}" for key in keys]
             row = [name, *pairs, f"{a['largest_tensor']:.0f}", f"{a['pass_seconds']:.1f}"]
             print("| " + " | ".join(row) + " |", flush=True)

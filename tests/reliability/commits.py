@@ -1,4 +1,4 @@
-"""Two ranks write a directory together; prints what each of them saw.
+"""Two ranks write a directory together; prints what happened on each.
 
 python -m tests.reliability.commits
 """
@@ -20,22 +20,22 @@ RANKS = 2
 
 
 def commit(root: Path, rank: int) -> None:
-    """Once well, once with an error on the second rank, once more well."""
+    """Three times; the second time with an error on the second rank."""
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    said = []
+    messages = []
     for attempt in range(3):
         try:
-            with committed_directory(root / "a.ckpt", {"rollouts": attempt}) as draft:
-                (draft / f"{rank}.bin").write_bytes(bytes(1000 + rank))
+            with committed_directory(root / "a.ckpt", {"rollouts": attempt}) as temporary:
+                (temporary / f"{rank}.bin").write_bytes(bytes(1000 + rank))
                 if attempt == 1 and rank == 1:
                     raise OSError("disk full")
-            said.append("")
+            messages.append("")
         except OSError as error:
-            said.append(str(error))
+            messages.append(str(error))
         found = manifest.check(root / "a.ckpt")
-        said.append([found.rollouts, found.world_size, sorted(found.files)])
+        messages.append([found.rollouts, found.world_size, sorted(found.files)])
         dist.barrier()
-    (root / f"said-{rank}.json").write_text(json.dumps(said))
+    (root / f"messages-{rank}.json").write_text(json.dumps(messages))
     dist.destroy_process_group()
 
 
@@ -43,9 +43,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         codes = forks.run(partial(commit, root), root / "log", RANKS)
-        said = [json.loads(path.read_text()) for path in sorted(root.glob("said-*.json"))]
+        messages = [json.loads(path.read_text()) for path in sorted(root.glob("messages-*.json"))]
         left = sorted(path.name for path in root.iterdir())
-        print(json.dumps({"codes": codes, "said": said, "left": left, "log": (root / "log").read_text()[-2000:]}))
+        print(
+            json.dumps({"codes": codes, "messages": messages, "left": left, "log": (root / "log").read_text()[-2000:]})
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Processes that cost nothing to start: everything is imported once, and each trial is a fork."""
+"""Processes that start fast: everything is imported once, and each trial is a fork."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def run(task: Task, log: Path, ranks: int = 1, limit_seconds: float = 120.0, tog
         task: What each rank does.
         log: Where their output goes.
         ranks: Number of processes.
-        limit_seconds: After which all are killed, for a test that fails instead of hanging; a moment before, the log
-            gets what every thread is doing.
-        together: As on a machine where the others are killed too when one process of a run is.
+        limit_seconds: All are killed after this time, so that a test fails instead of hanging; shortly before, the
+            stacks of all threads go to the log.
+        together: Kill all when one is killed, as a launcher does.
     """
     assert not torch.distributed.is_initialized(), "an earlier test left a process group; a fork lacks its threads"
 
@@ -63,7 +63,7 @@ def _become(rank: int, ranks: int, port: int, log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    if ranks > 1:  # Lightning then takes this process for one that was launched for it
+    if ranks > 1:  # then Lightning does not launch other processes
         places = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": ranks}
         os.environ.update({name: str(value) for name, value in places.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -86,14 +86,14 @@ def _wait(pids: Sequence[int], deadline: float, together: bool) -> list[int]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def share_out(work: Callable[[int], dict[str, object]], workers: int, directory: Path) -> list[dict[str, object]]:
-    """``work(0)`` to ``work(workers - 1)`` at the same time, each in a fork; what they return goes through JSON."""
+    """Run ``work(0)`` to ``work(workers - 1)`` in parallel forks; returns their results, sent as JSON."""
 
     def task(worker: int, _: int) -> None:
         (directory / f"worker-{worker}.json").write_text(json.dumps(work(worker)))

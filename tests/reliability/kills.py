@@ -1,4 +1,4 @@
-"""Kills a run again and again, resumes it, and compares the end with that of a run that was left alone.
+"""Kills runs at random moments, resumes them, and compares their ends with that of an uninterrupted run.
 
 python -m tests.reliability.kills --trials 50 --workers 2
 python -m tests.reliability.kills --trials 10 --ranks 2
@@ -28,29 +28,29 @@ from rllava_pl.checkpoint import manifest
 from tests.reliability import forks, victim
 from tests.reliability.victim import BETWEEN, WRITE, Clock
 
-SHARE = {WRITE: 5, "rollout": 5, "update": 3, "save": 2, "validate": 2, "reward": 1, "evaluate": 1, BETWEEN: 2}
-"""How often each phase is hit, in proportion."""
+SHARE = {WRITE: 5, "rollout": 5, "update": 3, "save": 2, "validate": 2, "reward": 1, "logprobs": 1, BETWEEN: 2}
+"""Relative number of kills in each phase."""
 
 
 @dataclass
 class Outcome:
-    """Of all trials."""
+    """Counts over all trials."""
 
     killed: dict[str, int] = field(default_factory=dict)
-    """By the phase that was hit."""
+    """By phase."""
     finished_before: int = 0
     resumed: int = 0
-    """From a checkpoint, not from the start."""
+    """Resumed from a checkpoint, not from the start."""
     identical: int = 0
     lost: int = 0
-    """Committed checkpoints that were no longer there, or not whole."""
+    """Finished checkpoints that were missing or damaged."""
     leftovers: int = 0
-    """Files of killed processes that the resumed run left."""
+    """Files of killed processes that the resumed run did not remove."""
     failures: list[str] = field(default_factory=list)
 
 
 def reference(root: Path, ranks: int, every_n_rollouts: int = 1) -> tuple[object, dict[str, list[range]]]:
-    """A run that is left alone: how it ends, and which phase each moment belongs to."""
+    """An uninterrupted run: its end, and the moments of each phase."""
     clock = Clock()
 
     def task(rank: int) -> None:
@@ -72,7 +72,7 @@ def end_of(root: Path) -> tuple[object, object]:
 
 
 def trial(root: Path, at: int, ranks: int, other_file_system: bool, outcome: Outcome, expected: object) -> None:
-    """Kill at one moment, look at what is on disk, resume, compare."""
+    """Kill at one moment, check what is on disk, resume, compare."""
     clock = Clock(at, partial(mark_and_kill, root))
     codes = forks.run(partial(attempt, root, clock, other_file_system), root / "log", ranks)
     if -9 not in codes:
@@ -88,7 +88,7 @@ def trial(root: Path, at: int, ranks: int, other_file_system: bool, outcome: Out
         return
     outcome.leftovers += len([p for p in (root / "checkpoints").iterdir() if p not in checkpoints(root)])
     if difference := victim.difference(expected, end_of(root)):
-        outcome.failures.append(f"call {at}: another end: {difference}")
+        outcome.failures.append(f"call {at}: different end: {difference}")
     else:
         outcome.identical += 1
 
@@ -111,32 +111,34 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def lost(root: Path) -> int:
-    """1 if the newest checkpoint that the run knew to be committed is gone, plus those that are not whole."""
+    """1 if the newest checkpoint that the run had finished is missing, plus the number of damaged ones."""
     damaged, newest = 0, -1
     for path in checkpoints(root):
         try:
             newest = max(newest, manifest.check(path).rollouts)
         except manifest.DamagedCheckpoint:
             damaged += 1
-    known = max([-1, *(int(line["committed"]) for line in victim.record(root))])
-    return damaged + (newest < known)
+    finished = max([-1, *(int(line["committed"]) for line in victim.record(root))])
+    return damaged + (newest < finished)
 
 
 def campaign(trials: int, ranks: int = 1, seed: int = 0, workers: int = 1) -> dict[str, object]:
-    """Run all trials in a directory that is removed again."""
+    """Run all trials in a temporary directory."""
     start = time.monotonic()
     victim.runs.tiny().prepare(1)
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)
-        (base / "whole").mkdir()
-        expected, moments = reference(base / "whole", ranks)
+        (base / "uninterrupted").mkdir()
+        expected, moments = reference(base / "uninterrupted", ranks)
         phases = [phase for phase, share in SHARE.items() for _ in range(share) if phase in moments]
 
         def work(worker: int) -> dict[str, object]:
             outcome = Outcome()
             for k in range(worker, trials, workers):
                 draw = random.Random(f"{seed}/{k}")
-                at = draw.choice(draw.choice(moments[phases[k * 8 % len(phases)]]))  # 8: so that all come early
+                at = draw.choice(
+                    draw.choice(moments[phases[k * 8 % len(phases)]])
+                )  # 8: all phases come early
                 with fresh(base / str(k)) as root:
                     trial(root, at, ranks, bool(k % 2), outcome, expected)
             return asdict(outcome)
@@ -147,14 +149,14 @@ def campaign(trials: int, ranks: int = 1, seed: int = 0, workers: int = 1) -> di
 
 @contextmanager
 def fresh(directory: Path) -> Iterator[Path]:
-    """A directory for the time of a trial."""
+    """A directory that is removed after the trial."""
     directory.mkdir()
     yield directory
     shutil.rmtree(directory)
 
 
 def merged(outcomes: list[dict[str, object]]) -> dict[str, object]:
-    """Of all workers: numbers added, the slowest kept."""
+    """Counts of all workers added up; of times, the longest."""
     total: dict[str, object] = {}
     for outcome in outcomes:
         for name, value in outcome.items():
@@ -168,13 +170,13 @@ def merged(outcomes: list[dict[str, object]]) -> dict[str, object]:
 
 
 def arguments(trials: int) -> dict[str, int]:
-    """Of the command line."""
+    """Options of the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=trials)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--sharded", action="store_true", help="the ranks cut the model (rl_fsdp2)")
+    parser.add_argument("--sharded", action="store_true", help="shard the model over the ranks (rl_fsdp2)")
     options = vars(parser.parse_args())
     if options.pop("sharded"):
         os.environ[victim.SHARDED] = "1"  # forks inherit it

@@ -1,4 +1,4 @@
-"""Asks a run to leave in the middle of a phase, looks how it ends, resumes it and compares.
+"""Sends runs a signal at random moments, checks how they end, resumes them and compares.
 
 python -m tests.reliability.stops --trials 40 --workers 2
 python -m tests.reliability.stops --trials 10 --ranks 2 --sharded
@@ -19,18 +19,18 @@ from pathlib import Path
 from tests.reliability import forks, kills, victim
 from tests.reliability.victim import BETWEEN, WRITE, Clock
 
-PHASES = ("rollout", "reward", "evaluate", "update", "save", "validate", WRITE, BETWEEN)
+PHASES = ("rollout", "reward", "logprobs", "update", "save", "validate", WRITE, BETWEEN)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass
 class Outcome:
-    """Of all trials."""
+    """Counts over all trials."""
 
-    asked: dict[str, int] = field(default_factory=dict)
+    signalled: dict[str, int] = field(default_factory=dict)
     """By the phase in which the signal came."""
-    left: int = 0
-    """Ended with exit code 143."""
+    ended: int = 0
+    """Runs with exit code 143."""
     identical: int = 0
     slowest_seconds: float = 0.0
     """From the signal to the end of the process."""
@@ -38,46 +38,46 @@ class Outcome:
 
 
 def trial(root: Path, at: int, number: int, twice: bool, ranks: int, outcome: Outcome, expected: object) -> None:
-    """Ask once or twice, by one signal, on one rank."""
-    clock = Clock(at, partial(ask, root, number, twice))
+    """Send a signal once or twice to one rank."""
+    clock = Clock(at, partial(send_signal, root, number, twice))
     codes = forks.run(partial(attempt, root, clock), root / "log", ranks)
-    asked = json.loads((root / "asked").read_text()) if (root / "asked").exists() else {"phase": "none", "at": 0.0}
-    outcome.asked[asked["phase"]] = outcome.asked.get(asked["phase"], 0) + 1
+    sent = json.loads((root / "sent").read_text()) if (root / "sent").exists() else {"phase": "none", "at": 0.0}
+    outcome.signalled[sent["phase"]] = outcome.signalled.get(sent["phase"], 0) + 1
     if codes[0] != 143 or any(code not in (0, 143) for code in codes):
-        outcome.failures.append(f"call {at} in {asked['phase']}: {codes}: {(root / 'log').read_text()[-2000:]}")
+        outcome.failures.append(f"call {at} in {sent['phase']}: {codes}: {(root / 'log').read_text()[-2000:]}")
         return
-    outcome.left += 1
-    outcome.slowest_seconds = max(outcome.slowest_seconds, round(time.time() - asked["at"], 2))
+    outcome.ended += 1
+    outcome.slowest_seconds = max(outcome.slowest_seconds, round(time.time() - sent["at"], 2))
     codes = forks.run(partial(attempt, root, Clock(counts=False)), root / "log", ranks)
     if codes != [0] * ranks:
-        outcome.failures.append(f"call {at} in {asked['phase']}: resume: {(root / 'log').read_text()[-2000:]}")
+        outcome.failures.append(f"call {at} in {sent['phase']}: resume: {(root / 'log').read_text()[-2000:]}")
     elif difference := victim.difference(expected, kills.end_of(root)):
-        outcome.failures.append(f"call {at} in {asked['phase']}: another end: {difference}")
+        outcome.failures.append(f"call {at} in {sent['phase']}: different end: {difference}")
     else:
         outcome.identical += 1
 
 
 def attempt(root: Path, clock: Clock, rank: int) -> None:
-    """Checkpoints are so rare that what is resumed is what the signal saved."""
+    """Regular checkpoints are so rare that the resumed one is that of the signal."""
     with victim.marking_writes(clock):
         victim.train(root, clock if rank == 0 else Clock(counts=False), every_n_rollouts=2)
 
 
-def ask(root: Path, number: int, twice: bool, clock: Clock) -> None:
-    (root / "asked").write_text(json.dumps({"phase": clock.phase, "at": time.time()}))
+def send_signal(root: Path, number: int, twice: bool, clock: Clock) -> None:
+    (root / "sent").write_text(json.dumps({"phase": clock.phase, "at": time.time()}))
     for _ in range(1 + twice):
         os.kill(os.getpid(), number)
 
 
 def campaign(trials: int, ranks: int = 1, seed: int = 0, workers: int = 1) -> dict[str, object]:
-    """Run all trials in a directory that is removed again."""
+    """Run all trials in a temporary directory."""
     start = time.monotonic()
     victim.runs.tiny().prepare(1)
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)
-        (base / "whole").mkdir()
-        expected, moments = kills.reference(base / "whole", ranks, every_n_rollouts=2)
-        last = moments["rollout"][-7].start  # asked in its last pass, a run may well end by itself
+        (base / "uninterrupted").mkdir()
+        expected, moments = kills.reference(base / "uninterrupted", ranks, every_n_rollouts=2)
+        last = moments["rollout"][-7].start  # in its last pass a run may end before it handles the signal
 
         def work(worker: int) -> dict[str, object]:
             outcome = Outcome()

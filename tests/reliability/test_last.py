@@ -1,4 +1,4 @@
-"""``--ckpt_path last``: one command for the first start of a run and for every one after it."""
+"""``--ckpt_path last``: one command starts a run and resumes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIT = [
     "--config=tiny/colour",
     f"--model.policy.cache_dir={CACHE}",
     "--model.policy.warmup_steps=2",
-    "--model.warmup_steps=0",
+    "--model.schedule.warmup_steps=0",
     "--model.group_size=2",
     "--data.batch_size=4",
     "--trainer.limit_val_batches=1",
@@ -29,28 +29,28 @@ def in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("RLLAVA_PL_DEBUG", raising=False)
 
 
-def test_the_same_command_starts_a_run_and_goes_on_with_it_over_numbered_folders(caplog):
+def test_same_command_starts_a_run_and_resumes_it_in_the_next_folder(caplog):
     first = main(["fit", *FIT, "--model.max_rollouts=1"])
     assert "--ckpt_path last: no checkpoint yet, starting anew" in caplog.text
     (saved,) = Path().rglob("rollout-*.ckpt")
-    (saved.parent / f".{saved.name}.tmp1").write_bytes(b"half a checkpoint of a process that was killed")
+    (saved.parent / f".{saved.name}.tmp1").write_bytes(b"incomplete checkpoint of a killed process")
     second = main(["fit", *FIT, "--model.max_rollouts=2"])
     assert f"--ckpt_path last: {saved}" in caplog.text
     assert first.trainer.log_dir != second.trainer.log_dir
-    assert (first.model.rollout_index, second.model.rollout_index) == (1, 2)
+    assert (first.model.state.rollouts, second.model.state.rollouts) == (1, 2)
     assert sorted(path.name for path in Path().rglob("*.ckpt*")) == ["rollout-000001.ckpt", "rollout-000002.ckpt"]
     third = main(["test", *FIT])
     assert Path(third.trainer.ckpt_path).name == "rollout-000002.ckpt"
 
 
-def test_a_test_needs_a_checkpoint(capsys):
+def test_command_test_without_checkpoint_is_an_error(capsys):
     with pytest.raises(SystemExit) as end:
         main(["test", *FIT])
     assert end.value.code == 2
     assert "error: --ckpt_path last: there is no checkpoint in " in capsys.readouterr().err
 
 
-def test_damage_to_all_of_them_is_told_in_one_line(capsys):
+def test_only_damaged_checkpoints_are_one_line(capsys):
     folder = Path("checkpoints")
     folder.mkdir()
     (folder / "rollout-000004.ckpt").write_bytes(b"")
@@ -58,4 +58,4 @@ def test_damage_to_all_of_them_is_told_in_one_line(capsys):
         main(["fit", *FIT, "--trainer.callbacks.dirpath=checkpoints"])
     assert end.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("error: no checkpoint is whole: checkpoints/rollout-000004.ckpt: it cannot be read")
+    assert message.startswith("error: no checkpoint is intact: checkpoints/rollout-000004.ckpt: it cannot be read")

@@ -1,4 +1,4 @@
-"""Many rollouts in which engine, rewards and numbers fail now and then: each fault counts once, and nothing grows."""
+"""Many rollouts with random faults of engine, rewards and numbers: each is counted once, and memory does not grow."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning.pytorch import Callback
 
 from rllava_pl.callbacks import Watchdog
 from rllava_pl.modules import GRPO, RLModule
-from rllava_pl.rewards import AnswerTagReward, Judging
+from rllava_pl.rewards import AnswerTagReward, Scoring
 from rllava_pl.testing import FaultyReward, FaultyRollout, Schedule
 from rllava_pl.testing.reward import IN_PROCESS, RewardFault
-from rllava_pl.types import Experience, Rollout
+from rllava_pl.types import Rollout, ScoredBatch, TrainingBatch
 from tests import runs
 
 RATE = 0.05
@@ -27,27 +27,27 @@ COUNTED = ("train/engine_faults", "train/unscored_samples", "train/skipped_nonfi
 
 
 class Shaky(GRPO):
-    """Some passes have an advantage that is not finite; keeps count of what fails."""
+    """Some passes have an advantage that is not finite; counts what fails."""
 
-    schedule = Schedule(["nan", "inf"], RATE, seed=18)
+    faults = Schedule(["nan", "inf"], RATE, seed=18)
     poisoned = faulty_samples = 0
 
-    def credit(self, experience: Experience) -> Experience:
-        experience = super().credit(experience)
-        if (kind := self.schedule.at(self.rollout_index)) and experience.mask_NT[0].any():
+    def compute_advantages(self, batch: ScoredBatch) -> TrainingBatch:
+        training_batch = super().compute_advantages(batch)
+        if (kind := self.faults.at(self.state.rollouts)) and training_batch.trained_mask_NT[0].any():
             self.poisoned += 1
-            advantages_NT = experience.advantages_NT.clone()
+            advantages_NT = training_batch.advantages_NT.clone()
             advantages_NT[0] = float(kind)
-            return experience.replace(advantages_NT=advantages_NT)
-        return experience
+            return training_batch.replace(advantages_NT=advantages_NT)
+        return training_batch
 
-    def score_rollouts(self, rollouts: Sequence[Rollout]):
+    def score(self, rollouts: Sequence[Rollout]) -> ScoredBatch:
         self.faulty_samples += sum(bool(self.rewards[1].fault(rollout)) for rollout in rollouts)
-        return super().score_rollouts(rollouts)
+        return super().score(rollouts)
 
 
 class Books(Callback):
-    """What was logged of faults, and what the process holds after every rollout."""
+    """Logged faults, and the memory and open files of the process after every rollout."""
 
     def __init__(self) -> None:
         self.totals: Counter[str] = Counter()
@@ -62,21 +62,21 @@ class Books(Callback):
 
 
 def drift(values: Sequence[float]) -> float:
-    """Of the last tenth over the tenth that follows a warm-up of a quarter, as a part of it."""
+    """Relative change of the median from the tenth after a warm-up of a quarter to the last tenth."""
     tenth, start = len(values) // 10, len(values) // 4
     before, after = median(values[start : start + tenth]), median(values[-tenth:])
     return after / before - 1
 
 
 @pytest.fixture(autouse=True)
-def logs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def drop_log_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pytest would keep every record until the test ends."""
     monkeypatch.setattr(logging.getLogger("rllava_pl"), "propagate", False)
 
 
-def soak(root: Path, rollouts: int, faults: list[RewardFault], judging: Judging) -> tuple[RLModule, Books]:
+def soak(root: Path, rollouts: int, faults: list[RewardFault], scoring: Scoring) -> tuple[RLModule, Books]:
     engine, books = FaultyRollout(rate=RATE, seed=5), Books()
-    module = runs.module(Shaky, max_rollouts=rollouts, judging=judging)
+    module = runs.module(Shaky, max_rollouts=rollouts, scoring=scoring)
     module.rewards = [AnswerTagReward(), FaultyReward(faults, RATE, seed=2)]
     trainer = runs.trainer(root, callbacks=[engine, books, Watchdog()])
     trainer.fit(module, runs.data())
@@ -85,8 +85,8 @@ def soak(root: Path, rollouts: int, faults: list[RewardFault], judging: Judging)
     assert books.totals["train/engine_faults"] == injected.total() == len(calls) - rollouts
     assert books.totals["train/unscored_samples"] == module.faulty_samples
     assert books.totals["train/skipped_nonfinite"] == module.poisoned
-    left_out = module.poisoned + books.totals["train/skipped_updates"]
-    assert module.weight_version == 2 * rollouts - left_out and module.rollout_index == rollouts
+    skipped = module.poisoned + books.totals["train/skipped_updates"]
+    assert module.state.updates == 2 * rollouts - skipped and module.state.rollouts == rollouts
     assert all(p.isfinite().all() for p in module.parameters())
     print(f"\n{rollouts} rollouts: engine {dict(injected)}, samples {module.faulty_samples}, NaN {module.poisoned}")
     print(f"RSS {books.rss_mib[-1]:.0f} MiB, drift {drift(books.rss_mib):+.2%}; open files {books.files[-1]}")
@@ -97,7 +97,7 @@ def soak(root: Path, rollouts: int, faults: list[RewardFault], judging: Judging)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 @pytest.mark.slow
 def test_sixty_rollouts_with_faults(tmp_path: Path) -> None:
-    _, books = soak(tmp_path, 60, list(IN_PROCESS), Judging(isolation="none", max_unscored=1.0))
+    _, books = soak(tmp_path, 60, list(IN_PROCESS), Scoring(isolation="none", max_unscored=1.0))
     assert abs(drift(books.rss_mib)) < 0.02
     assert books.files[-1] <= books.files[15]
 
@@ -106,15 +106,15 @@ def test_sixty_rollouts_with_faults(tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_two_thousand_rollouts_with_faults(tmp_path: Path) -> None:
-    """Rewards that hang, exit and eat memory among them, in processes of their own."""
-    judging = Judging(timeout_seconds=2.0, memory_gib=0.25, workers=2, max_unscored=1.0)
-    _, books = soak(tmp_path, 2000, list(get_args(RewardFault)), judging)
+    """Including rewards that hang, exit and allocate memory, in worker processes."""
+    scoring = Scoring(timeout_seconds=2.0, memory_gib=0.25, workers=2, max_unscored=1.0)
+    _, books = soak(tmp_path, 2000, list(get_args(RewardFault)), scoring)
     assert abs(drift(books.rss_mib)) < 0.02
     assert books.files[-1] <= books.files[500]
 
 
-def test_faults_of_the_engine_leave_no_trace_in_the_weights(tmp_path: Path) -> None:
-    """Seeds belong to requests: what is asked again is answered as it should have been at first."""
+def test_faults_of_the_engine_do_not_change_the_weights(tmp_path: Path) -> None:
+    """Seeds belong to requests: a repeated request gets the same samples."""
 
     def fit(*callbacks: Callback) -> list[torch.Tensor]:
         module = runs.module(max_rollouts=8)

@@ -1,4 +1,4 @@
-"""A short real run with everything that a checkpoint must hold, and a clock to say when something happens to it."""
+"""A short real run with everything that a checkpoint must hold, and a clock that acts at one moment of it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from torch.utils._pytree import tree_map_only
 
 from rllava_pl.callbacks import RolloutCheckpoint
 from rllava_pl.checkpoint.io import AtomicCheckpointIO
+from rllava_pl.loop.options import KL, DynamicSampling, Schedule
 from rllava_pl.modules import GRPO, RLModule
 from rllava_pl.strategies import RLFSDP2Strategy
-from rllava_pl.strategies.sharding import CheckpointDirectory
+from rllava_pl.strategies.sharding import ShardedStrategy
 from rllava_pl.types import Sampling
 from tests import runs
 
 ROLLOUTS = 5
 SHARDED = "VICTIM_SHARDED"
-"""Environment variable: two processes cut the model (``rl_fsdp2``), and a checkpoint is a directory."""
+"""Environment variable: two processes shard the model (``rl_fsdp2``), and a checkpoint is a directory."""
 BETWEEN = "between"
 """Outside all phases: data, callbacks, pruning."""
 WRITE = "write"
-"""From the first byte of a checkpoint to its name; a part of the phase ``save``."""
+"""From the first byte of a checkpoint to its rename; a part of the phase ``save``."""
 
 
 class Clock:
-    """Counts the calls made by Python, which are the same in every run, and acts at one of them.
+    """Counts the calls of Python functions, which are the same in every run, and acts at one of them.
 
     Args:
         at: Number of the call; 0: never.
-        act: What happens then.
-        counts: Whether it counts at all, which makes a run slower.
+        act: Called then.
+        counts: Whether to count, which makes a run slower.
     """
 
     def __init__(self, at: int = 0, act: Callable[[Clock], None] | None = None, counts: bool = True) -> None:
@@ -49,7 +50,7 @@ class Clock:
         self.calls = 0
         self.phases = [BETWEEN]
         self.spans: list[tuple[str, int]] = []
-        """Each phase that began, inner ones again when they go on, with the number of the call."""
+        """Each phase that began or continued after an inner one, with the number of the call."""
 
     def __call__(self, frame: object, event: str, argument: object) -> None:
         self.calls += 1
@@ -78,7 +79,7 @@ class Clock:
 
 
 class Record(Logger):
-    """Appends to a file all that is logged, and which checkpoint had been committed by then."""
+    """Appends to a file what is logged, and the newest checkpoint at that time."""
 
     name, version = "record", 0
 
@@ -97,14 +98,14 @@ class Record(Logger):
             file.write(json.dumps({"step": step, "metrics": exact, "committed": committed}) + "\n")
 
 
-class Watched(Callback):
-    """Puts the clock into the run."""
+class Clocked(Callback):
+    """Makes the clock an observer of the phases."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
     def setup(self, trainer: Trainer, pl_module: RLModule, stage: str) -> None:
-        pl_module.observers.append(self.clock)
+        pl_module.phases.observers.append(self.clock)
 
 
 def train(root: Path, clock: Clock, every_n_rollouts: int = 1) -> None:
@@ -114,18 +115,16 @@ def train(root: Path, clock: Clock, every_n_rollouts: int = 1) -> None:
     module = runs.module(
         GRPO,
         max_rollouts=ROLLOUTS,
-        max_refills=1,
-        kl_reward_coef=0.01,
-        kl_target=0.001,
-        kl_horizon=100,
-        lr_schedule="cosine",
+        dynamic_sampling=DynamicSampling(max_rounds=1),
+        kl=KL(reward_coef=0.01, target=0.001, horizon=100),
+        schedule=Schedule("cosine"),
         sampling=Sampling(max_tokens=4),
     )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     several = RLFSDP2Strategy(allow_cpu=True) if SHARDED in os.environ else "rl_ddp"
     trainer = runs.trainer(
         root,
-        callbacks=[saved, Watched(clock)],
+        callbacks=[saved, Clocked(clock)],
         logger=Record(root / "record.jsonl", saved),
         strategy=several if ranks > 1 else "auto",
         devices=ranks,
@@ -140,14 +139,14 @@ def train(root: Path, clock: Clock, every_n_rollouts: int = 1) -> None:
 
 
 def state(module: RLModule) -> dict[str, object]:
-    """All that must not depend on what happened on the way; of tensors that are cut, this rank's parts."""
+    """Everything that an interruption must not change; of sharded tensors, this rank's shards."""
     optimizer = module.optimizers().optimizer
     found = {
         "weights": module.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": module.lr_schedulers().state_dict(),
-        "kl_factor": module.kl_controller.coef,
-        "rounds": module.collection.rounds,
+        "kl_factor": module.state.kl_factor,
+        "rounds": module.group_buffer.rounds,
         "step": module.trainer.global_step,
     }
     own: dict[str, object] = tree_map_only(DTensor, DTensor.to_local, found)
@@ -155,13 +154,13 @@ def state(module: RLModule) -> dict[str, object]:
 
 
 def record(root: Path) -> list[dict[str, object]]:
-    """What was logged of each pass and validation, by all processes that worked on the run."""
+    """What was logged of each pass and validation, by all processes of the run."""
     path = root / "record.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def difference(a: object, b: object, place: str = "") -> str:
-    """Where two results first differ, if only in the last bit; empty if nowhere."""
+    """Where two results first differ, if only in the last bit; empty if they are equal."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return "" if torch.equal(a, b) else place
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
@@ -175,7 +174,7 @@ def difference(a: object, b: object, place: str = "") -> str:
 
 @contextmanager
 def marking_writes(clock: Clock) -> Iterator[None]:
-    """Tell the clock when a checkpoint is being written."""
+    """Let the clock count writing a checkpoint as a phase."""
 
     def marked(save: Callable[..., None]) -> Callable[..., None]:
         def marks(*args: object, **options: object) -> None:
@@ -188,14 +187,14 @@ def marking_writes(clock: Clock) -> Iterator[None]:
         return marks
 
     with ExitStack() as stack:
-        for writer in (AtomicCheckpointIO, CheckpointDirectory):
+        for writer in (AtomicCheckpointIO, ShardedStrategy):
             save = marked(writer.save_checkpoint)
             stack.enter_context(patch.object(writer, "save_checkpoint", save))
         yield
 
 
 def moments(spans: list[tuple[str, int]], calls: int) -> dict[str, list[range]]:
-    """Of each phase, the stretches of calls that belong to it."""
+    """By phase, the ranges of calls that belong to it."""
     found: dict[str, list[range]] = {}
     ends = [start for _, start in spans[1:]] + [calls]
     for (phase, start), end in zip(spans, ends, strict=True):
@@ -205,5 +204,5 @@ def moments(spans: list[tuple[str, int]], calls: int) -> dict[str, list[range]]:
 
 
 def kill(clock: Clock) -> None:
-    """SIGKILL; who looks at the directory finds where it happened."""
+    """SIGKILL."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,7 @@
 """Run by the tests on each of several ranks: fits that save a checkpoint and fits that resume one.
 
-``python reshard_on_ranks.py DIRECTORY ACTION...``, an action being ``STRATEGY:save`` or ``STRATEGY:RANKS``, which
-resumes the checkpoint that so many ranks saved. What each fit found goes to ``DIRECTORY/ACTION-on-RANKS.pt``.
+``python reshard_on_ranks.py DIRECTORY ACTION...``: the action ``STRATEGY:save`` saves ``STRATEGY-RANKS``, and
+``STRATEGY:NAME`` resumes the checkpoint of this name. Results go to ``DIRECTORY/ACTION-on-RANKS.pt``.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def gathered(own: list[str]) -> list[list[str]]:
 def fit(directory: Path, action: str) -> None:
     ranks = int(os.environ["WORLD_SIZE"])
     strategy, source = action.split(":")
-    checkpoint = directory / f"{strategy}-{ranks if source == 'save' else source}.ckpt"
+    checkpoint = directory / f"{f'{strategy}-{ranks}' if source == 'save' else source}.ckpt"
     notes = Notes(checkpoint)
     trainer = Trainer(
         accelerator="cpu",
