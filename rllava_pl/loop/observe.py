@@ -11,7 +11,7 @@ from torch import Tensor
 from rllava_pl.functional.kl import kl_estimate
 from rllava_pl.loop.batch import truncated_rows
 from rllava_pl.loop.group_buffer import GroupBuffer
-from rllava_pl.loop.metrics import MetricAccumulator
+from rllava_pl.loop.metrics import MetricAccumulator, moments
 from rllava_pl.loop.phases import Phases
 from rllava_pl.rollout.engine import ManagedEngine
 from rllava_pl.types import PolicyOutput, RewardedBatch, ScoredBatch, TrainingBatch
@@ -27,8 +27,7 @@ def samples(metrics: MetricAccumulator, batch: ScoredBatch, group_buffer: GroupB
     }
     if batch.group_size > 1:  # a completion without others to compare with is no group
         values["informative_groups"] = group_buffer.informative(batch)
-    metrics.add_masked(values, counted_N)
-    metrics.add_std("reward_std", batch.scores_N, counted_N)
+    metrics.add_masked(values | moments("reward_std", batch.scores_N), counted_N)
     for name, component_N in batch.components.items():  # NaN where the reward does not apply to the row
         applies_N = counted_N & ~component_N.isnan()
         metrics.add_masked({f"reward_{name}": component_N}, applies_N)
@@ -74,8 +73,8 @@ def tokens(
         if not exact:
             values["engine_gap_mean"] = gap_NT = (batch.engine_logp_NT - logp_NT).abs()
             metrics.add_max("engine_gap_max", gap_NT, own_NT)
-    metrics.add_masked(values, own_NT)
-    metrics.add_effective_size("effective_sample_size", (logp_NT - batch.old_logp_NT).clamp(-20, 20).exp(), own_NT)
+    ratio_NT = (logp_NT - batch.old_logp_NT).clamp(-20, 20).exp()
+    metrics.add_masked(values | moments("effective_sample_size", ratio_NT), own_NT)
 
 
 def generation(

@@ -175,10 +175,7 @@ class Updater:
     ) -> None:
         """Losses are sums over micro-batches and ranks, counted once an optimizer step."""
         once = 1 / world_size()
-        total, *terms = losses_M.sum(0).unbind()
-        self.metrics.add("loss", total, once)
-        for name, loss in zip(names, terms, strict=True):
-            self.metrics.add(f"{name}_loss", loss, once)
+        self.metrics.add_all(["loss", *(f"{name}_loss" for name in names)], losses_M.sum(0), once)
         self.metrics.add("grad_norm", norm)
         self.metrics.add("micro_batch_size", torch.full_like(norm, max(len(result.batch) for result in results)))
 

@@ -19,6 +19,7 @@ from rllava_pl.loop.batch import assemble, drop_untrained_members, gather_batch,
 from rllava_pl.loop.checks import check_batch_size, check_credit, check_token_loss
 from rllava_pl.loop.correction import correct
 from rllava_pl.loop.group_buffer import GroupBuffer
+from rllava_pl.loop.metrics import moments
 from rllava_pl.loop.options import (
     KL,
     Clip,
@@ -189,7 +190,7 @@ class RLModule(PolicyModule):
 
     def log_rollout(self, batch: TrainingBatch) -> None:
         """Log the pass: means over all ranks, and seconds a phase. Collective."""
-        self.metrics.add_std("advantage_std", batch.advantages_NT, batch.own_mask_NT)
+        self.metrics.add_masked(moments("advantage_std", batch.advantages_NT), batch.own_mask_NT)
         observe.generation(self.metrics, self.engine, self.group_buffer, self.policy.device)
         metrics = observe.rollout_metrics(self.metrics, self.phases)
         self.reward_monitor.report(metrics, self.reward_runner)
