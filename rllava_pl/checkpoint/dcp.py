@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
 from rllava_pl.distributed.collectives import gather_objects, rank
 from rllava_pl.distributed.shards import Shard
@@ -80,7 +81,7 @@ def save(tensors: Tensors, directory: Path) -> None:
         file_of[name], filled = number, filled + size
     writer = HuggingFaceStorageWriter(str(directory), file_of, save_distributed=True)
     with _os_errors(directory):
-        dcp.save(_ranges(tensors), storage_writer=writer)
+        save_state_dict(_ranges(tensors), storage_writer=writer)
 
 
 def load(tensors: Tensors, directory: Path) -> None:
@@ -90,7 +91,7 @@ def load(tensors: Tensors, directory: Path) -> None:
         OSError: On every rank, if reading failed on any of them.
     """
     with _os_errors(directory):
-        dcp.load(_ranges(tensors), storage_reader=HuggingFaceStorageReader(str(directory)))
+        load_state_dict(_ranges(tensors), storage_reader=HuggingFaceStorageReader(str(directory)))
 
 
 def saved_tensors(directory: Path) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ class StrategyAdapter:
     @property
     def model(self) -> nn.Module:
         """The wrapped module; every forward of the policy goes through it."""
-        return cast(nn.Module, self.strategy.model)
+        return self.strategy.model
 
     @property
     def lockstep(self) -> bool:

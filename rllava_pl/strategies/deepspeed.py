@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -209,7 +209,8 @@ class RLDeepSpeedStrategy(ShardedStrategy, DeepSpeedStrategy):
     def shards(self) -> dict[int, Shard]:
         """Stage 3 cuts the flattened parameter into equal ranges and pads the last; smaller stages shard no weights."""
         found = {}
-        for p in self.lightning_module.parameters():
+        parameters: Iterable[Any] = self.lightning_module.parameters()  # DeepSpeed adds attributes to them
+        for p in parameters:
             if hasattr(p, "ds_tensor"):
                 local = p.ds_tensor
                 bounds = even_bounds(p.ds_numel, local.ds_numel)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
@@ -138,6 +138,7 @@ class FullyShardedStrategy(ShardedStrategy):
 
     def load_shards(self, directory: Path, plain: Plain, *, optimizers: bool) -> None:
         """On any number of ranks, whatever the number that saved it."""
+        settings = cast("list[Mapping[str, Any]]", plain)
         parameters, shards = self._trained()
         weights, saved = self._weights(shards), dcp.saved_tensors(directory)
         if other := sorted(weights.keys() ^ {name for name in saved if not name.startswith(OPTIMIZER)}):
@@ -148,9 +149,9 @@ class FullyShardedStrategy(ShardedStrategy):
             of_optimizer = {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
             states = optimizer_shards.empty_state(of_optimizer, shards)
             dcp.load({prefix + name: x for name, x in states.items()}, directory)
-            optimizer_shards.restore_state(optimizer, parameters, states, plain[k])
+            optimizer_shards.restore_state(optimizer, parameters, states, settings[k])
 
-    def _trained(self) -> tuple[dict[str, Tensor], dict[str, Shard]]:
+    def _trained(self) -> tuple[dict[str, nn.Parameter], dict[str, Shard]]:
         """Trained parameters and their shards, by the names that both generations share."""
         self.reshard()
         shards = self.shards()
@@ -160,8 +161,8 @@ class FullyShardedStrategy(ShardedStrategy):
 
     def _weights(self, shards: Mapping[str, Shard]) -> dict[str, Shard | Tensor]:
         """Everything but optimizer states that training changes; shares memory."""
-        buffers = dict(self.lightning_module.named_buffers(recurse=False))
-        return {f"{WEIGHTS}{name}": x for name, x in (shards | buffers).items()}
+        changing: dict[str, Shard | Tensor] = {**shards, **dict(self.lightning_module.named_buffers(recurse=False))}
+        return {f"{WEIGHTS}{name}": x for name, x in changing.items()}
 
 
 class RLFSDPStrategy(FullyShardedStrategy, FSDPStrategy):
@@ -199,7 +200,7 @@ class RLFSDPStrategy(FullyShardedStrategy, FSDPStrategy):
         """A forward without a backward leaves the parameters of the root gathered."""
         from torch.distributed.fsdp._runtime_utils import _reshard
 
-        handle = cast("FullyShardedDataParallel", self._wrapped)._handle
+        handle = self._wrapped._handle
         if handle is not None and handle.uses_sharded_strategy:  # a single rank shards nothing
             _reshard(self._wrapped, handle, free_unsharded_flat_param=True)
 

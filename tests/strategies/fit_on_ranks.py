@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 
 from rllava_pl import modules
+from rllava_pl.loop.options import Batching, DynamicSampling
 from rllava_pl.rewards import AnswerTagReward
 from rllava_pl.types import Rollout, Score
 from tests import runs
 
 
 class Accuracy(AnswerTagReward):
-    """The usual reward, which cannot score some rows."""
+    """The usual reward; it cannot score some rows."""
 
     unscorable: frozenset[str] = frozenset()
 
@@ -32,7 +33,7 @@ class Accuracy(AnswerTagReward):
 OPTIONS: dict[str, dict[str, object]] = {
     "ClipCov": {"ratio": 0.1, "lower": 0.0, "upper": 100.0},
     "KLCov": {"ratio": 0.1},
-    "DAPO": {"max_refills": 3},
+    "DAPO": {"dynamic_sampling": DynamicSampling(max_rounds=3)},
     "PPO": {"critic_lr_factor": 0.1},  # x 0.5, which is a lot for a head
 }
 """Where the defaults would leave nothing to compare within 3 rollouts of 12 samples."""
@@ -42,17 +43,17 @@ def fit(root: Path, strategy: str, batch_size: int, algorithm: str) -> None:
     module = runs.module(
         getattr(modules, algorithm),
         max_rollouts=3,
-        minibatches=1,
+        batching=Batching(),
         max_grad_norm=0.5,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),  # Adam blows rounding up
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),  # Adam amplifies rounding
         **OPTIONS.get(algorithm, {}),
     )
     module.rewards = [Accuracy()]
     uids: list[str] = []
     trained: list[int] = []
-    sample, credit = module.rollout, module.credit
-    module.rollout = lambda prompts: (uids.extend(p.uid for p in prompts), sample(prompts))[1]
-    module.credit = lambda experience: (trained.append(len(experience)), credit(experience))[1]
+    training_step, minibatches = module.training_step, module.minibatches
+    module.training_step = lambda prompts, k: (uids.extend(p.uid for p in prompts), training_step(prompts, k))[1]
+    module.minibatches = lambda batch: (trained.append(len(batch)), minibatches(batch))[1]
     trainer = runs.trainer(
         root,
         strategy=strategy,
@@ -65,8 +66,8 @@ def fit(root: Path, strategy: str, batch_size: int, algorithm: str) -> None:
     trainer.fit(module, runs.data(batch_size=batch_size, val_size=5, val_batch_size=2, demonstrations=share))
     rank = trainer.global_rank
     torch.save({n: p.detach() for n, p in module.named_parameters()}, root / f"weights-{algorithm}-{rank}.pt")
-    told_apart = ("time/", "train/micro_batch_size")  # ranks cut their own part in two
-    metrics = {n: float(x) for n, x in trainer.callback_metrics.items() if not n.startswith(told_apart)}
+    own = ("time/", "train/micro_batch_size")  # ranks divide their own rows
+    metrics = {n: float(x) for n, x in trainer.callback_metrics.items() if not n.startswith(own)}
     result = {"uids": uids, "trained": trained, "metrics": metrics}
     (root / f"result-{algorithm}-{rank}.json").write_text(json.dumps(result))
 
@@ -79,13 +80,13 @@ def main(root: Path, strategy: str, batch_size: int, algorithms: str, unscorable
 
 
 if __name__ == "__main__":
-    given = dict(pair.split("=", 1) for pair in sys.argv[2:])
+    options = dict(pair.split("=", 1) for pair in sys.argv[2:])
     main(
         Path(sys.argv[1]),
-        given["strategy"],
-        int(given["batch_size"]),
-        given.get("algorithms", "GRPO"),
-        given.get("unscorable", ""),
+        options["strategy"],
+        int(options["batch_size"]),
+        options.get("algorithms", "GRPO"),
+        options.get("unscorable", ""),
     )
     if dist.is_initialized():  # gloo's threads must not outlive the process: an exit at a bad moment would abort it
         dist.barrier()

@@ -1,4 +1,4 @@
-"""Two processes do what one does: the same update, the same metrics, every row counted once."""
+"""Two processes train like one: the same update, the same metrics, every row counted once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Result = dict[str, object]
 
 
 def fits(directory: Path, ranks: int, algorithms: str = "GRPO", **options: object) -> dict[str, list[Result]]:
-    """Of each algorithm, what every rank ended with."""
+    """The result of every rank, by algorithm."""
     directory.mkdir()
     options["algorithms"] = algorithms
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standsingle", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     pairs = [f"{name}={value}" for name, value in options.items()]
     command = [sys.executable, *launcher, str(ROOT / "tests/strategies/fit_on_ranks.py"), str(directory), *pairs]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -57,24 +57,24 @@ RL_DDP = ("GRPO", "ReinforcePP", "GPG", "ClipCov", "KLCov", "ReMax", "HPT", "UFT
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "algorithms"), [("rl_ddp", RL_DDP), ("ddp", ("RLOO",))], ids=["rl_ddp", "ddp"])
 def test_two_ranks_equal_one(tmp_path: Path, strategy: str, algorithms: tuple[str, ...]) -> None:
-    """Means, whitening, selected tokens, denominators, a critic: all belong to the batch of all ranks."""
+    """Means, whitening, selected tokens, denominators and critics are those of the batch of all ranks."""
     names = ",".join(algorithms)
     ones = fits(tmp_path / "one", 1, strategy="auto", batch_size=4, algorithms=names)
     twos = fits(tmp_path / "two", 2, strategy=strategy, batch_size=2, algorithms=names)
     for name in algorithms:
-        (alone,), (first, second) = ones[name], twos[name]
+        (single,), (first, second) = ones[name], twos[name]
         assert distance(first["weights"], second["weights"]) == 0.0, name
-        assert distance(first["weights"], alone["weights"]) < 1e-5, name
+        assert distance(first["weights"], single["weights"]) < 1e-5, name
         assert not set(first["uids"]) & set(second["uids"])
-        assert set(first["uids"]) | set(second["uids"]) == set(alone["uids"])
-        for metric, value in alone["metrics"].items():
+        assert set(first["uids"]) | set(second["uids"]) == set(single["uids"])
+        for metric, value in single["metrics"].items():
             assert first["metrics"][metric] == pytest.approx(value, abs=1e-4), (name, metric)
             assert second["metrics"][metric] == pytest.approx(value, abs=1e-4), (name, metric)
 
 
 @pytest.mark.slow
-def test_ranks_collect_informative_groups_together(tmp_path: Path) -> None:
-    """No rank trains before all have a full batch, and none on more than its part."""
+def test_dynamic_sampling_fills_the_batches_of_all_ranks_in_equal_rounds(tmp_path: Path) -> None:
+    """No rank trains before all have a full batch, and none on more than its share."""
     first, second = fit(tmp_path / "two", 2, strategy="rl_ddp", batch_size=2, algorithms="DAPO")
     assert distance(first["weights"], second["weights"]) == 0.0
     assert first["metrics"] == second["metrics"]
@@ -84,10 +84,10 @@ def test_ranks_collect_informative_groups_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_group_dropped_on_one_rank_only_keeps_the_ranks_together(tmp_path: Path) -> None:
+def test_groups_dropped_on_one_rank_leave_the_update_that_of_one_process(tmp_path: Path) -> None:
     (probe,) = fit(tmp_path / "probe", 1, strategy="auto", batch_size=4)
     lost = ",".join(probe["uids"][:3:2])  # both prompts of rank 0's first rollout
-    (alone,) = fit(tmp_path / "one", 1, strategy="auto", batch_size=4, unscorable=lost)
+    (single,) = fit(tmp_path / "one", 1, strategy="auto", batch_size=4, unscorable=lost)
     first, second = fit(tmp_path / "two", 2, strategy="rl_ddp", batch_size=2, unscorable=lost)
     assert distance(first["weights"], second["weights"]) == 0.0
-    assert distance(first["weights"], alone["weights"]) < 1e-5
+    assert distance(first["weights"], single["weights"]) < 1e-5
