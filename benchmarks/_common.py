@@ -1,4 +1,4 @@
-"""What every competitor of a step-time comparison gets: the same work, and the same clock."""
+"""The work and the clock that all competitors of a step-time comparison share."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Work:
         return min(20, self.updates // 2)
 
     def dataset(self) -> list[Prompt]:
-        """One prompt a row, in a random order, pictures drawn beforehand: drawing them is no part of the comparison."""
+        """One prompt a row, in a random order, pictures drawn beforehand: drawing is not compared."""
         rows = self.steps * self.prompts
         drawn = DrawnPrompts("color", "train", rows)
         return [drawn[row] for row in permutation(self.seed, rows)]
@@ -67,8 +67,8 @@ class Work:
 class Pace:
     """Runs a competitor in blocks of steps, so that several can take turns on one machine.
 
-    A step is timed from a point of the training loop to the same point of the next pass, so nothing of it can hide
-    between two measurements. At the end of a block the times go to the driver, and the process waits for its next turn.
+    A step is timed from a point of the training loop to the same point of the next pass, so nothing is left out between
+    two measurements. At the end of a block the times are sent to the driver, and the process waits for its next turn.
     """
 
     def __init__(self, driver: Connection) -> None:
@@ -82,7 +82,7 @@ class Pace:
         self._wait()
 
     def tick(self, facts: Callable[[], Mapping[str, float]]) -> None:
-        """End of a step: book its time together with what the competitor tells of it, asked when the clock stands."""
+        """End of a step: record its time and the competitor's ``facts``, computed outside of the timed interval."""
         wall, cpu = time.perf_counter() - self.since[0], time.process_time() - self.since[1]
         self.rows.append({"wall_ms": 1e3 * wall, "cpu_ms": 1e3 * cpu, **facts()})
         self.steps_left -= 1
@@ -97,6 +97,6 @@ class Pace:
         self.rows = []
 
     def _wait(self) -> None:
-        """Block until the driver says how many steps to run; 0 lets the rest of the run go by without a clock."""
+        """Block until the driver sends the number of steps to run; 0: the rest of the run is not timed."""
         self.steps_left = int(self.driver.recv_bytes())
         self.since = time.perf_counter(), time.process_time()

@@ -1,4 +1,4 @@
-"""A process of its own for every measurement, and the peak of its memory, from Linux."""
+"""A separate process for every measurement, and the peak of its memory, from Linux."""
 
 from __future__ import annotations
 

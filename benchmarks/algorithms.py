@@ -2,13 +2,13 @@
 
     python benchmarks/algorithms.py                                # all (`make bench-algorithms`)
     python benchmarks/algorithms.py --methods dapo gspo --seeds 1  # some of them
-    python benchmarks/algorithms.py --methods grpo --model.kl_loss_coef=0.01 --output kl.json
+    python benchmarks/algorithms.py --methods grpo --model.kl.loss_coef=0.01 --output kl.json
 
 A run is `python -m rllava_pl fit --config tiny/colour --config algorithms/<method>`, with `tiny/algorithms/<method>` on
-top where the tiny task needs other values than the paper has. Each has a process of its own, is validated every few
-rollouts and tested at its end; options that this script does not know go to that command. Methods that learn from
-demonstrations besides rewards find right ones at 20 % of the prompts, and are compared with GRPO, seed by seed.
-Count rollouts to compare algorithms; CPU seconds also count validations, and depend on the machine.
+top where the tiny task needs other values than the paper's. Each run has a separate process, is validated every few
+rollouts and tested at its end; options that this script does not have are passed to that command. For methods that
+learn from demonstrations besides rewards 20 % of the prompts have right ones; they are compared with GRPO, seed by
+seed. Count rollouts to compare algorithms; CPU seconds also count validations, and depend on the machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METHODS = sorted(path.stem for path in (CONFIGS / "algorithms").glob("*.yaml"))
 GUIDED = ("chord", "hpt", "luffy", "srft", "uft")
 """Learn from rewards and from demonstrations."""
 SUPERVISED = {"sft": ("accuracy", "nll"), "dpo": ("pair_accuracy", "margin")}
-"""Learn from given responses alone: what they are judged by, in validation and test."""
+"""Learn from given responses alone: their metrics in validation and test."""
 REFERENCE = "grpo"
 
 
@@ -42,7 +42,7 @@ class Task:
     method: str
     seed: int
     rollouts: int
-    """At most; 0: as many as the config says."""
+    """At most; 0: as many as in the config."""
     every: int
     """Rollouts between validations."""
     stop_at: float
@@ -52,7 +52,7 @@ class Task:
 
     @property
     def monitor(self) -> str:
-        """What may end the run."""
+        """The metric that may end the run."""
         return f"val/{SUPERVISED.get(self.method, ('accuracy',))[0]}"
 
     @property
@@ -74,7 +74,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Run:
-    """What came of it."""
+    """Result of one run."""
 
     method: str
     seed: int
@@ -121,7 +121,7 @@ def measure(tasks: Sequence[Task], processes: int) -> Iterator[Run]:
 
 
 def train(task: Task) -> Run:
-    """One run, through the command line; what it prints is not shown, errors are raised."""
+    """One run, through the command line; its output is not shown, errors are raised."""
     from rllava_pl.cli import main as command
 
     wall, cpu = time.perf_counter(), time.process_time()
@@ -135,8 +135,8 @@ def train(task: Task) -> Run:
     return Run(
         method=task.method,
         seed=task.seed,
-        rollouts=cli.model.rollout_index,
-        updates=cli.model.weight_version,
+        rollouts=cli.model.state.rollouts,
+        updates=cli.model.state.updates,
         wall_seconds=round(time.perf_counter() - wall, 2),
         cpu_seconds=round(time.process_time() - cpu, 2),
         test={name.removeprefix("test/"): value for name, value in test.items()},
@@ -148,7 +148,7 @@ def train(task: Task) -> Run:
 
 
 def table(runs: Sequence[Run], level: float) -> str:
-    """What a person wants to see: a line a method, its seeds side by side."""
+    """A table with a line a method, its seeds side by side."""
     by_method: dict[str, list[Run]] = {}
     for run in runs:
         by_method.setdefault(run.method, []).append(run)
@@ -169,7 +169,7 @@ def line(method: str, runs: Sequence[Run], level: float) -> str:
 
 
 def compared(method: str, runs: Sequence[Run], others: Sequence[Run], level: float) -> str:
-    """Rollouts to the level, as a part of what GRPO takes with the same seed."""
+    """Rollouts to the level, relative to GRPO with the same seed."""
     of_seed = {run.seed: run.reached(level) for run in others}
     ratios = [run.reached(level) / of_seed[run.seed] for run in runs if run.seed in of_seed]
     each = " ".join(f"{ratio:.2f}" for ratio in ratios)
@@ -177,7 +177,7 @@ def compared(method: str, runs: Sequence[Run], others: Sequence[Run], level: flo
 
 
 def objective(method: str, runs: Sequence[Run]) -> str:
-    """What a supervised method is judged by, on the test split."""
+    """The metrics of a supervised method on the test split."""
     names = SUPERVISED[method]
     parts = [f"{name.replace('_', ' ')} {' '.join(f'{run.test[name]:.3f}' for run in runs)}" for name in names]
     return f"{method:22}test {', '.join(parts)}; {mean(run.updates for run in runs):.0f} updates"
@@ -196,13 +196,13 @@ def _count(number: float) -> str:
 
 
 def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our options, and the rest, which is the training command's."""
+    """Options of this script, and the rest, which is passed to the training command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED", help="default: 1 2 3")
-    parser.add_argument("--rollouts", type=int, default=0, help="at most (default: what the config says)")
+    parser.add_argument("--rollouts", type=int, default=0, help="at most (default: as in the config)")
     parser.add_argument("--every", type=int, default=5, help="rollouts between validations (default 5)")
     parser.add_argument("--level", type=float, default=0.9, help="validation accuracy to be reached (default 0.9)")
     parser.add_argument("--stop-at", type=float, default=0.975, help="and to stop at (default 0.975); 2: never")
@@ -213,7 +213,7 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
 
 
 def _limit_threads(threads: int) -> None:
-    """For the runs' processes, before any of them loads torch or tokenizers; and errors are to be raised there."""
+    """Limit threads before a run's process loads torch or tokenizers; errors are raised there."""
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
     os.environ |= {
         "HF_HUB_OFFLINE": "1",

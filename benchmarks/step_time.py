@@ -7,8 +7,8 @@
 One step is 32 prompts x 8 completions sampled and scored, then two updates of 128 completions, on the same checkpoint
 (idefics3, 0.24 M parameters, fp32) and the same pictures. ``peers/`` holds the competitors, ``_common.py`` the work.
 
-Each competitor lives in a process of its own. They take turns of five steps, so that only one computes at a time, and
-all meet the same noise; ratios are also taken turn by turn. On a shared machine read the CPU time (of the process with
+Each competitor runs in a separate process. They take turns of five steps, so that only one computes at a time, and
+all have the same noise; ratios are also taken turn by turn. On a shared machine read the CPU time (of the process with
 all its threads), on a quiet one the wall time.
 """
 
@@ -44,7 +44,7 @@ Steps = list[dict[str, float]]
 
 @dataclass
 class Result:
-    """What one competitor did."""
+    """Measurements of one competitor."""
 
     turns: list[Steps]
     """Of every step: ``cpu_ms``, ``wall_ms``, ``reward`` and, for ours, the phases."""
@@ -82,41 +82,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(competitors: Sequence[str], work: Work, *, warmup: int, turns: int, steps: int) -> dict[str, Result]:
     """``turns`` turns of ``steps`` steps for every competitor, after ``warmup`` steps that do not count."""
     results = {name: Result([]) for name in competitors}
-    with _started(competitors, work) as lines:
+    with _started(competitors, work) as connections:
         for name in competitors:
-            _take_turn(name, lines[name], warmup)
+            _take_turn(name, connections[name], warmup)
         for turn in range(turns):
-            first = turn % len(competitors)  # nobody always runs behind the same neighbour
+            first = turn % len(competitors)  # the order rotates
             for name in (*competitors[first:], *competitors[:first]):
-                answer = _take_turn(name, lines[name], steps)
+                answer = _take_turn(name, connections[name], steps)
                 results[name].turns.append(answer["steps"])
                 results[name].peak_rss_mib = answer["peak_rss_mib"]
-        for line in lines.values():
-            line.send_bytes(b"0")
+        for connection in connections.values():
+            connection.send_bytes(b"0")
     return results
 
 
-def _take_turn(name: str, line: Connection, steps: int) -> dict[str, Steps | float]:
+def _take_turn(name: str, connection: Connection, steps: int) -> dict[str, Steps | float]:
     """Let a competitor run; the others wait."""
     try:
-        line.send_bytes(str(steps).encode())
-        return json.loads(line.recv_bytes())
+        connection.send_bytes(str(steps).encode())
+        return json.loads(connection.recv_bytes())
     except (EOFError, ConnectionError):
-        raise SystemExit(f"{name} ended before its time; see its last words above") from None
+        raise SystemExit(f"{name} ended early; its output is above") from None
 
 
 @contextmanager
 def _started(competitors: Sequence[str], work: Work) -> Iterator[dict[str, Connection]]:
-    """A process a competitor, and the line to each."""
+    """A process a competitor, and the connection to each."""
     context = multiprocessing.get_context("spawn")
-    lines, processes = {}, []
+    connections, processes = {}, []
     try:
         for name in competitors:
-            lines[name], far_end = context.Pipe()
-            processes.append(context.Process(target=_compete, args=(name, work, far_end), name=name))
+            connections[name], theirs = context.Pipe()
+            processes.append(context.Process(target=_compete, args=(name, work, theirs), name=name))
             processes[-1].start()
-            far_end.close()  # the child holds the only copy: when it dies, reading here ends
-        yield lines
+            theirs.close()  # the child holds the only copy: when it ends, reading here ends
+        yield connections
         for process in processes:
             process.join()
     finally:
@@ -124,8 +124,8 @@ def _started(competitors: Sequence[str], work: Work) -> Iterator[dict[str, Conne
             process.kill()
 
 
-def _compete(name: str, work: Work, line: Connection) -> None:
-    """Life of a competitor's process: it prints into a file, which is shown if it fails."""
+def _compete(name: str, work: Work, connection: Connection) -> None:
+    """Run a competitor; it prints into a file, which is shown if it fails."""
     import torch
     from _common import Pace
 
@@ -135,7 +135,7 @@ def _compete(name: str, work: Work, line: Connection) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        importlib.import_module(PEERS[name]).run(work, Pace(line))
+        importlib.import_module(PEERS[name]).run(work, Pace(connection))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -164,7 +164,7 @@ def ratios(ours: Result, theirs: Result) -> dict[str, dict[str, float]]:
 
 
 def table(results: dict[str, Result], machine: dict[str, str]) -> str:
-    """What a person wants to see."""
+    """A table of times, ratios and phases."""
     columns = f"{'median':>9}{'min':>8}{'max':>8}"
     lines = [f"{'':8}{'CPU, ms a step':>25}{'wall, ms a step':>25}", f"{'':8}{columns}{columns}{'MiB':>7}{'reward':>8}"]
     for name, result in results.items():
@@ -214,13 +214,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _limit_threads(threads: int) -> None:
-    """For the competitors' processes, before any of them loads torch or tokenizers."""
+    """Limit threads before a competitor's process loads torch or tokenizers."""
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
     os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _work(options: argparse.Namespace, folder: Path) -> Work:
-    """The checkpoint is built here, once for all, unless it is there."""
+    """The work; its checkpoint is built once, unless it exists."""
     from _common import ANSWERS, QUESTION, Work
 
     from rllava_pl.models import tiny

@@ -1,7 +1,9 @@
-"""README and docs say what is true: their code runs, their configs parse, their links, names and defaults exist."""
+"""Docs and code agree: code of the pages runs, configs parse, links, names and defaults exist."""
 
 from __future__ import annotations
 
+import builtins
+import dataclasses
 import inspect
 import re
 import shlex
@@ -16,16 +18,19 @@ import yaml
 
 from rllava_pl import modules
 from rllava_pl.cli import main
-from rllava_pl.modules import GRPO, RLModule
+from rllava_pl.loop.options import KL, RENAMED, DynamicSampling, Evaluation, LengthPenalty, OptionGroup
+from rllava_pl.modules import GRPO, PolicyModule, RLModule
 from tests import runs
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PROSE = [*PAGES, ROOT / "CONTRIBUTING.md"]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-ALGORITHMS = {x.__name__: x for x in vars(modules).values() if inspect.isclass(x) and x is not RLModule}
+BASES = (PolicyModule, RLModule)
+ALGORITHMS = {x.__name__: x for x in vars(modules).values() if inspect.isclass(x) and x not in BASES}
 FILES = {name: f"{algorithm.__module__.rpartition('.')[2]}.md" for name, algorithm in ALGORITHMS.items()}
-"""Pages are called like the files of their algorithms."""
+"""Pages have the names of the algorithms' files."""
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# (\w[\w/.-]*\.(?:py|yaml|jsonl))\n")
@@ -34,11 +39,15 @@ NAMED_FILE = re.compile(
     r"`((?:rllava_pl|configs|docs|tests|examples|benchmarks)/[\w./-]*|[A-Z]\w+(?:\.md|\.cff)|Makefile)`"
 )
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
-OPTION_ROW = re.compile(r"^\| `(\w+)` \| `([^`]+)` \|", re.MULTILINE)
+OPTION_ROW = re.compile(r"^\| `([\w.]+)` \| `([^`]+)` \|", re.MULTILINE)
+OPTION = re.compile(r"`([a-z_]+\.[a-z_]+)`")
+METRIC = re.compile(r"`((?:train|val|test|time)/[^`]+)`")
+CLASS = re.compile(r"`([A-Z]\w*[a-z]\w*)(?:\([^`]*\))?`")
+OLD_OPTION = re.compile(r"(?:--model\.|`)(\w+)(?=[`:= ])")
 METRIC_ROW = re.compile(
     r"^\|(?P<only>[^`|]+\|| [^|`]*`\w+` \|)? (?P<names>`(?:train|val|test|time)/[^|]+`) \|", re.MULTILINE
 )
-"""Names of metrics, in the second column where the first says what they are ``only`` with."""
+"""Names of metrics; in the second column where the first one is the condition under which they exist."""
 LONG_RUN = re.compile(r"max_rollouts=\d+")
 TRAINER_COMMAND = re.compile(r"-m rllava_pl ((?:fit|validate|test|predict) .*)")
 FAULTS = {
@@ -46,14 +55,33 @@ FAULTS = {
     "train/skipped_nonfinite",
     "train/engine_faults",
     "time/save_seconds",
-    "train/unscored/<cause>",
-    "train/reward_flags/<flag>",
-    "train/reward_respawns",
-    "time/reward/<name>/p50_seconds",
-    "time/reward/<name>/p99_seconds",
+    "train/unscored_<cause>",
+    "train/reward_flag_<flag>",
+    "train/reward_restarts",
+    "time/reward_<name>_p50_seconds",
+    "time/reward_<name>_p99_seconds",
 }
 """Metrics that a short run without faults and checkpoints, with rewards in the trainer, does not log."""
 SECTIONS = {"seed_everything", "model", "data", "trainer"}
+OTHER_CLASSES = {
+    *dir(builtins),
+    "AdamW",
+    "Any",
+    "AutoModelForImageTextToText",
+    "CSVLogger",
+    "DataLoader",
+    "DeepSpeedCPUAdam",
+    "DeepSpeedStrategy",
+    "EarlyStopping",
+    "FSDPStrategy",
+    "GRPOTrainer",
+    "LearningRateMonitor",
+    "LightningModule",
+    "ModelCheckpoint",
+    "SLURMEnvironment",
+    "Trainer",
+}
+"""Names of Python, Lightning, PyTorch, DeepSpeed and TRL."""
 
 
 class Block(NamedTuple):
@@ -66,7 +94,7 @@ class Block(NamedTuple):
 
     @property
     def file_name(self) -> str:
-        """What the reader is told to call the file, in its first line; empty if it is none."""
+        """Name of the file, from its first line; empty if the block is no file."""
         named = FILE_NAME.match(self.code)
         return named[1] if named else ""
 
@@ -116,7 +144,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_files(page: Path, folder: Path) -> None:
-    """Files the page tells the reader to make."""
+    """The files of a page."""
     for block in blocks(page, "python", "yaml"):
         if block.file_name:
             (folder / block.file_name).write_text(block.code, "utf-8")
@@ -157,10 +185,50 @@ def assert_parses(command: list[str], where: str, capsys: pytest.CaptureFixture[
     assert done.value.code == 0, f"{where}: {capsys.readouterr().err}"
 
 
-def test_the_excerpt_of_the_quickstart_config_is_what_the_file_says() -> None:
+def test_excerpt_of_the_quickstart_config_equals_the_file() -> None:
     excerpt = yaml.safe_load(next(filter(is_config, blocks(DOCS / "quickstart.md", "yaml"))).code)["model"]["init_args"]
     whole = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text("utf-8"))["model"]["init_args"]
     assert excerpt == {option: whole[option] for option in excerpt}
+
+
+def option_groups() -> dict[str, set[str]]:
+    """Names of the fields of every option group, by the option's name."""
+    parameters = [p for x in ALGORITHMS.values() for p in inspect.signature(x).parameters.values()]
+    groups = {p.name: p.default for p in parameters if dataclasses.is_dataclass(p.default)}
+    return {name: {field.name for field in dataclasses.fields(group)} for name, group in groups.items()}
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def test_named_options_of_groups_exist(page: Path) -> None:
+    groups = option_groups()
+    named = [name.split(".") for name in OPTION.findall(prose(page))]
+    assert [f"{group}.{name}" for group, name in named if group in groups and name not in groups[group]] == []
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def test_renamed_options_are_not_named(page: Path) -> None:
+    present = {name for x in ALGORITHMS.values() for name in inspect.signature(x).parameters}
+    old = set(RENAMED) - present - {"micro_batch_size", "warmup_steps"}  # those are also fields of groups
+    arguments = {"clip_low", "clip_high", "dual_clip"}  # of functions, which a recipe passes on
+    if page.stem == "recipe":
+        old -= arguments
+    assert old.intersection(OLD_OPTION.findall(page.read_text("utf-8"))) == set()
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def test_named_metrics_are_explained(page: Path) -> None:
+    """Components of rewards are ``<component>`` there, phases of the memory report ``<phase>``."""
+    explained = {*METRIC.findall((DOCS / "metrics.md").read_text("utf-8"))}
+    patterns = [re.compile(re.sub(r"<\w+>", r"\\w+", name) + r"|" + re.escape(name)) for name in explained]
+    named = {name for name in METRIC.findall(prose(page)) if "..." not in name}
+    assert [name for name in sorted(named) if not any(pattern.fullmatch(name) for pattern in patterns)] == []
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def test_named_classes_exist(page: Path) -> None:
+    sources = [*(ROOT / "rllava_pl").rglob("*.py"), *PAGES]  # some are defined in blocks of a page
+    ours = {name for path in sources for name in re.findall(r"^class (\w+)", path.read_text("utf-8"), re.MULTILINE)}
+    assert set(CLASS.findall(prose(page))) - ours - OTHER_CLASSES == set()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -187,13 +255,13 @@ def test_make_targets_exist(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_page_can_be_reached_from_the_readme(name: str) -> None:
-    seen, waiting = set(), [ROOT / "README.md"]
-    while waiting:
-        page = waiting.pop().resolve()
+    seen, queue = set(), [ROOT / "README.md"]
+    while queue:
+        page = queue.pop().resolve()
         if page in seen or page.suffix != ".md" or not page.exists():
             continue
         seen.add(page)
-        waiting += [page.parent / link.partition("#")[0] for link in LINK.findall(prose(page)) if "://" not in link]
+        queue += [page.parent / link.partition("#")[0] for link in LINK.findall(prose(page)) if "://" not in link]
     assert (ROOT / name).resolve() in seen
 
 
@@ -204,11 +272,14 @@ def test_every_algorithm_has_a_page_and_a_row_in_the_readme(algorithm: str) -> N
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_options_of_an_algorithm_have_the_defaults_its_page_says(algorithm: str) -> None:
+def test_defaults_on_the_page_of_an_algorithm_are_those_of_its_class(algorithm: str) -> None:
     defaults: dict[str, object] = {}
-    for base in reversed(ALGORITHMS[algorithm].__mro__):
-        parameters = inspect.signature(vars(base).get("__init__", object.__init__)).parameters.values()
-        defaults |= {p.name: p.default for p in parameters if p.default is not p.empty}
+    for parameter in inspect.signature(ALGORITHMS[algorithm]).parameters.values():
+        default = parameter.default
+        if isinstance(default, OptionGroup):
+            defaults |= {f"{parameter.name}.{name}": x for name, x in dataclasses.asdict(default).items()}
+        elif default is not parameter.empty:
+            defaults[parameter.name] = default
     said = dict(OPTION_ROW.findall((DOCS / "algorithms" / FILES[algorithm]).read_text("utf-8")))
     assert said and said == {option: str(defaults.get(option, "no such option")) for option in said}
 
@@ -220,24 +291,30 @@ def metrics_said(*, only: bool) -> set[str]:
 
 
 def metrics_logged(
-    root: Path, algorithm: type[RLModule] = GRPO, precision: str = "32-true", **options: object
+    root: Path, algorithm: type[PolicyModule] = GRPO, precision: str = "32-true", **options: object
 ) -> set[str]:
     """Names that a short run logs, components of the reward as ``<component>``."""
     often = {"limit_val_batches": 1, "check_val_every_n_epoch": None, "val_check_interval": 1}
     trainer = runs.trainer(root, precision=precision, **often)
     trainer.fit(runs.module(algorithm, max_rollouts=1, **options), runs.data(demonstrations=1.0))
-    components = re.compile(r"/(accuracy|format)")
-    return {components.sub("/<component>", name) for name in trainer.callback_metrics}
+    component, term = re.compile(r"(train/reward_|val/)(accuracy|format)"), re.compile(r"train/\w+_loss")
+    return {term.sub("train/<term>_loss", component.sub(r"\1<component>", name)) for name in trainer.callback_metrics}
 
 
 def test_every_logged_metric_is_explained(tmp_path: Path) -> None:
-    logged = metrics_logged(tmp_path, val_samples=2)
+    logged = metrics_logged(tmp_path, evaluation=Evaluation(samples=2))
     assert {name for name in metrics_said(only=False) if not name.startswith("test/")} == logged
 
 
 def test_metrics_of_options_and_algorithms_are_explained(tmp_path: Path) -> None:
     """All but those that such a run does not show."""
-    logged = metrics_logged(tmp_path, precision="bf16-mixed", max_refills=1, overlong_buffer=0.5, kl_target=0.1)
+    options = {
+        "dynamic_sampling": DynamicSampling(max_rounds=1),
+        "length_penalty": LengthPenalty(buffer_tokens=3),
+        "kl": KL(target=0.1),
+        "entropy_coef": 0.01,
+    }
+    logged = metrics_logged(tmp_path, precision="bf16-mixed", **options)
     for algorithm in (modules.PPO, modules.SFT, modules.DPO, modules.LUFFY, modules.UFT, modules.HPT, modules.KLCov):
         logged |= metrics_logged(tmp_path, algorithm)
     said = metrics_said(only=True)

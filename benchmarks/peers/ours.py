@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rllava_pl.callbacks import RolloutProgressBar
 from rllava_pl.datamodules import BaseDataModule
+from rllava_pl.loop.options import KL, Batching, Clip, Schedule
 from rllava_pl.models import VLM
 from rllava_pl.modules import GRPO
 from rllava_pl.rewards import AnswerTagReward
@@ -42,7 +43,7 @@ class Clock(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: None, batch: object, batch_idx: int
     ) -> None:
-        """From here to here is a step."""
+        """The time from one call to the next is a step."""
         self.pace.tick(lambda: _facts(trainer.callback_metrics))
 
 
@@ -59,16 +60,13 @@ def run(work: Work, pace: Pace) -> None:
         group_size=work.group_size,
         sampling=Sampling(max_tokens=work.max_tokens),
         max_rollouts=work.steps,
-        minibatches=work.minibatches,
+        batching=Batching(num_minibatches=work.minibatches),
         optimizer=lambda p: torch.optim.AdamW(
             p, lr=work.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         ),
-        lr_schedule="linear",
-        warmup_steps=work.warmup_updates,
-        final_lr_ratio=0.1,
-        clip_low=work.clip_low,
-        clip_high=work.clip_high,
-        kl_loss_coef=work.kl_coef,
+        schedule=Schedule(kind="linear", warmup_steps=work.warmup_updates, final_ratio=0.1),
+        clip=Clip(low=work.clip_low, high=work.clip_high),
+        kl=KL(loss_coef=work.kl_coef),
         seed=work.seed,
     )
     trainer = Trainer(
@@ -76,7 +74,7 @@ def run(work: Work, pace: Pace) -> None:
         max_epochs=-1,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(work.output, name="ours"),
-        enable_checkpointing=False,  # a checkpoint a step is nobody's normal use, and none is written by the others
+        enable_checkpointing=False,  # the others write none either
         callbacks=[RolloutProgressBar(), Clock(pace)],
     )
     trainer.fit(module, Pictures(work.dataset(), work.prompts))

@@ -1,8 +1,8 @@
 """GRPO by hand: one file of torch and transformers, doing the same work with the same sharing, and nothing else.
 
-Nothing is general here: one model family, prompts of equal length, one reward, one device. It is the yardstick for what
-a framework costs, so it must be as fast as careful handwork. From the package it takes the prompts and the attention
-function over packed rows (``shared_prompt``).
+It supports one model family, prompts of equal length, one reward and one device. It is the reference for the overhead
+of a framework, so it is written for speed. From the package it takes the prompts and the attention function over packed
+rows (``shared_prompt``).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Clock(TrainerCallback):
         logs: dict[str, float],
         **kwargs: object,
     ) -> None:
-        """From here to here is a step: ``logging_steps`` are the updates of one rollout."""
+        """The time from one call to the next is a step: ``logging_steps`` are the updates of one rollout."""
         if "reward" in logs:  # not the summary at the end of the run
             self.pace.tick(lambda: {"reward": float(logs["reward"])})
 

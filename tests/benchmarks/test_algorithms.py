@@ -15,7 +15,7 @@ from tests.runs import CACHE
 pytestmark = pytest.mark.slow  # every run is a new process
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["--model.lr_schedule=constant", "--model.group_size=2", f"--model.policy.cache_dir={CACHE}"]
+SHORT = ["--model.schedule.kind=constant", "--model.group_size=2", f"--model.policy.cache_dir={CACHE}"]
 SMALL = ["--data.batch_size=4", "--data.val_size=8", "--data.test_size=8"]
 
 
