@@ -123,7 +123,8 @@ class MicroBatches:
         count = -(-len(whole) // groups_a_part)
         while count:
             chosen = balance([tokens[p] for p in whole], count, groups_a_part)
-            if not self.tokens or max(sum(tokens[whole[k]] for k in part) for part in chosen) <= self.tokens:
+            fits = not self.tokens or max(sum(tokens[whole[k]] for k in part) for part in chosen) <= self.tokens
+            if fits or count == len(whole):  # a single group above the limit cannot be split further
                 break
             count += 1
         if count == 1 and not parts:
