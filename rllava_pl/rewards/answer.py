@@ -10,6 +10,8 @@ from rllava_pl.rewards.base import BaseReward
 from rllava_pl.rewards.text import MAX_CHARS, exact, is_tag_name, last_block, strict
 from rllava_pl.types import Rollout, Score
 
+_equal = lru_cache(maxsize=256)(exact)  # answers of a group repeat each other more and more as a policy learns
+
 
 class AnswerTagReward(BaseReward):
     """Rewards the right answer in a response of the right format.
@@ -28,9 +30,6 @@ class AnswerTagReward(BaseReward):
         accuracy_weight: Value of the right answer.
         lenient: Accept the last answer block wherever it stands; otherwise only a well-formed response can be right.
         weight: Factor of this reward in the sum of rewards.
-
-    Raises:
-        ValueError: If the tags or a weight are invalid.
     """
 
     components = ("accuracy", "format")
@@ -45,7 +44,17 @@ class AnswerTagReward(BaseReward):
         weight: float = 1.0,
     ) -> None:
         super().__init__(weight)
-        _check_tags(tags)
+        problem = ""
+        if isinstance(tags, str) or not tags:
+            problem = f"tags is {tags!r}"
+        elif wrong := [tag for tag in tags if not is_tag_name(tag)]:
+            problem = f"{wrong[0]!r} is not a tag name; use lower-case ASCII letters, digits and _"
+        elif len(set(tags)) < len(tags):
+            problem = f"tags {list(tags)} repeat a tag; every block occurs once"
+        elif tags[-1] != "answer":
+            problem = f"tags {list(tags)} end in {tags[-1]!r}; the last must be 'answer'"
+        if problem:
+            raise ValueError(f"AnswerTagReward: {problem}; give a list like [think, answer]")
         for option, x in (("format_weight", format_weight), ("accuracy_weight", accuracy_weight)):
             if not (math.isfinite(x) and x >= 0):
                 raise ValueError(f"AnswerTagReward: {option} is {x}; it must be finite and not negative")
@@ -60,29 +69,8 @@ class AnswerTagReward(BaseReward):
         truth = (rollout.prompt.answer_text if label is None else label).strip()
         if not truth:
             return Score(None, reason="no_answer")
-        well_formed, right = _read(rollout.text, truth, self.tags)
-        accuracy = float(right and (well_formed or self.lenient))
+        well_formed = strict(rollout.text, self.tags)
+        predicted = last_block(rollout.text[-MAX_CHARS:], "answer") if well_formed or self.lenient else None
+        accuracy = float(predicted is not None and _equal(predicted, truth))
         value = self.format_weight * well_formed + self.accuracy_weight * accuracy
         return Score(value, {"accuracy": accuracy, "format": float(well_formed)})
-
-
-@lru_cache(maxsize=256)  # responses of a group repeat each other more and more as a policy learns
-def _read(text: str, truth: str, tags: tuple[str, ...]) -> tuple[bool, bool]:
-    """Whether the text is well-formed, and whether its last answer block is right."""
-    predicted = last_block(text[-MAX_CHARS:], "answer")
-    return strict(text, tags), predicted is not None and exact(predicted, truth)
-
-
-def _check_tags(tags: Sequence[str]) -> None:
-    hint = "give a list like [think, answer]"
-    if isinstance(tags, str) or not tags:
-        raise ValueError(f"AnswerTagReward: tags is {tags!r}; {hint}")
-    for tag in tags:
-        if not is_tag_name(tag):
-            raise ValueError(
-                f"AnswerTagReward: {tag!r} is not a tag name; use lower-case ASCII letters, digits and _; {hint}"
-            )
-    if len(set(tags)) < len(tags):
-        raise ValueError(f"AnswerTagReward: tags {list(tags)} repeat a tag; every block occurs once; {hint}")
-    if tags[-1] != "answer":
-        raise ValueError(f"AnswerTagReward: tags {list(tags)} end in {tags[-1]!r}; the last must be 'answer'; {hint}")

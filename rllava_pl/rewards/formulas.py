@@ -8,17 +8,18 @@ end, so ``MathReward`` works in a process that is killed after two seconds.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import NamedTuple
 
 from rllava_pl.rewards.text import number
 
 MAX_CHARS = 512
 """A longer answer is wrong."""
+MAX_DEPTH = 32
+"""A formula with more brackets inside each other is not compared by computer algebra."""
 
 RELATIVE_TOLERANCE = Fraction(1, 1_000_000)
 """Largest relative difference of numbers of which one is written with a decimal point."""
@@ -45,21 +46,24 @@ def math_equal(given: str, truth: str) -> Verdict:
     if unit and true_unit and unit != true_unit:
         return Verdict(False)
     a, b = strip_notation(given), strip_notation(truth)
-    if not _has_name(b) and _has_name(a):
+    if _NAMED.match(a) and not _NAMED.match(b):
         a = a.partition("=")[2]
     if a == b and a:
         return Verdict(True)
     if b.isalpha() and len(b) > 1:  # algebra would read a word as a product of letters
         return Verdict(a.lower() == b.lower())
-    if (equal := _numbers_equal(a, b)) is not None:
-        return Verdict(equal)
-    if (equal := _collections_equal(a, b)) is not None:
-        return Verdict(equal)
-    if _alternatives(a) != _alternatives(b):
+    for stage in (_numbers_equal, _collections_equal):
+        if (equal := stage(a, b)) is not None:
+            return Verdict(equal)
+    # 3or5 and 3,5 are two answers
+    alternatives = [len(_ALTERNATIVE.findall(text)) + len(_split(text)) for text in (a, b)]
+    if alternatives[0] != alternatives[1] or not a:
         return Verdict(False)
-    if _HOSTILE.search(a) or _depth(a) > 32 or not a:
-        return Verdict(False, "grader_refused" if a else "")
-    return _symbolic(given, truth)
+    if _HOSTILE.search(a) or max(accumulate((char in "([{") - (char in ")]}") for char in a)) > MAX_DEPTH:
+        return Verdict(False, "grader_refused")
+    if not has_math_verify():
+        return Verdict(False, "symbolic_unavailable")
+    return Verdict(_same_formula(given, truth))
 
 
 # -- notation ----------------------------------------------------------------------------------------------------------
@@ -70,6 +74,8 @@ _UNIT = re.compile(
     r"|\s*(?:mm|cm|km|in|ft|inches|feet|miles|kg|sec|seconds|min|minutes|hours|days|degrees?|units?|dollars|cents)"
     r"|\s+[mgsh])(?:\^\{?[23]\}?)?\s*\.?$"  # one letter directly behind a number is a variable
 )
+_NAMED = re.compile(r"[a-zA-Z](?:_?[0-9a-z])?=[^=]")  # x=4
+_ALTERNATIVE = re.compile(r"or|and|;")
 _NOTATION = [
     (re.compile(r"\\[dt]frac"), r"\\frac"),
     (re.compile(r"\\(?:left|right|displaystyle)(?![a-z])|\\[!;:]|\\ |[$\s]"), ""),
@@ -98,16 +104,6 @@ def _unit(text: str) -> str:
     return re.sub(r"\\(?:text|mathrm|mbox)|[^a-zA-Z0-9]", "", match[0]) if match else ""
 
 
-def _has_name(text: str) -> bool:
-    """``x=4``: a name and its value."""
-    return re.match(r"[a-zA-Z](?:_?[0-9a-z])?=[^=]", text) is not None
-
-
-def _alternatives(text: str) -> int:
-    """How many answers there are: ``3or5`` and ``3,5`` are two."""
-    return len(re.findall(r"or|and|;", text)) + len(_split(text))
-
-
 # -- numbers and collections -------------------------------------------------------------------------------------------
 
 
@@ -123,8 +119,8 @@ def _numbers_equal(given: str, truth: str) -> bool | None:
 
 def _collections_equal(given: str, truth: str) -> bool | None:
     r"""Tuples and intervals element by element, ``\{...\}`` in any order; None if one of them is not a collection."""
-    a, b = given.replace("\\{", "⟨").replace("\\}", "⟩"), truth.replace("\\{", "⟨").replace("\\}", "⟩")
-    if not (_is_collection(a) and _is_collection(b)):
+    a, b = (text.replace("\\{", "⟨").replace("\\}", "⟩") for text in (given, truth))
+    if not all(len(x) > 2 and x[0] in "([⟨" and x[-1] in ")]⟩" and "," in x for x in (a, b)):
         return None
     if (a[0], a[-1]) != (b[0], b[-1]):
         return False
@@ -137,20 +133,18 @@ def _collections_equal(given: str, truth: str) -> bool | None:
     return None if None in equal and len(ours) == len(theirs) else all(equal)
 
 
-def _is_collection(text: str) -> bool:
-    return len(text) > 2 and text[0] in "([⟨" and text[-1] in ")]⟩" and "," in text
-
-
 def _split(text: str) -> list[str]:
     """Split at the commas outside all brackets, except thousands commas."""
+    if number(text) is not None:
+        return [text]
     parts, depth = [""], 0
-    for char in text if number(text) is None else ():
+    for char in text:
         depth += (char in "([{⟨") - (char in ")]}⟩")
         if char == "," and depth == 0:
             parts.append("")
         else:
             parts[-1] += char
-    return parts if number(text) is None else [text]
+    return parts
 
 
 # -- formulas ----------------------------------------------------------------------------------------------------------
@@ -164,39 +158,17 @@ _HOSTILE = re.compile(
 )
 
 
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _symbolic(given: str, truth: str) -> Verdict:
-    """Compare by math-verify without its time limit, which needs alarm signals and thus the main thread."""
-    if not has_math_verify():
-        return Verdict(False, "symbolic_unavailable")
-    from math_verify import verify
-
-    a, b = _parsed(given), _parsed(truth)
-    return Verdict(bool(a and b and verify(b, a, timeout_seconds=None)))
-
-
-def _parsed(text: str) -> Sequence[object]:
+def _same_formula(given: str, truth: str) -> bool:
+    """Compare by math-verify without its time limits, which need alarm signals and thus the main thread."""
     from latex2sympy2_extended import NormalizationConfig
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     notation = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
     kinds = [LatexExtractionConfig(normalization_config=notation), ExprExtractionConfig()]
-    return parse(f"${text.strip().strip('$')}$", kinds, parsing_timeout=None)
+    a, b = (parse(f"${text.strip().strip('$')}$", kinds, parsing_timeout=None) for text in (given, truth))
+    return bool(a and b and verify(b, a, timeout_seconds=None))
 
 
 def has_math_verify() -> bool:
     """Whether the computer algebra system is installed."""
     return find_spec("math_verify") is not None
-
-
-def warm_up() -> None:
-    """Import what the last stage needs; its parser is slow for the first formulas."""
-    if has_math_verify():
-        _symbolic(r"\frac{2\sqrt{3}}{x^2+1}", r"\frac{\sqrt{12}}{x^2+1}")

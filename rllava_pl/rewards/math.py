@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Literal
 
 from rllava_pl.rewards.base import BaseReward
-from rllava_pl.rewards.formulas import has_math_verify, math_equal, warm_up
+from rllava_pl.rewards.formulas import has_math_verify, math_equal
 from rllava_pl.rewards.text import MAX_CHARS, answer_scope, last_boxed, tag_tokens
 from rllava_pl.types import Rollout, Score
 
@@ -31,9 +31,6 @@ class MathReward(BaseReward):
         accuracy_weight: Value of the right answer.
         scope: Where the box is searched: answer, behind the last ``</think>``, or anywhere.
         weight: Factor of this reward in the sum of rewards.
-
-    Raises:
-        ValueError: If a weight is negative or not finite.
     """
 
     components = ("accuracy", "format")
@@ -58,8 +55,8 @@ class MathReward(BaseReward):
             log.warning("MathReward: formulas are compared as text and numbers only; pip install 'rllava-pl[math]'")
 
     def load(self) -> None:
-        """Import the computer algebra system."""
-        warm_up()
+        """Import the computer algebra system, and compare a first formula, which takes long."""
+        math_equal(r"\frac{2\sqrt{3}}{x^2+1}", r"\frac{\sqrt{12}}{x^2+1}")
 
     def score(self, rollout: Rollout) -> Score:
         """0 to ``format_weight + accuracy_weight``; unscored, as ``no_answer``, if the prompt has no answer."""
@@ -67,21 +64,14 @@ class MathReward(BaseReward):
         if not truth:
             return Score(None, reason="no_answer")
         text = rollout.text[-MAX_CHARS:]
-        flags = ["too_long"] if len(text) < len(rollout.text) else []
         box = last_boxed(answer_scope(text) if self.scope == "answer" else text)
-        verdict = math_equal(box, truth) if box is not None else None
-        if verdict is None and rollout.finish_reason == "length":
-            flags.append("truncated")
-        if verdict is not None and verdict.flag:
-            flags.append(verdict.flag)
-        accuracy, form = float(verdict is not None and verdict.right), float(not flags and _well_formed(text))
-        value = self.format_weight * form + self.accuracy_weight * accuracy
-        return Score(value, {"accuracy": accuracy, "format": form}, flags=tuple(flags))
-
-
-def _well_formed(text: str) -> bool:
-    """Whether the text is one think block and then anything with a box."""
-    tokens = list(islice(tag_tokens(text, ("think",)), 3))
-    if [token["slash"] for token in tokens] != ["", "/"]:
-        return False
-    return not text[: tokens[0].start()].strip() and last_boxed(text[tokens[1].end() :]) is not None
+        if box is not None:
+            right, flag = math_equal(box, truth)
+        else:
+            right, flag = False, "truncated" if rollout.finish_reason == "length" else ""
+        flags = tuple(filter(None, ("too_long" if len(text) < len(rollout.text) else "", flag)))
+        tags = list(islice(tag_tokens(text, ("think",)), 3))
+        one_block = [tag["slash"] for tag in tags] == ["", "/"] and not text[: tags[0].start()].strip()
+        form = float(one_block and not flags and last_boxed(text[tags[1].end() :]) is not None)
+        value = self.format_weight * form + self.accuracy_weight * right
+        return Score(value, {"accuracy": float(right), "format": form}, flags=flags)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
-from functools import lru_cache
-from itertools import islice, pairwise
-from typing import NamedTuple
+from itertools import islice
 
 MAX_CHARS = 64 * 1024
 """A longer response has no valid format, and its answer is searched in its last ``MAX_CHARS`` characters."""
@@ -29,14 +27,6 @@ END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_
 _TAIL = re.compile(rf"(?:\s|{'|'.join(map(re.escape, END_OF_TURN))})*+")
 
 
-class Blocks(NamedTuple):
-    """The text between the tags of one name, in order."""
-
-    contents: tuple[str, ...]
-    unclosed: bool
-    """A last opening tag has no closing one."""
-
-
 def is_tag_name(name: str) -> bool:
     """Whether ``name`` can be a tag: lower-case ASCII letters, digits and ``_``, a letter first."""
     return name.isascii() and name.isidentifier() and name == name.lower() and not name.startswith("_")
@@ -48,35 +38,25 @@ def tag_tokens(text: str, names: Collection[str]) -> Iterator[re.Match[str]]:
     A match has the groups ``slash``, empty in an opening tag, and ``name``; spaces are allowed: ``< / answer >``. A
     token holds no second ``<``, so each ``>`` can only end the token of the last ``<`` before it.
     """
-    return _tag(tuple(names)).finditer(text)
+    any_name = "|".join(map(re.escape, names)) if names else "(?!)"
+    return re.finditer(rf"< *+(?P<slash>/?) *+(?P<name>{any_name}) *+>", text)
 
 
-@lru_cache(maxsize=256)
-def _tag(names: tuple[str, ...]) -> re.Pattern[str]:
-    """Its repetitions are possessive, so that a long run of spaces is read once."""
-    return re.compile(rf"< *+(?P<slash>/?) *+(?P<name>{'|'.join(map(re.escape, names))}) *+>" if names else "(?!)")
-
-
-def blocks(text: str, tag: str) -> Blocks:
-    """Contents of all blocks: each from an opening tag to the *next* closing one; tags in between are plain text.
-
-    An opening tag without a closing one ends the scan: ``<a>1</a> <a>2`` has one block, ``1``, and is ``unclosed``.
-    """
-    contents: list[str] = []
-    start = -1
+def blocks(text: str, tag: str) -> list[str]:
+    """Contents of all blocks: each from an opening tag to the *next* closing one; tags in between are plain text."""
+    contents, start = [], -1
     for token in tag_tokens(text, (tag,)):
-        if not token["slash"]:
-            start = token.end() if start < 0 else start
-        elif start >= 0:
+        if token["slash"] and start >= 0:
             contents.append(text[start : token.start()])
             start = -1
-    return Blocks(tuple(contents), start >= 0)
+        elif not token["slash"] and start < 0:
+            start = token.end()
+    return contents
 
 
 def last_block(text: str, tag: str) -> str | None:
     """Content of the last closed block, or None."""
-    contents = blocks(text, tag).contents
-    return contents[-1] if contents else None
+    return (blocks(text, tag) or [None])[-1]
 
 
 def strict(text: str, names: Sequence[str]) -> bool:
@@ -85,16 +65,14 @@ def strict(text: str, names: Sequence[str]) -> bool:
     Every tag token occurs once, the last block is not blank, and the text has at most ``MAX_CHARS`` characters.
     End-of-turn strings at the end are ignored.
     """
-    if len(text) > MAX_CHARS:
-        return False
     wanted = [(slash, name) for name in names for slash in ("", "/")]
     tokens = list(islice(tag_tokens(text, names), len(wanted) + 1))  # one more makes the text invalid
-    if not wanted or [token.group("slash", "name") for token in tokens] != wanted:
+    if len(text) > MAX_CHARS or not wanted or [token.group("slash", "name") for token in tokens] != wanted:
         return False
-    stops = [0] + [token.end() for token in tokens[1::2]]
-    outside = (text[stop : token.start()] for stop, token in zip(stops, tokens[::2], strict=False))
+    stops = [0, *(token.end() for token in tokens[1::2])]
+    outside = "".join(text[stop : token.start()] for stop, token in zip(stops, tokens[::2], strict=False))
     last = text[tokens[-2].end() : tokens[-1].start()]
-    return not any(gap.strip() for gap in outside) and last.strip() != "" and bool(_TAIL.fullmatch(text, stops[-1]))
+    return not outside.strip() and last.strip() != "" and _TAIL.fullmatch(text, stops[-1]) is not None
 
 
 _BRACES = re.compile(r"\\boxed\s*+\{|\\.|[{}]", re.DOTALL)
@@ -135,6 +113,7 @@ _PUNCTUATION = re.compile(
     r"\u00a1\u00ab\u00b7\u00bb\u00bf\u2016-\u2027"  # inverted marks, quotes, dots
     r"\u3001-\u3003\u3008-\u3011\u3014-\u301f\u30fb\uff5f-\uff65]+"  # CJK
 )
+_ARTICLE = re.compile(r"(?<!\S)(?:a (?=\S\S)|an |the )")
 _NUMBER_AHEAD = re.compile(r"\s*[0-9]")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]")
 
@@ -146,10 +125,9 @@ def normalise(text: str) -> str:
     12), and so does an ``a`` that may be an option letter or a variable: it is an article only before a longer word.
     Chinese, Japanese and Korean text loses its spaces.
     """
-    words = _PUNCTUATION.sub(_kept_of_punctuation, text.translate(_TO_ASCII).lower()).split()
-    kept = [word for word, following in pairwise([*words, ""]) if not _is_article(word, following)]
-    joined = " ".join(kept)
-    return "".join(kept) if _CJK.search(joined) else joined
+    text = _PUNCTUATION.sub(_kept_of_punctuation, text.translate(_TO_ASCII).lower())
+    text = _ARTICLE.sub("", " ".join(text.split()))
+    return text.replace(" ", "") if _CJK.search(text) else text
 
 
 def _kept_of_punctuation(run: re.Match[str]) -> str:
@@ -162,10 +140,6 @@ def _kept_of_punctuation(run: re.Match[str]) -> str:
     sign = "-" if "-" in run[0] and negates else ""
     point = "." if run[0].endswith(".") and after.isdigit() else ""
     return sign + point
-
-
-def _is_article(word: str, following: str) -> bool:
-    return len(following) > 1 if word == "a" else word in ("an", "the") and following != ""
 
 
 def exact(predicted: str, truth: str) -> bool:
@@ -182,7 +156,7 @@ def exact(predicted: str, truth: str) -> bool:
     return a_text == b_text if a_text or b_text else predicted.strip() == truth.strip()
 
 
-_NUMBER = re.compile(r"([-+]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(\.[0-9]+|/[0-9]+)?%?")
+_NUMBER = re.compile(r"([-+]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(\.[0-9]+|/0*[1-9][0-9]*)?%?")
 
 
 def number(text: str) -> Fraction | None:
@@ -197,7 +171,4 @@ def number(text: str) -> Fraction | None:
     match = _NUMBER.fullmatch(text.translate(_TO_ASCII))
     if match is None or sum(char.isdigit() for char in match[0]) > MAX_DIGITS:
         return None
-    sign, whole, rest = match[1], match[2].replace(",", ""), match[3] or ""
-    if rest.startswith("/") and int(rest[1:]) == 0:
-        return None
-    return Fraction(sign + whole + rest)
+    return Fraction(match[1] + match[2].replace(",", "") + (match[3] or ""))

@@ -25,29 +25,29 @@ PARSERS = {
 
 
 @pytest.mark.parametrize(
-    ("text", "contents", "unclosed"),
+    ("text", "contents"),
     [
-        ("<a>1</a>", ("1",), False),
-        ("x<a>1</a>y<a>2</a>z", ("1", "2"), False),
-        ("< a >1< / a >", ("1",), False),
-        ("<a>1<a>2</a>", ("1<a>2",), False),  # inner tags are plain text
-        ("<a>1</a></a>", ("1",), False),
-        ("</a><a>1</a>", ("1",), False),
-        ("<a>1</a><a>2", ("1",), True),
-        ("<a>1", (), True),
-        ("<a></a>", ("",), False),
-        ("<A>1</A>", (), False),
-        ("<aa>1</aa>", (), False),
-        ("<a b>1</a>", (), False),
-        ("<//a>1<a>2</a>", ("2",), False),
-        ("<<a>>1</a>", (">1",), False),
-        ("<a<a>1</a>", ("1",), False),
-        ("1 < 2 and <a>3 > 2</a>", ("3 > 2",), False),
-        ("", (), False),
+        ("<a>1</a>", ["1"]),
+        ("x<a>1</a>y<a>2</a>z", ["1", "2"]),
+        ("< a >1< / a >", ["1"]),
+        ("<a>1<a>2</a>", ["1<a>2"]),  # inner tags are plain text
+        ("<a>1</a></a>", ["1"]),
+        ("</a><a>1</a>", ["1"]),
+        ("<a>1</a><a>2", ["1"]),
+        ("<a>1", []),
+        ("<a></a>", [""]),
+        ("<A>1</A>", []),
+        ("<aa>1</aa>", []),
+        ("<a b>1</a>", []),
+        ("<//a>1<a>2</a>", ["2"]),
+        ("<<a>>1</a>", [">1"]),
+        ("<a<a>1</a>", ["1"]),
+        ("1 < 2 and <a>3 > 2</a>", ["3 > 2"]),
+        ("", []),
     ],
 )
-def test_blocks_end_at_next_closing_tag(text, contents, unclosed):
-    assert parsers.blocks(text, "a") == (contents, unclosed)
+def test_blocks_end_at_next_closing_tag(text, contents):
+    assert parsers.blocks(text, "a") == contents
     assert parsers.last_block(text, "a") == (contents[-1] if contents else None)
 
 
