@@ -20,7 +20,7 @@ class Entry(NamedTuple):
     names: tuple[str, ...]
     totals: Tensor
     """One a name."""
-    count: Tensor | float
+    number: Tensor | float
     """The number of things in each of the sums."""
 
 
@@ -65,7 +65,7 @@ class MetricAccumulator:
         device = self.entries[-1].totals.device  # those of a checkpoint are on the host
         totals = torch.cat([entry.totals.to(device, torch.float64) for entry in self.entries])
         counts = torch.stack(
-            [torch.as_tensor(entry.count, dtype=torch.float64, device=device) for entry in self.entries]
+            [torch.as_tensor(entry.number, dtype=torch.float64, device=device) for entry in self.entries]
         )
         counts = counts.repeat_interleave(torch.tensor([len(entry.names) for entry in self.entries], device=device))
         sums = torch.zeros(2, len(rows), dtype=torch.float64, device=device)

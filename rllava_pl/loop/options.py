@@ -12,30 +12,30 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, Self, TypedDict, TypeVar, cast, get_args
+from typing import ClassVar, Literal, Self, TypedDict, TypeVar, cast, get_args
 
 from rllava_pl.functional._numerics import check_choice
 from rllava_pl.functional.kl import KLEstimator
-from rllava_pl.redaction import is_secret
 
 ScheduleKind = Literal["constant", "linear", "cosine"]
 
 
+@dataclass(frozen=True)
 class OptionGroup:
     """Base of the groups: knows which fields were set, and completes the others from another group."""
 
-    fields_set: frozenset[str]
+    fields_set: ClassVar[frozenset[str]] = frozenset()
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Remember the names of the arguments."""
         group = super().__new__(cls)
-        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        names = [field.name for field in dataclasses.fields(cls)]
         object.__setattr__(group, "fields_set", frozenset([*names[: len(args)], *kwargs]))
         return group
 
     def with_defaults(self, defaults: Self) -> Self:
         """The fields that were set, and those of ``defaults`` for the rest."""
-        return dataclasses.replace(defaults, **{name: getattr(self, name) for name in self.fields_set})  # type: ignore[type-var]
+        return dataclasses.replace(defaults, **{name: getattr(self, name) for name in self.fields_set})
 
 
 def require(ok: bool, option: str, value: object, rule: str) -> None:
@@ -277,12 +277,11 @@ def complete(cls: type, name: str, group: GroupT) -> GroupT:
 
 
 def plain_options(cls: type, options: Mapping[str, object]) -> dict[str, object]:
-    """Hyper-parameters as plain data, groups completed with the defaults of the algorithm; secrets are left out."""
+    """Hyper-parameters as plain data, groups completed with the defaults of the algorithm."""
     completed = {k: complete(cls, k, v) if isinstance(v, OptionGroup) else v for k, v in options.items()}
     return {
         name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
         for name, value in completed.items()
-        if not is_secret(name)
     }
 
 

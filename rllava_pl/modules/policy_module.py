@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from rllava_pl.loop.state import RunState
 from rllava_pl.loop.updater import Updater
 from rllava_pl.models.trainable import frozen_names
 from rllava_pl.models.vlm import VLM
-from rllava_pl.redaction import redact
+from rllava_pl.redaction import is_secret, redact
 from rllava_pl.rewards import BaseReward, RewardRunner, Scoring
 from rllava_pl.rollout.callbacks import RolloutCallback, TransformersRollout
 from rllava_pl.rollout.engine import ManagedEngine
@@ -130,21 +131,20 @@ class PolicyModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.policy = policy
-        self.rewards = rewards
-        self.scoring = scoring
+        self.rewards, self.scoring = rewards, scoring
         self.sampling = sampling
         self.max_rollouts = max_rollouts
         self.batching = complete(type(self), "batching", batching)
         self.optimizer = optimizer
         self.schedule = complete(type(self), "schedule", schedule)
-        self.max_grad_norm = max_grad_norm
-        self.max_skipped = max_skipped
+        self.max_grad_norm, self.max_skipped = max_grad_norm, max_skipped
         self.evaluation = complete(type(self), "evaluation", evaluation)
         self.seed = seed
         check_run_options(max_rollouts, self.batching, self.schedule, sampling, max_grad_norm, max_skipped)
         if not rewards and self.needs_rewards:
             raise ValueError(f"{type(self).__name__}: no reward given, e.g. rewards: [AnswerTagReward]")
-        self.save_hyperparameters(ignore=["policy", "rewards", "optimizer"])
+        secrets = filter(is_secret, inspect.signature(type(self)).parameters)
+        self.save_hyperparameters(ignore=["policy", "rewards", "optimizer", "unknown", *secrets])
         self.save_hyperparameters(redact(plain_options(type(self), self.hparams)))
         self.reference = None
         self.state = RunState()
