@@ -51,7 +51,8 @@ def test_resume_on_any_number_of_ranks_restores_weights_moments_and_counters(
     assert saved["saved"]["steps"] == resumed["start"]["steps"] == {3.0}
     assert saved["saved"]["groups"] == resumed["start"]["groups"]
     assert difference(saved["end"], resumed["end"]) <= (0.0 if saved_on == resumed_on else 1e-6)
-    assert difference(saved["start"], saved["saved"]) > 0.1
+    before, after = (saved[moment]["tensors"]["policy.head.weight"] for moment in ("start", "saved"))
+    assert not torch.equal(before, after)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
