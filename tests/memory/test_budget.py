@@ -170,7 +170,7 @@ def test_kv_cache_of_the_4b():
 
 def test_strategies_are_found_by_name_and_by_class():
     assert placement_of("auto", {}) == single() == Placement()
-    assert placement_of("rl_fsdp2", {}) == placement_of("rllava_pl.strategies.fsdp2.RLFSDP2Strategy", {}) == fsdp()
+    assert placement_of("rl_fsdp2", {}) == placement_of("rllava_pl.strategies.fsdp.RLFSDP2Strategy", {}) == fsdp()
     assert placement_of("RLDeepSpeedStrategy", {"stage": 2, "allow_cpu": True}) == deepspeed(2)
     with pytest.raises(ValueError, match="no memory plan for the strategy 'horovod'; it must be auto, rl_ddp"):
         placement_of("horovod", {})
