@@ -3,7 +3,7 @@
 ``encode`` separates a value into three entries: ``tensors``, a list of tensors; ``objects``, a list of JSON values, one
 for each dataclass and image; and ``value``, a JSON value that refers to both by position. Tensors, dataclasses and
 images that several places share are stored once and are shared again after ``decode``. Only the classes listed here are
-ever created, so reading a file or a message runs no code of its own.
+ever created, so a file or a message cannot run code.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 (replace_directory if target.is_dir() else Path.replace)(temporary, target)
             flush(target.parent)
         except (OSError, RuntimeError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__  # torch raises a RuntimeError of its own
+            cause = error if isinstance(error, OSError) else error.__context__  # torch raises a RuntimeError instead
             if not isinstance(cause, OSError):
                 raise
             free = shutil.disk_usage(target.parent).free
