@@ -140,7 +140,7 @@ class ScoredBatch:
 
     def by_prompt(self, x: Tensor) -> Tensor:
         """(N, ...) as (P, rows of a prompt, ...)."""
-        return x.unflatten(0, (-1, self.group_size))
+        return x.reshape(-1, self.group_size, *x.shape[1:])
 
     def policy_batch(self, mask_NT: Tensor | None = None) -> PolicyBatch:
         """The forward's input for all of these rows; log-probs of the trained tokens unless another mask is given."""
