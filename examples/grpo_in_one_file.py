@@ -1,8 +1,8 @@
 """GRPO for vision-language models in one file, to read from top to bottom: torch, transformers and a plain loop.
 
-What the package does with engines, callbacks and strategies stands here with nothing in between, in the same order and
-under the same names: sample, judge, evaluate, credit, update. A tiny random model learns to name the colour of a drawn
-shape, from rewards alone::
+The steps of the package's loop, in the same order and under the same names, without engines, callbacks and strategies:
+sample, score, log-probs, advantages, update. A tiny random model learns to name the colour of a drawn shape, from
+rewards alone::
 
     python examples/grpo_in_one_file.py 80
 
@@ -35,7 +35,7 @@ from rllava_pl.models import tiny
 from rllava_pl.types import Prompt
 
 TASK = TASKS["color"]  # "What color is the shape?" red, green, blue, yellow, purple or white
-PROMPTS, GROUP_SIZE, MINIBATCHES = 32, 8, 2  # a rollout: 32 x 8 completions, two optimizer steps
+PROMPTS, GROUP_SIZE, NUM_MINIBATCHES = 32, 8, 2  # a rollout: 32 x 8 completions, two optimizer steps
 MAX_TOKENS = 8
 LEARNING_RATE, WARMUP_ROLLOUTS = 1e-3, 10
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
@@ -78,15 +78,15 @@ class Policy:
 
     def log_probs(self, inputs: dict[str, Tensor], ids_NT: Tensor) -> Tensor:
         """Log π of the sampled tokens, (N, T): the logits at position S - 1 + t predict response token t."""
-        grown = dict(inputs, input_ids=torch.cat([inputs["input_ids"], ids_NT], 1))
-        grown["attention_mask"] = torch.ones_like(grown["input_ids"])  # causal: nothing sees what follows its end
-        logits = self.model(**grown, use_cache=False, logits_to_keep=ids_NT.shape[1] + 1).logits[:, :-1]
+        extended = dict(inputs, input_ids=torch.cat([inputs["input_ids"], ids_NT], 1))
+        extended["attention_mask"] = torch.ones_like(extended["input_ids"])  # causal: nothing sees what follows its end
+        logits = self.model(**extended, use_cache=False, logits_to_keep=ids_NT.shape[1] + 1).logits[:, :-1]
         return token_log_probs(logits, ids_NT, banned_ids=self.banned_ids)[0]
 
 
 @dataclass(frozen=True)
-class Experience:
-    """What one rollout taught, N rows each."""
+class TrainingBatch:
+    """The samples of one rollout, N rows each."""
 
     inputs: dict[str, Tensor]
     ids_NT: Tensor
@@ -106,15 +106,15 @@ def reward(text: str, answer: str) -> float:
 
 
 @torch.no_grad()
-def rollout(policy: Policy, reference: Policy, prompts: list[Prompt]) -> Experience:
-    """Sample, judge, evaluate, credit."""
+def rollout(policy: Policy, reference: Policy, prompts: list[Prompt]) -> TrainingBatch:
+    """Sample, score, log-probs, advantages."""
     inputs = policy.encode(prompts, GROUP_SIZE)
     ids_NT, mask_NT = policy.sample(inputs)
     answers = [prompt.answer for prompt in prompts for _ in range(GROUP_SIZE)]
     texts = policy.decode(ids_NT)
     rewards_N = torch.tensor([reward(text, answer) for text, answer in zip(texts, answers, strict=True)])
     group_N = torch.arange(len(prompts)).repeat_interleave(GROUP_SIZE)
-    return Experience(
+    return TrainingBatch(
         inputs=inputs,
         ids_NT=ids_NT,
         mask_NT=mask_NT,
@@ -125,29 +125,29 @@ def rollout(policy: Policy, reference: Policy, prompts: list[Prompt]) -> Experie
     )
 
 
-def update(policy: Policy, optimizer: torch.optim.Optimizer, experience: Experience) -> None:
-    """One pass over the experience: each mini-batch, of whole groups, is one optimizer step."""
-    rows_PG = torch.arange(len(experience.rewards_N)).view(-1, GROUP_SIZE)
-    for part_P in torch.randperm(len(rows_PG)).chunk(MINIBATCHES):
+def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: TrainingBatch) -> None:
+    """One pass over the batch: each mini-batch, of whole groups, is one optimizer step."""
+    rows_PG = torch.arange(len(batch.rewards_N)).view(-1, GROUP_SIZE)
+    for part_P in torch.randperm(len(rows_PG)).chunk(NUM_MINIBATCHES):
         rows = rows_PG[part_P].flatten()
-        inputs = {name: x[rows] for name, x in experience.inputs.items()}
-        loss = grpo_loss(policy.log_probs(inputs, experience.ids_NT[rows]), experience, rows)
+        inputs = {name: x[rows] for name, x in batch.inputs.items()}
+        loss = grpo_loss(policy.log_probs(inputs, batch.ids_NT[rows]), batch, rows)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
 
 
-def grpo_loss(logp_NT: Tensor, experience: Experience, rows: Tensor) -> Tensor:
+def grpo_loss(logp_NT: Tensor, batch: TrainingBatch, rows: Tensor) -> Tensor:
     """-min(A·ρ, A·clip(ρ)) + β·KL(π || π_ref), mean over the tokens of a completion and then over completions."""
-    advantages_NT = experience.advantages_N[rows, None].expand_as(logp_NT)
-    surrogate_NT = clipped(logp_NT, experience.old_logp_NT[rows], advantages_NT, clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
-    kl_NT = kl_estimate(logp_NT, experience.ref_logp_NT[rows], "k3")
-    return reduce_loss(surrogate_NT + KL_COEF * kl_NT, experience.mask_NT[rows], "sequence-mean-token-mean")
+    advantages_NT = batch.advantages_N[rows, None].expand_as(logp_NT)
+    surrogate_NT = clipped(logp_NT, batch.old_logp_NT[rows], advantages_NT, clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
+    kl_NT = kl_estimate(logp_NT, batch.ref_logp_NT[rows], "k3")
+    return reduce_loss(surrogate_NT + KL_COEF * kl_NT, batch.mask_NT[rows], "sequence-mean-token-mean")
 
 
 def accuracy(policy: Policy, prompts: list[Prompt]) -> float:
-    """Share of right answers when the most likely token is taken at every step."""
+    """Fraction of right answers when the most likely token is taken at every step."""
     ids_NT, _ = policy.sample(policy.encode(prompts), greedy=True)
     right = [reward(text, p.answer) == 1.0 for text, p in zip(policy.decode(ids_NT), prompts, strict=True)]
     return sum(right) / len(right)
@@ -172,10 +172,10 @@ def main(steps: int = 80) -> list[float]:
     print(f"accuracy before: {accuracy(policy, test):.2f}")
     rewards = []
     for step in range(steps):
-        experience = rollout(policy, reference, train[step * PROMPTS : (step + 1) * PROMPTS])
-        update(policy, optimizer, experience)
+        batch = rollout(policy, reference, train[step * PROMPTS : (step + 1) * PROMPTS])
+        update(policy, optimizer, batch)
         warmup.step()
-        rewards.append(experience.rewards_N.mean().item())
+        rewards.append(batch.rewards_N.mean().item())
         print(f"rollout {step + 1}: reward {rewards[-1]:.2f}")
     print(f"accuracy after: {accuracy(policy, test):.2f}")
     return rewards

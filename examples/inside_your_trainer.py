@@ -1,12 +1,12 @@
-"""GRPO inside a Lightning project that is already there: your Trainer, callbacks, logger and data, and no command line.
+"""GRPO in an existing Lightning project: your Trainer, callbacks, logger and data, no command line.
 
     python examples/inside_your_trainer.py 6
 
 Six epochs, a quarter of a minute on one CPU core; writes ``lightning_logs/`` where it is started.
 
-To know beforehand: one ``training_step`` is one rollout, so log every step; ``max_steps`` and ``ModelCheckpoint`` count
-optimizer steps, ``minibatches`` x ``epochs`` of them a rollout; gradients are clipped by ``GRPO(max_grad_norm=...)``
-and micro-batches made by ``GRPO(micro_batch_size=...)``, not by the Trainer.
+One ``training_step`` is one rollout, so log every step; ``max_steps`` and ``ModelCheckpoint`` count
+optimizer steps, ``num_minibatches`` x ``update_epochs`` of them a rollout; gradients are clipped by
+``GRPO(max_grad_norm=...)`` and micro-batches made by ``Batching(micro_batch_size=...)``, not by the Trainer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
+from rllava_pl.loop.options import Batching, Schedule
 from rllava_pl.models import TinyVLM
 from rllava_pl.modules import GRPO
 from rllava_pl.rewards import AnswerTagReward
@@ -51,20 +52,20 @@ class PrintReward(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Every tenth rollout."""
-        if pl_module.rollout_index % 10 == 0:
-            print(f"rollout {pl_module.rollout_index}: reward {trainer.callback_metrics['train/reward']:.2f}")
+        if pl_module.state.rollouts % 10 == 0:
+            print(f"rollout {pl_module.state.rollouts}: reward {trainer.callback_metrics['train/reward']:.2f}")
 
 
 def main(epochs: int = 6) -> Trainer:
-    """Train until nearly every box is named rightly, and validate the best checkpoint."""
-    seed_everything(1)  # of the loader's order; sampling has a seed of its own, GRPO(seed=...)
+    """Train until nearly every answer is right, and validate the best checkpoint."""
+    seed_everything(1)  # of the loader's order; sampling has its own seed, GRPO(seed=...)
     module = GRPO(
         TinyVLM(questions=[QUESTION], answers=list(ANSWERS)),
         rewards=[AnswerTagReward()],
         sampling=Sampling(max_tokens=8),
-        minibatches=2,
+        batching=Batching(num_minibatches=2),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0),
-        warmup_steps=10,
+        schedule=Schedule(warmup_steps=10),
     )
     train = DataLoader(draw_prompts("train", 320), batch_size=32, shuffle=True, drop_last=True, collate_fn=PromptBatch)
     val = DataLoader(draw_prompts("val", 64), batch_size=64, collate_fn=PromptBatch)

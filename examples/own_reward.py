@@ -1,4 +1,4 @@
-"""A reward of your own: half marks for a digit that looks like the right one.
+"""A reward outside the package: half marks for a digit that looks like the right one.
 
 From Python, 100 rollouts in about half a minute on one CPU core::
 
@@ -51,7 +51,7 @@ def main(rollouts: int = 100) -> Trainer:
         accelerator="cpu", max_epochs=-1, callbacks=[RolloutProgressBar()], logger=False, enable_checkpointing=False
     )
     trainer.fit(module, data)
-    trainer.test(module, data)  # test/lookalike: 0.5 x the share of near misses
+    trainer.test(module, data)  # test/lookalike: 0.5 x the fraction of near misses
     return trainer
 
 

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from rllava_pl.loop.diagnosis import SYMPTOMS, Diagnosis
+from rllava_pl.loop.health import SYMPTOMS, HealthCheck
 
 HEALTHY = {
     "train/informative_groups": 0.5,
@@ -28,43 +28,45 @@ SICK = {
 }
 
 
-def test_every_symptom_is_here() -> None:
+def test_every_symptom_has_a_case() -> None:
     assert set(SICK) == {symptom.name for symptom in SYMPTOMS}
 
 
 @pytest.mark.parametrize("name", SICK)
-def test_one_word_after_patience_and_another_only_after_recovery(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_advice_comes_once_after_patience_and_again_only_after_recovery(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     metric, value, advice = SICK[name]
     healthy = {key: x for key, x in HEALTHY.items() if name != "one reward" or key != "train/informative_groups"}
-    diagnosis, sick = Diagnosis(patience=3), healthy | {metric: value}
-    told = [len(diagnosis.look(metrics)) for metrics in (sick, sick, healthy, sick, sick)]
-    assert told == [0, 0, 0, 0, 0]  # never three in a row
+    health, sick = HealthCheck(patience=3), healthy | {metric: value}
+    given = [len(health.check(metrics)) for metrics in (sick, sick, healthy, sick, sick)]
+    assert given == [0, 0, 0, 0, 0]  # never three in a row
     with caplog.at_level(logging.WARNING):
-        (due,) = diagnosis.look(sick)
+        (due,) = health.check(sick)
     assert caplog.messages == [due] and due.startswith(f"{name}, 3 rollouts in a row: ")
     assert advice in due
-    assert [diagnosis.look(sick) for _ in range(20)] == [[]] * 20
-    assert diagnosis.look(healthy) == []
-    assert [len(diagnosis.look(sick)) for _ in range(4)] == [0, 0, 1, 0]
+    assert [health.check(sick) for _ in range(20)] == [[]] * 20
+    assert health.check(healthy) == []
+    assert [len(health.check(sick)) for _ in range(4)] == [0, 0, 1, 0]
 
 
-def test_symptoms_are_counted_apart() -> None:
-    diagnosis = Diagnosis(patience=2)
+def test_symptoms_are_counted_separately() -> None:
+    health = HealthCheck(patience=2)
     sick = HEALTHY | {"train/entropy": 0.0}
-    diagnosis.look(sick)
-    both = diagnosis.look(sick | {"train/grad_norm": 0.0})
+    health.check(sick)
+    both = health.check(sick | {"train/grad_norm": 0.0})
     assert [advice.split(",")[0] for advice in both] == ["entropy gone"]
-    assert [advice.split(",")[0] for advice in diagnosis.look(sick | {"train/grad_norm": 0.0})] == ["gradient gone"]
+    assert [advice.split(",")[0] for advice in health.check(sick | {"train/grad_norm": 0.0})] == ["gradient gone"]
 
 
-def test_credit_that_does_not_come_from_groups_is_none_of_their_business() -> None:
-    """REINFORCE++ learns from differences between prompts, where every group is of one mind."""
+def test_equal_rewards_within_groups_are_no_symptom_where_advantages_differ() -> None:
+    """REINFORCE++ learns from differences between prompts, also where all answers to each prompt score the same."""
     sick = HEALTHY | {"train/informative_groups": 0.0, "train/advantage_std": 1.0, "train/reward_std": 0.4}
-    assert Diagnosis(patience=1).look(sick) == []
+    assert HealthCheck(patience=1).check(sick) == []
 
 
-def test_metrics_that_an_algorithm_does_not_have_show_nothing() -> None:
-    diagnosis = Diagnosis(patience=1)
-    assert diagnosis.look({}) == []
+def test_missing_metric_is_no_symptom() -> None:
+    health = HealthCheck(patience=1)
+    assert health.check({}) == []
     for name in HEALTHY:
-        assert diagnosis.look({k: v for k, v in HEALTHY.items() if k != name}) == []
+        assert health.check({k: v for k, v in HEALTHY.items() if k != name}) == []
