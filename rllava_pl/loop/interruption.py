@@ -47,14 +47,14 @@ class Interruption:
         if name in ("rollout", "validate"):
             signals.stop_if_signalled()
         elif name in ("reward", "logprobs", "update") and self.state.before_first_update:
-            self._leave_if_asked()
+            self._stop_if_signalled()
 
     def between_micro_batches(self) -> None:
         """End the run here; ranks may have different numbers of micro-batches, and then do not."""
         if world_size() == 1 and self.state.before_first_update:
-            self._leave_if_asked()
+            self._stop_if_signalled()
 
-    def _leave_if_asked(self) -> None:
+    def _stop_if_signalled(self) -> None:
         try:
             signals.stop_if_signalled()
         except signals.Interrupted:

@@ -237,7 +237,7 @@ class RLModule(PolicyModule):
 
     def losses(self, output: PolicyOutput, batch: TrainingBatch) -> dict[str, Tensor]:
         """Loss of every token (N, T) for each of the terms."""
-        logp_NT = output.logp_NT
+        logp_NT = output.logp_NT.view_as(output.logp_NT)  # gradients of the output itself run FSDP's hooks
         batch = batch.with_computed(entropy_NT=output.entropy_NT.detach())
         if "old_logp_NT" not in batch.computed:
             batch = batch.with_computed(old_logp_NT=logp_NT.detach())
