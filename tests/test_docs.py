@@ -38,6 +38,7 @@ LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 NAMED_FILE = re.compile(
     r"`((?:rllava_pl|configs|docs|tests|examples|benchmarks)/[\w./-]*|[A-Z]\w+(?:\.md|\.cff)|Makefile)`"
 )
+TESTS = re.compile(r'ARGS="(tests/[\w./]+)"')
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 OPTION_ROW = re.compile(r"^\| `([\w.]+)` \| `([^`]+)` \|", re.MULTILINE)
 OPTION = re.compile(r"`([a-z_]+\.[a-z_]+)`")
@@ -45,7 +46,7 @@ METRIC = re.compile(r"`((?:train|val|test|time)/[^`]+)`")
 CLASS = re.compile(r"`([A-Z]\w*[a-z]\w*)(?:\([^`]*\))?`")
 OLD_OPTION = re.compile(r"(?:--model\.|`)(\w+)(?=[`:= ])")
 METRIC_ROW = re.compile(
-    r"^\|(?P<only>[^`|]+\|| [^|`]*`\w+` \|)? (?P<names>`(?:train|val|test|time)/[^|]+`) \|", re.MULTILINE
+    r"^\|(?P<only>[^`|]+\|| [^|`]*`[\w.]+` \|)? (?P<names>`(?:train|val|test|time)/[^|]+`) \|", re.MULTILINE
 )
 """Names of metrics; in the second column where the first one is the condition under which they exist."""
 LONG_RUN = re.compile(r"max_rollouts=\d+")
@@ -234,7 +235,8 @@ def test_named_classes_exist(page: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_links_and_named_files_exist(name: str) -> None:
     page, text = ROOT / name, prose(ROOT / name)
-    missing = [f"`{path}`" for path in NAMED_FILE.findall(text) if not (ROOT / path).exists()]
+    named = NAMED_FILE.findall(text) + TESTS.findall(text)
+    missing = [f"`{path}`" for path in named if not (ROOT / path).exists()]
     for link in LINK.findall(text):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
