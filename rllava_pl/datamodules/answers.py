@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal
 
-from rllava_pl.datamodules.rejections import RowError
+from rllava_pl.datamodules.rejections import RowError, shortened
 from rllava_pl.rewards.text import exact, last_block, number
 
 AnswerKind = Literal["text", "number", "integer", "box", "json"]
@@ -26,7 +26,7 @@ def check_answer(answer: str, kind: AnswerKind, column: str) -> None:
     label = last_block(answer, "answer")  # rewards accept a tagged label
     expected, fits = KINDS[kind]
     if not fits((answer if label is None else label).strip()):
-        raise RowError("E16", column, f"is {_shown(answer)}; answer_kind {kind} needs {expected}")
+        raise RowError("E16", column, f"is {shortened(answer)!r}; answer_kind {kind} needs {expected}")
 
 
 def check_target(target: str, answer: str, column: str) -> None:
@@ -38,7 +38,8 @@ def check_target(target: str, answer: str, column: str) -> None:
     said, label = last_block(target, "answer"), last_block(answer, "answer")
     truth = answer if label is None else label
     if said is not None and truth.strip() and not exact(said, truth):
-        raise RowError("E19", column, f"answers {_shown(said)}, but the row's answer is {_shown(truth)}; correct one")
+        answers = f"answers {shortened(said)!r}, but the row's answer is {shortened(truth)!r}"
+        raise RowError("E19", column, f"{answers}; correct one")
 
 
 def _is_integer(text: str) -> bool:
@@ -56,18 +57,14 @@ def _is_box(text: str) -> bool:
 
 def _parsed(text: str) -> object:
     """The JSON value; None if it is not JSON, or holds numbers that are not finite."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError):
         return None
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:60] + "...")
 
 
 KINDS: Mapping[AnswerKind, tuple[str, Callable[[str], bool]]] = MappingProxyType(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from rllava_pl.datamodules.images import ImageReader
 from rllava_pl.datamodules.model_checks import ModelChecks
-from rllava_pl.datamodules.rejections import Rejection, RowError
+from rllava_pl.datamodules.rejections import Rejection, RowError, shortened
 from rllava_pl.datamodules.schema import ParsedRow, RowSchema
 from rllava_pl.datamodules.tables import Table
 from rllava_pl.distributed.collectives import gather_objects, rank, world_size
@@ -43,18 +44,19 @@ class PromptSource:
             return parsed
         fields = {name: self.schema.column(name) for name in ("target", "rejected")}
         fields["prompt"] = self.schema.text_column(self.table.rows[row])
-        more = self.model.check(self._prompt(parsed, row), fields, lambda: self.prompt(row))
+        more = self.model.check(parsed.prompt, fields, lambda: self.prompt(row))
         return replace(parsed, repairs=parsed.repairs + more)
 
     def parse(self, row: int) -> ParsedRow:
         """Text and image references of a row."""
-        return self.schema.parse(self.table.rows[row], f"{self.table.name}:{row}")
+        return self.schema.parse(self.table.rows[row], f"{self.table.name}:{row}", f"{self.table.source} row {row}")
 
     def prompt(self, row: int) -> Prompt:
         """The prompt with its images decoded."""
         parsed = self.parse(row)
-        images = tuple(self.images.load(ref, name) for name, ref in self._image_fields(parsed))
-        return replace(self._prompt(parsed, row), images=images)
+        return replace(
+            parsed.prompt, images=tuple(self.images.load(ref, name) for name, ref in self._image_fields(parsed))
+        )
 
     def rejection(self, row: int, error: RowError) -> Rejection:
         """The report of a refused row, printable whatever the row holds."""
@@ -64,17 +66,6 @@ class PromptSource:
         line = self.table.rows.line(row)
         name, message, uid = (_printable(text) for text in (error.field, error.message, uid))
         return Rejection(self.table.source, row, name, error.code, message, uid, line)
-
-    def _prompt(self, parsed: ParsedRow, row: int) -> Prompt:
-        return Prompt(
-            uid=parsed.uid,
-            messages=parsed.messages,
-            answer=parsed.answer,
-            target=parsed.target,
-            rejected=parsed.rejected,
-            metadata=parsed.metadata,
-            source=f"{self.table.source} row {row}",
-        )
 
     def _image_fields(self, parsed: ParsedRow) -> Iterator[tuple[str, object]]:
         column = self.schema.column("images")
@@ -96,8 +87,7 @@ class Audit:
     """Number of usable rows that have a ``target``, and that have a ``rejected`` response."""
 
 
-@dataclass(frozen=True)
-class UsableRow:
+class UsableRow(NamedTuple):
     """The result for a row that can be used."""
 
     uid: str
@@ -150,8 +140,8 @@ def _check_row(source: PromptSource, row: int, decode: bool) -> UsableRow | Reje
                 source.prompt(row)
     except RowError as error:
         return source.rejection(row, error)
-    filled = tuple(name for name in ("target", "rejected") if getattr(parsed, name))
-    return UsableRow(parsed.uid, parsed.repairs, filled)
+    filled = tuple(name for name in ("target", "rejected") if getattr(parsed.prompt, name))
+    return UsableRow(parsed.prompt.uid, parsed.repairs, filled)
 
 
 def _duplicate(sources: Sequence[PromptSource], place: tuple[int, int], first: tuple[int, int], uid: str) -> Rejection:
@@ -168,30 +158,24 @@ def audit_prompts(prompts: Sequence[Prompt], name: str, tick: Callable[[], None]
         name: Of the sequence, for messages.
         tick: Called after every prompt.
     """
-    result, seen = Audit(), dict[str, int]()
+    result, seen = Audit(len(prompts)), dict[str, int]()
     for row in range(len(prompts)):
         uid = ""
         try:
             with _errors_as_e00():
                 prompt = prompts[row]
-                uid = prompt.uid
-                _check_prompt(prompt, seen)
+                uid, images = prompt.uid, len(prompt.images)
+                if (slots := sum(message.image_slots for message in prompt.messages)) != images:
+                    raise RowError("E05", "images", f"are {images} for {slots} slots; every image needs one slot")
+                if uid in seen:
+                    raise RowError("E15", "uid", f"{uid!r} is already that of prompt {seen[uid]}; uids are unique")
         except RowError as error:
             result.rejections.append(Rejection(name, row, error.field, error.code, _printable(error.message), uid))
         else:
             seen[uid] = row
             result.kept.append((0, row))
-        result.total += 1
         tick()
     return result
-
-
-def _check_prompt(prompt: Prompt, seen: Mapping[str, int]) -> None:
-    slots = sum(message.image_slots for message in prompt.messages)
-    if slots != len(prompt.images):
-        raise RowError("E05", "images", f"are {len(prompt.images)} for {slots} slots; every image needs one slot")
-    if prompt.uid in seen:
-        raise RowError("E15", "uid", f"{prompt.uid!r} is already that of prompt {seen[prompt.uid]}; uids are unique")
 
 
 @contextmanager
@@ -207,5 +191,4 @@ def _errors_as_e00() -> Iterator[None]:
 
 def _printable(text: str) -> str:
     """With control characters escaped, and of bounded length."""
-    text = text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + "..."
-    return escaped(text)
+    return escaped(shortened(text, MOST_CHARS))

@@ -5,17 +5,12 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from rllava_pl.datamodules.loader import (
-    PromptDataset,
-    PromptLoader,
-    PromptSampler,
-    ignore_signals,
-    separate_generator,
-)
+from rllava_pl.datamodules.loader import PromptDataset, PromptLoader, PromptSampler, ignore_signals, separate_generator
 from rllava_pl.types import Prompt, PromptBatch
 
 log = logging.getLogger(__name__)
@@ -65,19 +60,18 @@ class BaseDataModule(LightningDataModule):
         Raises:
             ValueError: The training set is smaller than one batch over all ranks.
         """
-        num_replicas, rank = self._shard()
-        self._check_train_size(num_replicas)
+        ranks, rank = self._shard()
+        rows, needed = len(self.train_prompts), self.batch_size * ranks
+        if rows < needed:
+            raise ValueError(
+                f"batch_size {self.batch_size} x {ranks} rank{'s' * (ranks > 1)} = {needed} prompts a rollout, "
+                f"but the training set has {rows}; set batch_size to {rows // ranks} or less, or add rows"
+            )
+        if rows % needed:
+            log.info("each epoch leaves out %d of %d training prompts (batches of %d)", rows % needed, rows, needed)
         dataset = PromptDataset(self.train_prompts)
-        loader = PromptLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=PromptSampler(dataset, num_replicas, rank, shuffle=True, seed=self.seed, drop_last=True),
-            num_workers=self.num_workers,
-            worker_init_fn=ignore_signals,
-            collate_fn=PromptBatch,
-            drop_last=True,
-            generator=separate_generator(self.seed),
-        )
+        sampler = PromptSampler(dataset, ranks, rank, shuffle=True, seed=self.seed, drop_last=True)
+        loader = PromptLoader(dataset, self.batch_size, sampler=sampler, drop_last=True, **self._loader_options())
         loader.fit_loop = self.trainer.fit_loop if self.trainer is not None else None
         return loader
 
@@ -97,15 +91,16 @@ class BaseDataModule(LightningDataModule):
 
     def _eval_loader(self, prompts: Sequence[Prompt]) -> DataLoader[Prompt | None]:
         dataset = PromptDataset(prompts)
-        return DataLoader(
-            dataset,
-            batch_size=self.val_batch_size,
-            sampler=PromptSampler(dataset, *self._shard(), shuffle=False, drop_last=False),
-            num_workers=self.num_workers,
-            worker_init_fn=ignore_signals,
-            collate_fn=PromptBatch,
-            generator=separate_generator(self.seed),
-        )
+        sampler = PromptSampler(dataset, *self._shard(), shuffle=False, drop_last=False)
+        return DataLoader(dataset, self.val_batch_size, sampler=sampler, **self._loader_options())
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "worker_init_fn": ignore_signals,
+            "collate_fn": PromptBatch,
+            "generator": separate_generator(self.seed),
+        }
 
     def _shard(self) -> tuple[int, int]:
         """Number of data-parallel ranks and this one; (1, 0) without a trainer.
@@ -116,13 +111,3 @@ class BaseDataModule(LightningDataModule):
             return 1, 0
         shard = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None)
         return (shard["num_replicas"], shard["rank"]) if shard else (self.trainer.world_size, self.trainer.global_rank)
-
-    def _check_train_size(self, ranks: int) -> None:
-        rows, needed = len(self.train_prompts), self.batch_size * ranks
-        if rows < needed:
-            raise ValueError(
-                f"batch_size {self.batch_size} x {ranks} rank{'s' * (ranks > 1)} = {needed} prompts a rollout, "
-                f"but the training set has {rows}; set batch_size to {rows // ranks} or less, or add rows"
-            )
-        if rows % needed:
-            log.info("each epoch leaves out %d of %d training prompts (batches of %d)", rows % needed, rows, needed)

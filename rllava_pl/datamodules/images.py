@@ -36,19 +36,8 @@ MIB = 1024 * 1024
 SHORTEST_SIDE_PIXELS, LARGEST_ASPECT = 2, 200
 MOST_SCANS = 100
 """Passes over a JPEG; encoders make up to ten, and each costs time whatever its size in the file."""
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, OverflowError)
+DECODE_ERRORS += (struct.error, zlib.error)
 """What Pillow raises for broken image data."""
 
 ImageRef = object
@@ -110,28 +99,22 @@ class ImageReader:
     @contextmanager
     def _open(self, ref: ImageRef, field: str) -> Iterator[Image.Image]:
         """The image with its header read and checked, closed again at the end."""
+        if isinstance(ref, Mapping):
+            ref = ref.get("bytes") if isinstance(ref.get("bytes"), bytes) else ref.get("path")
         if isinstance(ref, Image.Image):  # already decoded
             self._check_header(ref, field)
             yield ref.copy()
             return
-        with self._find(ref, field) as file:
+        if not isinstance(ref, bytes | str):
+            expected = 'a path, bytes, {"bytes": ...} or {"path": ...}'
+            raise RowError("E02", field, f"is {type(ref).__name__}; an image is {expected}")
+        with io.BytesIO(ref) if isinstance(ref, bytes) else open_inside(self.root, ref, field) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             self._check_bytes(size, field)
             with self._open_header(file, field) as image:
                 self._check_header(image, field)
                 yield image
-
-    def _find(self, ref: ImageRef, field: str) -> BinaryIO:
-        """The encoded image."""
-        if isinstance(ref, Mapping):
-            ref = ref.get("bytes") if isinstance(ref.get("bytes"), bytes) else ref.get("path")
-        if isinstance(ref, bytes):
-            return io.BytesIO(ref)
-        if isinstance(ref, str):
-            return open_inside(self.root, ref, field)
-        expected = 'a path, bytes, {"bytes": ...} or {"path": ...}'
-        raise RowError("E02", field, f"is {type(ref).__name__}; an image is {expected}")
 
     def _check_bytes(self, size: int, field: str) -> None:
         if size == 0:
@@ -140,21 +123,16 @@ class ImageReader:
             raise RowError("E09", field, f"has {size / MIB:.1f} MiB; max_image_mib is {self.max_bytes / MIB:g}")
 
     def _open_header(self, file: BinaryIO, field: str) -> Image.Image:
-        try:
-            with warnings.catch_warnings():  # our own limit is checked next, and is stricter than the warning's
-                warnings.simplefilter("ignore")
+        with _decoding(field, "has a broken header"):  # our own limit is checked next, and is stricter than Pillow's
+            try:
                 return Image.open(file, formats=list(self.formats))
-        except UnidentifiedImageError as error:
-            file.seek(0)
-            start = file.read(12)
-            if any(name in self.formats and signature.match(start) for name, signature in SIGNATURES.items()):
-                raise RowError("E10", field, "begins like an image, but its header is truncated or broken") from error
-            allowed = ", ".join(self.formats)
-            raise RowError("E08", field, f"is not a {allowed} image; convert it, or allow its format") from error
-        except Image.DecompressionBombError as error:
-            raise RowError("E09", field, str(error)) from error
-        except DECODE_ERRORS as error:
-            raise RowError("E10", field, f"has a broken header: {error}") from error
+            except UnidentifiedImageError as error:
+                file.seek(0)
+                start, allowed = file.read(12), ", ".join(self.formats)
+                if any(name in self.formats and signature.match(start) for name, signature in SIGNATURES.items()):
+                    reason = "begins like an image, but its header is truncated or broken"
+                    raise RowError("E10", field, reason) from error
+                raise RowError("E08", field, f"is not a {allowed} image; convert it, or allow its format") from error
 
     def _check_header(self, image: Image.Image, field: str) -> None:
         width, height = image.size
@@ -162,9 +140,8 @@ class ImageReader:
         limit = int(self.max_pixels / PIXEL_COST.get(kind or "", 1.0))
         if width * height > limit:
             of_kind = f" of a {kind} image" if limit < self.max_pixels else ""
-            raise RowError(
-                "E09", field, f"is {width} x {height} = {width * height} pixels; the limit{of_kind} is {limit}"
-            )
+            pixels = f"is {width} x {height} = {width * height} pixels"
+            raise RowError("E09", field, f"{pixels}; the limit{of_kind} is {limit}")
         size = fit(width, height, self.resize_above)
         short, long = min(size), max(size)
         if short < SHORTEST_SIDE_PIXELS or long > LARGEST_ASPECT * short:
@@ -179,15 +156,15 @@ class ImageReader:
 
 
 @contextmanager
-def _decoding(field: str) -> Iterator[None]:
-    """Turn what Pillow raises for broken data into a ``RowError``."""
+def _decoding(field: str, problem: str = "is truncated or broken") -> Iterator[None]:
+    """Turn what Pillow raises for broken data into a ``RowError``; warnings about metadata are of no use."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on metadata that is damaged but not needed
+            warnings.simplefilter("ignore")
             yield
     except RowError:
         raise
     except Image.DecompressionBombError as error:
         raise RowError("E09", field, str(error)) from error
     except DECODE_ERRORS as error:
-        raise RowError("E10", field, f"is truncated or broken: {error}") from error
+        raise RowError("E10", field, f"{problem}: {error}") from error

@@ -81,20 +81,16 @@ def _parse_part(part: object, where: str) -> str | ImageSlot:
     if isinstance(part, dict) and kind == "text":
         return check_text(part.get("text"), where)
     if kind in ("image", "image_url") and isinstance(part, dict):
-        _check_inline(part, where)
+        # Images have their own column; one that is named here by a URL would never be read.
+        named = [part.get(key) for key in ("image", "url", "image_url")]
+        named += [value.get("url") for value in named if isinstance(value, dict)]
+        for value in named:
+            if isinstance(value, str) and is_url(value):
+                hint = "download the image, put its path into the images column and leave a part of type image here"
+                raise RowError("E12", where, f"names the URL {value[:60]!r}; {hint}")
     if kind == "image":
         return IMAGE
     raise RowError("E02", where, f"has the type {kind!r}; parts are text or image")
-
-
-def _check_inline(part: dict[str, object], where: str) -> None:
-    """Images have their own column; one that is named here by a URL would never be read."""
-    named = [part.get(key) for key in ("image", "url", "image_url")]
-    named += [value.get("url") for value in named if isinstance(value, dict)]
-    for value in named:
-        if isinstance(value, str) and is_url(value):
-            hint = "download the image, put its path into the images column and leave a part of type image here"
-            raise RowError("E12", where, f"names the URL {value[:60]!r}; {hint}")
 
 
 def parse_response(value: object, column: str) -> str:
@@ -122,17 +118,16 @@ def parse_response(value: object, column: str) -> str:
 def _last_reply(messages: Sequence[object], column: str) -> str:
     for k, message in reversed(list(enumerate(messages))):
         if isinstance(message, dict) and message.get("role") == "assistant":
-            return _reply_text(message.get("content"), f"{column}[{k}].content")
-    raise RowError("E17", column, "has no message of the assistant; a response is text, or what the assistant says")
-
-
-def _reply_text(content: object, where: str) -> str:
+            content, where = message.get("content"), f"{column}[{k}].content"
+            break
+    else:
+        raise RowError("E17", column, "has no message of the assistant; a response is text, or what the assistant says")
     if not isinstance(content, list):
         return "" if content is None or content == "" else check_text(content, where)
     parts = [_parse_part(part, f"{where}[{k}]") for k, part in enumerate(content)]
     if IMAGE in parts:
         raise RowError("E02", f"{where}[{parts.index(IMAGE)}]", "is an image; a response is text")
-    return "".join(str(part) for part in parts)
+    return "".join(map(str, parts))
 
 
 def opening_think(messages: Sequence[Message]) -> str:

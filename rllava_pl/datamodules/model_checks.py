@@ -43,12 +43,22 @@ class ModelChecks:
         Raises:
             RowError: E13, E14, E17, E18.
         """
+        from jinja2 import TemplateError
+
+        field = fields["prompt"]
         for name in ("target", "rejected"):
             self._check_response(getattr(prompt, name), fields[name])
-        repairs = self._check_special_tokens(prompt, fields["prompt"])
-        self._check_template(prompt, fields["prompt"])
-        if self.max_prompt_tokens:
-            self._check_length(with_images(), fields["prompt"])
+        repairs = self._check_special_tokens(prompt, field)
+        if any(message.image_slots for message in prompt.messages) and not hasattr(self.processor, "image_processor"):
+            raise RowError("E02", field, "shows images, but the model reads text only; use a vision-language model")
+        try:
+            prompt_text(self.processor, prompt)
+        except TemplateError as error:
+            raise RowError("E17", field, f"is refused by the model's chat template: {error}") from error
+        limit = self.max_prompt_tokens
+        if limit and (tokens := len(encode(self.processor, [with_images()])[0])) > limit:
+            counts = f"has {tokens} tokens after the chat template; max_prompt_tokens is {limit}"
+            raise RowError("E14", field, counts)
         return repairs
 
     def _check_special_tokens(self, prompt: Prompt, field: str) -> tuple[str, ...]:
@@ -83,20 +93,3 @@ class ModelChecks:
             if tokens > self.max_target_tokens:
                 limit = f"max_target_tokens is {self.max_target_tokens}"
                 raise RowError("E18", field, f"has {tokens} tokens with its end token; {limit}")
-
-    def _check_template(self, prompt: Prompt, field: str) -> None:
-        """Refuse images for a text-only model, and orders of roles that the chat template refuses."""
-        from jinja2 import TemplateError
-
-        if any(message.image_slots for message in prompt.messages) and not hasattr(self.processor, "image_processor"):
-            raise RowError("E02", field, "shows images, but the model reads text only; use a vision-language model")
-        try:
-            prompt_text(self.processor, prompt)
-        except TemplateError as error:
-            raise RowError("E17", field, f"is refused by the model's chat template: {error}") from error
-
-    def _check_length(self, prompt: Prompt, field: str) -> None:
-        tokens = len(encode(self.processor, [prompt])[0])
-        if tokens > self.max_prompt_tokens:
-            limit = f"max_prompt_tokens is {self.max_prompt_tokens}"
-            raise RowError("E14", field, f"has {tokens} tokens after the chat template; {limit}")

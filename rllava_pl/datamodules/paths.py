@@ -8,14 +8,13 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from rllava_pl.datamodules.rejections import RowError
+from rllava_pl.datamodules.rejections import RowError, shortened
 
 URL = re.compile(
     r"\s*(?:[a-z][a-z0-9+.-]*:[/\\]|[/\\]{2}|(?:https?|ftp|file|data|blob|javascript):|[a-z][a-z0-9+.-]*::)",
     re.IGNORECASE,
 )
 """Anything with a scheme: ``https://a``, ``HTTP:\\\\a``, ``file:/a``, ``data:...``, ``//host/a``, ``zip::a``."""
-SHOWN_CHARS = 60
 
 
 def is_url(text: str) -> bool:
@@ -33,27 +32,28 @@ def open_inside(root: Path | None, ref: str, field: str) -> BinaryIO:
     Raises:
         RowError: E06 there is no such file, E07 it is not a regular file below the root, E12 a URL.
     """
+    shown = repr(shortened(ref))
     if is_url(ref):
-        raise RowError("E12", field, f"{_shown(ref)} is a URL; download the image and give its path")
+        raise RowError("E12", field, f"{shown} is a URL; download the image and give its path")
     if root is None:
-        raise RowError("E07", field, f"{_shown(ref)} is a path, but this source has no folder; set image_root")
+        raise RowError("E07", field, f"{shown} is a path, but this source has no folder; set image_root")
     if Path(ref).is_absolute():
-        raise RowError("E07", field, f"{_shown(ref)} is absolute; give it relative to image_root ({root})")
+        raise RowError("E07", field, f"{shown} is absolute; give it relative to image_root ({root})")
     if "\0" in ref:
-        raise RowError("E07", field, f"{_shown(ref)} has a NUL character, which paths cannot have")
+        raise RowError("E07", field, f"{shown} has a NUL character, which paths cannot have")
     try:
         top = root.resolve()
         path = (top / ref).resolve()
         inside = path.is_relative_to(top)
         file = _open_below(top, path.relative_to(top).parts) if inside else None
     except FileNotFoundError as error:
-        raise RowError("E06", field, f"{_shown(ref)} is not in image_root ({root})") from error
+        raise RowError("E06", field, f"{shown} is not in image_root ({root})") from error
     except (OSError, ValueError, RuntimeError) as error:  # no permission, name too long, lone surrogate, loop of links
         reason = getattr(error, "strerror", None) or str(error)
-        raise RowError("E06", field, f"{_shown(ref)} cannot be opened: {reason}") from error
+        raise RowError("E06", field, f"{shown} cannot be opened: {reason}") from error
     if file is None:
         reason = "is not a regular file" if inside else f"leads outside image_root ({root})"
-        raise RowError("E07", field, f"{_shown(ref)} {reason}")
+        raise RowError("E07", field, f"{shown} {reason}")
     return file
 
 
@@ -74,7 +74,3 @@ def _open_below(root: Path, parts: tuple[str, ...]) -> BinaryIO | None:
         file.close()
         return None
     return file
-
-
-def _shown(ref: str) -> str:
-    return repr(ref if len(ref) <= SHOWN_CHARS else ref[:SHOWN_CHARS] + "...")

@@ -60,7 +60,7 @@ class PromptRows(Sequence[Prompt]):
         """Where each usable row stands, and its ``target`` or ``rejected`` text; no image is opened."""
         for s, row in self.audit.kept:
             source = self.sources[s]
-            yield f"{source.table.source} row {row}", getattr(source.parse(row), name)
+            yield f"{source.table.source} row {row}", getattr(source.parse(row).prompt, name)
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...

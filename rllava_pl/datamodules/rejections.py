@@ -104,6 +104,11 @@ def count_codes(rejections: Sequence[Rejection]) -> str:
     return ", ".join(f"{code} {CODES[code]}: {n}" for code, n in sorted(counts.items()))
 
 
+def shortened(text: str, chars: int = 60) -> str:
+    """At most that many characters of a text, for messages."""
+    return text if len(text) <= chars else text[:chars] + "..."
+
+
 def write_report(path: Path, rejections: Sequence[Rejection]) -> None:
     """One JSON object a refused row, as JSON lines, written atomically."""
     write_text(path, "".join(json.dumps(asdict(rejection)) + "\n" for rejection in rejections))

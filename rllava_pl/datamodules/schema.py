@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import date, time
 from decimal import Decimal
-from typing import Literal
 
 from rllava_pl.datamodules.answers import KINDS, AnswerKind, check_answer, check_target
 from rllava_pl.datamodules.images import ImageRef
@@ -22,7 +21,7 @@ from rllava_pl.datamodules.messages import (
 )
 from rllava_pl.datamodules.rejections import RowError
 from rllava_pl.datamodules.tables import Row
-from rllava_pl.types import IMAGE, Json, Markup, Message
+from rllava_pl.types import IMAGE, Json, Markup, Message, Prompt
 
 FIELDS = ("id", "prompt", "messages", "images", "answer", "target", "rejected")
 VIDEO = "<video>"
@@ -38,17 +37,9 @@ MOST_METADATA_BYTES = 64 * 1024
 class ParsedRow:
     """A row whose text was checked and whose images were not opened yet."""
 
-    uid: str
-    messages: tuple[Message, ...]
+    prompt: Prompt
+    """Without its images."""
     images: tuple[ImageRef, ...]
-    answer: Json
-    """As it stood in the data; None if the row has none."""
-    target: str
-    """Response worth imitating; empty if the row has none."""
-    rejected: str
-    """The worse response of a pair; empty if the row has none."""
-    metadata: Mapping[str, Json]
-    """Columns that are no field, as they stood in the data."""
     repairs: tuple[str, ...] = ()
     """Codes of what was repaired."""
 
@@ -77,8 +68,7 @@ class RowSchema:
     """Whether the model's special tokens are meant where texts of messages spell them."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.columns if name not in FIELDS]
-        if unknown:
+        if unknown := [name for name in self.columns if name not in FIELDS]:
             raise ValueError(f"columns maps the unknown field {unknown[0]!r}; fields are {', '.join(FIELDS)}")
         if {"prompt", "messages"} <= set(self.columns):
             raise ValueError("columns maps both prompt and messages; a row is one or the other")
@@ -87,40 +77,38 @@ class RowSchema:
         if self.template.count("{prompt}") != 1:
             raise ValueError(f"template {self.template!r} must contain {{prompt}} exactly once")
 
-    def parse(self, row: Row, default_uid: str) -> ParsedRow:
-        """Check and convert one row.
+    def parse(self, row: Row, default_uid: str, source: str = "") -> ParsedRow:
+        """Check and convert one row; ``source`` says where it stands.
 
         Raises:
             RowError: E01 to E05, E12, E16, E17, E19, E20.
         """
-        row, stripped = self._without_controls(row)
-        messages = self._messages(row)
-        images = self._images(row)
+        column = self.column("images")
+        clean = {name: value if name == column else _strip(value) for name, value in row.items()}  # paths stay
+        messages, images = self._messages(clean), self._images(clean)
         slots = sum(message.image_slots for message in messages)
         if any(isinstance(part, str) and VIDEO in part for message in messages for part in message.parts):
-            raise RowError(
-                "E05", self.text_column(row), f"has a {VIDEO} slot; only images are read, so give its frames"
-            )
+            hint = f"has a {VIDEO} slot; only images are read, so give its frames"
+            raise RowError("E05", self.text_column(row), hint)
         if add := slots == 0 and len(images) > 0:
-            messages = _prepend_slots(messages, len(images))
+            at = next((k for k, message in enumerate(messages) if message.role == "user"), len(messages) - 1)
+            shown = replace(messages[at], parts=(IMAGE,) * len(images) + messages[at].parts)
+            messages = (*messages[:at], shown, *messages[at + 1 :])
         elif slots != len(images):
             counts = f"has {len(images)} images for {slots} <image> slots; every image needs one slot"
-            raise RowError("E05", self.column("images"), counts)
-        answer, answer_text = self._answer(row)
-        target, rejected = self._responses(row, opening_think(messages))
+            raise RowError("E05", column, counts)
+        answer, answer_text = self._answer(clean)
+        target, rejected = self._responses(clean, opening_think(messages))
         if self.match_targets:
             check_target(target, answer_text, self.column("target"))
-        metadata, left_out = self._metadata(row)
-        return ParsedRow(
-            uid=self._uid(row, default_uid),
-            messages=_as_markup(messages) if self.markup else messages,
-            images=images,
-            answer=answer,
-            target=target,
-            rejected=rejected,
-            metadata=metadata,
-            repairs=tuple(code for code, done in (("W01", add), ("W03", stripped), ("W04", left_out)) if done),
-        )
+        metadata, left_out = self._metadata(clean)
+        if self.markup:
+            texts = (tuple(Markup(x) if isinstance(x, str) else x for x in message.parts) for message in messages)
+            messages = tuple(replace(message, parts=parts) for message, parts in zip(messages, texts, strict=True))
+        uid = self._uid(clean, default_uid)
+        prompt = Prompt(uid, messages, (), answer, target, rejected, metadata, source)
+        repairs = {"W01": add, "W03": clean != row, "W04": left_out}
+        return ParsedRow(prompt, images, tuple(code for code, done in repairs.items() if done))
 
     def text_column(self, row: Row) -> str:
         """Where the prompt of a row stands."""
@@ -139,16 +127,9 @@ class RowSchema:
     def _get(self, row: Row, name: str) -> object:
         column = self.column(name)
         if name in self.columns and column not in row:
-            raise RowError(
-                "E01", column, f"is not a column; the row has {', '.join(map(str, row)) or 'none'}; correct columns"
-            )
+            found = ", ".join(map(str, row)) or "none"
+            raise RowError("E01", column, f"is not a column; the row has {found}; correct columns")
         return row.get(column)
-
-    def _without_controls(self, row: Row) -> tuple[Row, bool]:
-        """The row without control characters in its texts, and whether there were any; image names keep them."""
-        images = self.column("images")
-        dirty = {k for k, value in row.items() if k != images and any(map(CONTROLS.search, _texts(value)))}
-        return ({k: _strip(v) if k in dirty else v for k, v in row.items()} if dirty else row), bool(dirty)
 
     def _images(self, row: Row) -> tuple[ImageRef, ...]:
         if row.get("videos") and self.column("images") != "videos":
@@ -194,7 +175,14 @@ class RowSchema:
 
     def _responses(self, row: Row, given: str) -> tuple[str, str]:
         """Target and rejected response; ``given`` is the think tag that the prompt opened for both."""
-        target, rejected = self._response(row, "target", given), self._response(row, "rejected", given)
+
+        def response(name: str) -> str:
+            column = self.column(name)
+            if name not in self.columns and column in self.columns.values():
+                return ""  # the column of that name is another field, e.g. columns: {answer: target}
+            return continue_think(parse_response(row.get(column), column), given, column)
+
+        target, rejected = response("target"), response("rejected")
         if self.require_target and not target:
             raise RowError("E01", self.column("target"), "is missing; set require_target: false if rows may do without")
         if self.require_rejected and not (target and rejected):
@@ -203,12 +191,6 @@ class RowSchema:
         if target and target.strip() == rejected.strip():
             raise RowError("E20", self.column("rejected"), "equals the target; one response of a pair must be better")
         return target, rejected
-
-    def _response(self, row: Row, name: Literal["target", "rejected"], given: str) -> str:
-        column = self.column(name)
-        if name not in self.columns and column in self.columns.values():
-            return ""  # the column of that name is another field, e.g. columns: {answer: target}
-        return continue_think(parse_response(row.get(column), column), given, column)
 
     def _metadata(self, row: Row) -> tuple[dict[str, Json], bool]:
         """Columns that are no field, and whether some were left out: binary, nested too deep, too long."""
@@ -246,21 +228,6 @@ def _strip(value: object, depth: int = 0) -> object:
     if isinstance(value, dict):
         return {name: _strip(item, depth + 1) for name, item in value.items()}
     return [_strip(item, depth + 1) for item in value] if isinstance(value, list) else value
-
-
-def _prepend_slots(messages: Sequence[Message], count: int) -> tuple[Message, ...]:
-    first = next((k for k, message in enumerate(messages) if message.role == "user"), len(messages) - 1)
-    return tuple(
-        Message(message.role, (IMAGE,) * count + message.parts) if k == first else message
-        for k, message in enumerate(messages)
-    )
-
-
-def _as_markup(messages: Sequence[Message]) -> tuple[Message, ...]:
-    return tuple(
-        Message(message.role, tuple(Markup(part) if isinstance(part, str) else part for part in message.parts))
-        for message in messages
-    )
 
 
 def _text(value: object) -> str | None:

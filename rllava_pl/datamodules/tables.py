@@ -8,11 +8,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+from abc import abstractmethod
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from rllava_pl.datamodules.rejections import RowError
 
@@ -20,37 +21,35 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Row = Mapping[str, object]
+Item = TypeVar("Item", covariant=True)
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 LONGEST_INT_DIGITS = 1000
 UNCLOSED = "unexpected end of data"
 """Message of the CSV reader for a quote that is never closed."""
 
 
-class Rows(Sequence[Row]):
-    """A sequence whose rows are made one at a time; subclasses define ``__len__`` and ``row``."""
+class LazySequence(Sequence[Item]):
+    """A sequence whose items are made on access; subclasses define ``__len__`` and ``item``."""
 
-    def row(self, index: int) -> Row:
-        """Row ``index``, from 0.
+    @abstractmethod
+    def item(self, index: int) -> Item:
+        """Item ``index``, from 0."""
 
-        Raises:
-            RowError: It cannot be read.
-        """
-        raise NotImplementedError
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        places = range(len(self))[index]
+        return [self.item(i) for i in places] if isinstance(places, range) else self.item(places)
+
+
+class Rows(LazySequence[Row]):
+    """Rows of a data set; one that cannot be read raises ``RowError`` on access."""
 
     def line(self, index: int) -> int:
         """The line of the file, from 1, where row ``index`` begins; 0 where a file has no lines."""
         return 0
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        if isinstance(index, slice):
-            return [self.row(i) for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.row(index)
 
 
 class JsonLines(Rows):
@@ -74,15 +73,13 @@ class JsonLines(Rows):
         """Blank lines count as lines and not as rows."""
         return self._lines[index]
 
-    def row(self, index: int) -> Row:
+    def item(self, index: int) -> Row:
         """Read and parse one line."""
         with self.path.open("rb") as file:  # opened each time: workers would share the position of an open file
             file.seek(self._offsets[index])
             line = file.readline()
         try:
-            return as_row(_parse_json(line.decode("utf-8-sig" if index == 0 else "utf-8")))
-        except RowError:
-            raise
+            value = _parse_json(line.decode("utf-8-sig" if index == 0 else "utf-8"))
         except UnicodeDecodeError as error:
             raise RowError("E04", "line", f"is not UTF-8: {error}") from error
         except RecursionError as error:
@@ -91,45 +88,27 @@ class JsonLines(Rows):
             raise RowError("E02", "line", f"is not JSON: {error.msg} at column {error.colno}") from error
         except ValueError as error:
             raise RowError("E02", "line", str(error)) from error
+        return _as_row(value)
 
 
 class ListedRows(Rows):
-    """Rows of a JSON list."""
+    """Rows in memory, with the line of each where they have lines; what is wrong with one stands in its place."""
 
-    def __init__(self, rows: Sequence[object]) -> None:
-        self.rows = rows
+    def __init__(self, rows: Sequence[object], lines: Sequence[int] = ()) -> None:
+        self.rows, self.lines = rows, lines
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def row(self, index: int) -> Row:
-        """An item of the list."""
-        return as_row(self.rows[index])
-
-
-class CsvRows(Rows):
-    """Records of a CSV file; an error in one is raised on access."""
-
-    def __init__(self, header: list[str], records: list[tuple[int, list[str] | str]]) -> None:
-        self.header, self.records = header, records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
     def line(self, index: int) -> int:
         """Quoted cells may have several lines; this is the first."""
-        return self.records[index][0]
+        return self.lines[index] if self.lines else 0
 
-    def row(self, index: int) -> Row:
-        """Cells by the names in the header."""
-        _, cells = self.records[index]
-        if isinstance(cells, str):
-            hint = "; a quote is not closed, and the rest of the file is inside it" * (cells == UNCLOSED)
-            raise RowError("E02", "line", f"is not CSV: {cells}{hint}")
-        if len(cells) != len(self.header):
-            hint = "quote cells that contain commas" if len(cells) > len(self.header) else "write empty cells as well"
-            raise RowError("E02", "line", f"has {len(cells)} cells, the header has {len(self.header)}; {hint}")
-        return dict(zip(self.header, cells, strict=True))
+    def item(self, index: int) -> Row:
+        """An item of the list."""
+        if isinstance(row := self.rows[index], RowError):
+            raise RowError(row.code, row.field, row.message)
+        return _as_row(row)
 
 
 class ArrowRows(Rows):
@@ -144,7 +123,7 @@ class ArrowRows(Rows):
     def __len__(self) -> int:
         return len(self.table)
 
-    def row(self, index: int) -> Row:
+    def item(self, index: int) -> Row:
         """Row ``index``; class labels by their name instead of their number."""
         try:
             row = self.table[index].to_pylist()[0]
@@ -188,24 +167,28 @@ def open_table(source: str) -> Table:
         raise FileNotFoundError(f"data file {source!r} does not exist (looked in {path.absolute().parent})")
     base, _, split = source.partition("@")
     folder = Path(base).expanduser()
-    if folder.is_dir():
-        return Table(source, folder.name + ("@" + split if split else ""), folder, _read_folder(folder, split))
-    if base.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"data folder {base!r} does not exist")
-    return Table(source, base, None, _read_hub(base, split or "train"))
+    if not folder.is_dir():
+        if base.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"data folder {base!r} does not exist")
+        from datasets import load_dataset
+
+        name, _, config = base.partition(":")
+        return Table(source, base, None, ArrowRows(load_dataset(name, config or None, split=split or "train")))
+    from datasets import DatasetDict, load_from_disk
+
+    dataset = load_from_disk(str(folder))
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            splits = f"{', '.join(dataset)}; name one: {folder}@{next(iter(dataset))}"
+            raise ValueError(f"{folder} holds the splits {splits}")
+        dataset = dataset[split]
+    return Table(source, folder.name + ("@" + split if split else ""), folder, ArrowRows(dataset))
 
 
 def is_remote(source: str) -> bool:
     """Whether ``open_table`` would read from the Hugging Face hub."""
     path, folder = Path(source).expanduser(), Path(source.partition("@")[0]).expanduser()
     return not (path.exists() or folder.exists() or path.suffix in SUFFIXES)
-
-
-def as_row(row: object) -> Row:
-    """``row`` itself if it is an object with named fields."""
-    if not isinstance(row, dict):
-        raise RowError("E02", "row", f"is {type(row).__name__}; a row is an object with named fields")
-    return row
 
 
 def _read_file(path: Path) -> Rows:
@@ -220,22 +203,26 @@ def _read_file(path: Path) -> Rows:
     raise ValueError(f"{path}: unknown kind of data file {path.suffix!r}; known are {', '.join(SUFFIXES)}")
 
 
+def _as_row(row: object) -> Row:
+    if not isinstance(row, dict):
+        raise RowError("E02", "row", f"is {type(row).__name__}; a row is an object with named fields")
+    return row
+
+
 def _parse_json(text: str) -> object:
     """JSON; integers of more than ``LONGEST_INT_DIGITS`` become infinite, which no field accepts."""
-    return json.loads(
-        text,
-        parse_int=lambda digits: int(digits) if len(digits) <= LONGEST_INT_DIGITS else math.inf,
-        object_pairs_hook=_without_duplicates,
-    )
 
+    def integer(digits: str) -> float:
+        return int(digits) if len(digits) <= LONGEST_INT_DIGITS else math.inf
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object; refused if it names a field twice."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = next(name for name in fields if sum(other == name for other, _ in pairs) > 1)
-        raise ValueError(f"names {twice!r} twice")
-    return fields
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            twice = next(name for name in fields if sum(other == name for other, _ in pairs) > 1)
+            raise ValueError(f"names {twice!r} twice")
+        return fields
+
+    return json.loads(text, parse_int=integer, object_pairs_hook=unique)
 
 
 def _read_json(path: Path) -> Rows:
@@ -250,29 +237,33 @@ def _read_json(path: Path) -> Rows:
 
 
 def _read_csv(path: Path) -> Rows:
-    """Bytes that are not UTF-8 become lone surrogates, which are refused cell by cell."""
+    """Bytes that are not UTF-8 become lone surrogates, which are refused cell by cell; blank lines are no rows."""
     csv.field_size_limit(2**31 - 1)  # a shorter one would make it resume inside a cell
+    rows, lines = list[object](), array("Q")
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)  # strict: else an unclosed quote takes in all later rows
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise ValueError(f"{path}: the header names a column twice: {', '.join(header)}")
-        return CsvRows(header, list(_records(reader)))
+        while True:
+            line = reader.line_num + 1
+            try:
+                if not (cells := next(reader)):
+                    continue
+                rows.append(_csv_row(header, cells))
+            except StopIteration:
+                return ListedRows(rows, lines)
+            except csv.Error as error:
+                hint = "; a quote is not closed, and the rest of the file is inside it" * (str(error) == UNCLOSED)
+                rows.append(RowError("E02", "line", f"is not CSV: {error}{hint}"))
+            lines.append(line)
 
 
-def _records(reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str] | str]]:
-    """Line and cells of every record that is not blank, or what is wrong with it."""
-    while True:
-        line = reader.line_num + 1  # type: ignore[attr-defined]
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield line, str(error)
-        else:
-            if cells:
-                yield line, cells
+def _csv_row(header: list[str], cells: list[str]) -> dict[str, str] | RowError:
+    if len(cells) == len(header):
+        return dict(zip(header, cells, strict=True))
+    hint = "quote cells that contain commas" if len(cells) > len(header) else "write empty cells as well"
+    return RowError("E02", "line", f"has {len(cells)} cells, the header has {len(header)}; {hint}")
 
 
 def _read_arrow(path: Path) -> Rows:
@@ -286,21 +277,3 @@ def _read_arrow(path: Path) -> Rows:
     except (ArrowException, DatasetsError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"{path} cannot be read as {path.suffix.removeprefix('.')}: {cause}") from error
-
-
-def _read_folder(folder: Path, split: str) -> Rows:
-    from datasets import DatasetDict, load_from_disk
-
-    dataset = load_from_disk(str(folder))
-    if not isinstance(dataset, DatasetDict):
-        return ArrowRows(dataset)
-    if split not in dataset:
-        raise ValueError(f"{folder} holds the splits {', '.join(dataset)}; name one: {folder}@{next(iter(dataset))}")
-    return ArrowRows(dataset[split])
-
-
-def _read_hub(base: str, split: str) -> Rows:
-    from datasets import load_dataset
-
-    name, _, config = base.partition(":")
-    return ArrowRows(load_dataset(name, config or None, split=split))

@@ -186,10 +186,10 @@ def test_unexpected_exception_refuses_its_row_only(tmp_path, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", ROW, ROW | {"prompt": "boom"}, ROW)
     parse = RowSchema.parse
 
-    def faulty(self, row, default_uid):
+    def faulty(self, row, *names):
         if row["prompt"] == "boom":
             raise ZeroDivisionError("a bug")
-        return parse(self, row, default_uid)
+        return parse(self, row, *names)
 
     monkeypatch.setattr(RowSchema, "parse", faulty)
     rows = PromptDataModule(train=source).audit("train")
@@ -208,7 +208,7 @@ def test_unreadable_row_is_refused(tmp_path, monkeypatch):
     def unreadable(self, index):
         raise OverflowError("a date of the year 300000")
 
-    monkeypatch.setattr(JsonLines, "row", unreadable)
+    monkeypatch.setattr(JsonLines, "item", unreadable)
     rejections = PromptDataModule(train=source).audit("train").rejections
     assert [(r.row, r.code, r.id) for r in rejections] == [(0, "E00", "a:0"), (1, "E00", "a:1")]
 

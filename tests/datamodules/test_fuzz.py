@@ -36,9 +36,7 @@ def assert_correct(rows: PromptRows, cases: list[Case]) -> None:
         for row, case in enumerate(cases)
         if codes.get(row, "") != case.code
     ]
-    assert not wrong, (
-        f"{len(wrong)} of {len(cases)} results differ: (row, expected, got, line) {wrong[:5]}"
-    )
+    assert not wrong, f"{len(wrong)} of {len(cases)} results differ: (row, expected, got, line) {wrong[:5]}"
     assert len(rows) + len(rows.rejections) == rows.total == len(cases)
     assert rows.repairs == Counter(code for case in cases if not case.code for code in case.repairs)
     for rejection in rows.rejections:
@@ -47,7 +45,7 @@ def assert_correct(rows: PromptRows, cases: list[Case]) -> None:
 
 def assert_sound(rows: PromptRows, sample: int) -> None:
     """Kept rows are safe to use: slots have images, texts and values can be encoded, ids are unique."""
-    assert len({rows.sources[0].parse(row).uid for _, row in rows.audit.kept}) == len(rows)
+    assert len({rows.sources[0].parse(row).prompt.uid for _, row in rows.audit.kept}) == len(rows)
     for index in random.Random(0).sample(range(len(rows)), min(sample, len(rows))):
         prompt = rows[index]
         assert sum(message.image_slots for message in prompt.messages) == len(prompt.images)

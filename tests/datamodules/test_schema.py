@@ -21,13 +21,13 @@ def code_of(row: dict[object, object], **options: object) -> str:
 
 
 def messages_of(value: object) -> tuple[Message, ...]:
-    return RowSchema().parse({"messages": value, "answer": "4", "images": []}, "t:0").messages
+    return RowSchema().parse({"messages": value, "answer": "4", "images": []}, "t:0").prompt.messages
 
 
 def test_clean_row_is_parsed_without_repairs():
     parsed = RowSchema().parse(ROW, "t:0")
-    assert parsed.messages == (Message("user", ("Which digit?",)),)
-    assert (parsed.uid, parsed.answer, parsed.images, parsed.metadata) == ("t:0", "4", (), {})
+    assert parsed.prompt.messages == (Message("user", ("Which digit?",)),)
+    assert (parsed.prompt.uid, parsed.prompt.answer, parsed.images, parsed.prompt.metadata) == ("t:0", "4", (), {})
 
 
 def test_columns_are_mapped_and_the_others_are_metadata():
@@ -36,9 +36,9 @@ def test_columns_are_mapped_and_the_others_are_metadata():
     row |= {"when": datetime.date(2025, 1, 2), "raw": b"\x00", "none": None, "scan": {"bytes": b"", "path": None}}
     row |= {"size": [3, 4.5], "deep": {"on": [True, None, datetime.date(2025, 1, 2)]}, "share": Decimal("0.10")}
     parsed = RowSchema(columns).parse(row, "t:0")
-    assert parsed.messages == (Message("user", (IMAGE, "Which?")),)
-    assert (parsed.uid, parsed.answer, parsed.images) == ("17", 4, ("a.png",))
-    assert parsed.metadata == {
+    assert parsed.prompt.messages == (Message("user", (IMAGE, "Which?")),)
+    assert (parsed.prompt.uid, parsed.prompt.answer, parsed.images) == ("17", 4, ("a.png",))
+    assert parsed.prompt.metadata == {
         "level": "hard",
         "tags": ["é", 1],
         "when": "2025-01-02",
@@ -50,17 +50,17 @@ def test_columns_are_mapped_and_the_others_are_metadata():
 
 def test_system_prompt_and_template_surround_the_prompt_column_only():
     schema = RowSchema(system_prompt="Be brief.", template="Q: {prompt} {A}")
-    assert schema.parse(ROW, "t:0").messages == (
+    assert schema.parse(ROW, "t:0").prompt.messages == (
         Message("system", ("Be brief.",)),
         Message("user", ("Q: Which digit? {A}",)),
     )
     chat = {"messages": [{"role": "user", "content": "Which?"}], "answer": "4"}
-    assert schema.parse(chat, "t:0").messages == (Message("user", ("Which?",)),)
+    assert schema.parse(chat, "t:0").prompt.messages == (Message("user", ("Which?",)),)
 
 
 @pytest.mark.parametrize("value", ["4", 4, 0.5, [1, "a"], {"x": [1, None]}, " 4 ", 10**30])
 def test_answer_keeps_the_value_and_type_of_the_data(value):
-    answer = RowSchema().parse(ROW | {"answer": value}, "t:0").answer
+    answer = RowSchema().parse(ROW | {"answer": value}, "t:0").prompt.answer
     assert answer == value and type(answer) is type(value)
 
 
@@ -68,12 +68,12 @@ def test_answer_keeps_the_value_and_type_of_the_data(value):
     ("value", "answer"), [(Decimal("1.50"), "1.50"), (datetime.date(2025, 1, 2), "2025-01-02"), ([Decimal(2)], ["2"])]
 )
 def test_answer_without_a_json_type_becomes_text(value, answer):
-    assert RowSchema().parse(ROW | {"answer": value}, "t:0").answer == answer
+    assert RowSchema().parse(ROW | {"answer": value}, "t:0").prompt.answer == answer
 
 
 def test_answer_may_be_absent_when_no_reward_reads_it():
     for row in ({"prompt": "Which?"}, ROW | {"answer": None}, ROW | {"answer": ""}):
-        assert RowSchema(require_answer=False).parse(row, "t:0").answer is None
+        assert RowSchema(require_answer=False).parse(row, "t:0").prompt.answer is None
 
 
 def test_text_and_typed_content_give_the_same_messages():
@@ -82,13 +82,13 @@ def test_text_and_typed_content_give_the_same_messages():
         RowSchema().parse({"messages": [{"role": "user", "content": c}], "images": ["a"], "answer": "4"}, "t:0")
         for c in (typed, "Look: <image>Which?")
     ]
-    assert parsed[0].messages == parsed[1].messages == (Message("user", ("Look: ", IMAGE, "Which?")),)
+    assert parsed[0].prompt.messages == parsed[1].prompt.messages == (Message("user", ("Look: ", IMAGE, "Which?")),)
 
 
 def test_w01_slots_are_put_in_front_of_the_first_user_message():
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Compare."}]
     parsed = RowSchema().parse({"messages": chat, "images": ["a", "b"], "answer": "4"}, "t:0")
-    assert parsed.messages[1] == Message("user", (IMAGE, IMAGE, "Compare."))
+    assert parsed.prompt.messages[1] == Message("user", (IMAGE, IMAGE, "Compare."))
     assert parsed.repairs == ("W01",)
     assert RowSchema().parse(ROW | {"prompt": "<image>a", "images": ["a"]}, "t:0").repairs == ()
 
@@ -178,7 +178,7 @@ def test_too_deeply_nested_answer_is_a_bad_row():
     for _ in range(5000):
         deep = [deep]
     assert code_of(ROW | {"answer": deep}) == "E02 answer"
-    assert RowSchema().parse(ROW | {"notes": deep}, "t:0").metadata == {}
+    assert RowSchema().parse(ROW | {"notes": deep}, "t:0").prompt.metadata == {}
 
 
 PAIR = ROW | {"target": "good", "rejected": "bad"}
@@ -186,7 +186,7 @@ PAIR = ROW | {"target": "good", "rejected": "bad"}
 
 def responses_of(row: dict[str, object], **options: object) -> tuple[str, str]:
     parsed = RowSchema(**options).parse(row, "t:0")
-    return parsed.target, parsed.rejected
+    return parsed.prompt.target, parsed.prompt.rejected
 
 
 def test_rows_without_responses_have_none():
@@ -197,15 +197,15 @@ def test_rows_without_responses_have_none():
 
 def test_responses_are_not_in_the_metadata():
     parsed = RowSchema({"target": "chosen"}).parse(ROW | {"chosen": "good", "rejected": "bad", "target": "x"}, "t:0")
-    assert (parsed.target, parsed.rejected) == ("good", "bad")
-    assert parsed.metadata == {"target": "x"}  # chosen is the target, so this is a column like any other
+    assert (parsed.prompt.target, parsed.prompt.rejected) == ("good", "bad")
+    assert parsed.prompt.metadata == {"target": "x"}  # chosen is the target, so this is a column like any other
 
 
 def test_column_mapped_to_another_field_is_not_a_response():
     assert responses_of({"prompt": "Which?", "target": 4}, columns={"answer": "target"}) == ("", "")
     # Unless it is mapped to both: here the label itself is imitated.
     both = RowSchema({"answer": "label", "target": "label"}).parse({"prompt": "Which?", "label": "4"}, "t:0")
-    assert (both.answer, both.target) == ("4", "4")
+    assert (both.prompt.answer, both.prompt.target) == ("4", "4")
 
 
 @pytest.mark.parametrize("name", ["target", "rejected"])
@@ -313,4 +313,4 @@ def test_video_invisible_text_and_huge_answer_are_refused(row, code, said):
 def test_metadata_of_a_row_are_limited_to_64_kib():
     row = {"prompt": "q", "answer": "4"} | {f"m{k}": "x" * 30_000 for k in range(5)} | {"small": "é"}
     parsed = RowSchema().parse(row, "a:0")
-    assert list(parsed.metadata) == ["m0", "m1", "small"] and parsed.repairs == ("W04",)
+    assert list(parsed.prompt.metadata) == ["m0", "m1", "small"] and parsed.repairs == ("W04",)
