@@ -6,13 +6,12 @@ the caller can drop its group.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, count
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, count, repeat
 from numbers import Real
 
 from rllava_pl.redaction import escaped
@@ -57,15 +56,11 @@ class RewardOutput:
 
     def zeroed(self) -> RewardOutput:
         """A copy with 0 for unscored samples and for what failed in them; the causes stay."""
-        everywhere = [True] * len(self.rewards)
-        components = {
-            name: [
-                0.0 if reward is None and applies and math.isnan(x) else x
-                for reward, applies, x in zip(self.rewards, self.applies.get(name, everywhere), column, strict=True)
-            ]
-            for name, column in self.components.items()
-        }
-        return dataclasses.replace(self, rewards=[reward or 0.0 for reward in self.rewards], components=components)
+        components = {}
+        for name, column in self.components.items():
+            rows = zip(self.rewards, self.applies.get(name, repeat(True)), column, strict=False)
+            components[name] = [0.0 if r is None and applies and math.isnan(x) else x for r, applies, x in rows]
+        return replace(self, rewards=[reward or 0.0 for reward in self.rewards], components=components)
 
 
 def compute_rewards(rewards: Sequence[Reward], rollouts: Sequence[Rollout]) -> RewardOutput:
@@ -74,15 +69,8 @@ def compute_rewards(rewards: Sequence[Reward], rollouts: Sequence[Rollout]) -> R
     The sum runs over the rewards that apply to row ``i``. A component that two rewards declare is prefixed by the name
     of its reward (``answer_tag_accuracy``), and so is one that its reward does not declare, unless there is only one
     reward. Names of declared components depend on the rewards and never on the data: they are the same in every batch
-    and on every rank.
-
-    Args:
-        rewards: At least one; each is called once, with all rollouts.
-        rollouts: N samples.
-
-    Returns:
-        Rewards, components and causes, in the order of ``rollouts``; see ``rllava_pl.rewards.scoring`` for the causes.
-        The first fault of each cause is logged with reward and prompt.
+    and on every rank. The first fault of each cause is logged with reward and prompt; ``rllava_pl.rewards.scoring``
+    lists the causes.
 
     Raises:
         ValueError: If there is no reward.
@@ -113,25 +101,19 @@ def combine_scores(
     rewards: Sequence[Reward], rollouts: Sequence[Rollout], scores: Sequence[Sequence[Score]]
 ) -> RewardOutput:
     """Add up the checked scores of every reward; the rest is as in ``compute_rewards``."""
-    for reward, column in zip(rewards, scores, strict=True):
-        _log_faults(reward_name(reward), rollouts, column)
     totals = [_weighted_sum(rewards, row) for row in zip(*scores, strict=True)]
-    _log_faults("sum", rollouts, totals)
+    for name, column in zip([*map(reward_name, rewards), "sum"], [*scores, totals], strict=True):
+        first_of_cause: dict[str, tuple[str, str]] = {}
+        for rollout, score in zip(rollouts, column, strict=True):
+            if score.value is None and score.detail:  # what a reward returns on purpose has no detail
+                source = f" ({rollout.prompt.source})" if rollout.prompt.source else ""
+                first_of_cause.setdefault(score.reason, (f"{rollout.prompt.uid!r}{source}", score.detail))
+        for cause, (prompt, detail) in first_of_cause.items():
+            log.warning("reward %s, %s at prompt %s: %s", *map(escaped, (name, cause, prompt, detail)))
     causes = Counter(total.reason for total in totals if total.value is None)
     flags = Counter(flag for score in chain.from_iterable(scores) for flag in score.flags)
     components, applies = _columns(rewards, scores)
     return RewardOutput([total.value for total in totals], components, causes, flags, applies)
-
-
-def _log_faults(name: str, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> None:
-    """One line for each cause, with its first sample; causes that a reward returns on purpose have no detail."""
-    seen: set[str] = set()
-    for rollout, score in zip(rollouts, scores, strict=True):
-        if score.value is None and score.detail and score.reason not in seen:
-            seen.add(score.reason)
-            prompt = f"{rollout.prompt.uid!r}" + (f" ({rollout.prompt.source})" if rollout.prompt.source else "")
-            texts = (name, score.reason, prompt, score.detail)
-            log.warning("reward %s, %s at prompt %s: %s", *map(escaped, texts))
 
 
 def _weighted_sum(rewards: Sequence[Reward], row: Sequence[Score]) -> Score:
@@ -156,7 +138,7 @@ def _columns(
 
     A reward that declares no components has its value as one, under its name.
     """
-    names = _numbered([reward_name(reward) for reward in rewards])
+    names = _numbered(map(reward_name, rewards))
     declared = [tuple(getattr(reward, "components", ())) for reward in rewards]
     own = [parts or (name,) for parts, name in zip(declared, names, strict=True)]
     rows = [
@@ -169,7 +151,7 @@ def _columns(
     owners = Counter(chain.from_iterable(own))
     shown = [c if len(rewards) == 1 or (c in own[k] and owners[c] == 1) else f"{names[k]}_{c}" for k, c in columns]
     components, applies = {}, {}
-    for name, (k, component) in zip(_numbered([x.replace("/", "_") for x in shown]), columns, strict=True):
+    for name, (k, component) in zip(_numbered(x.replace("/", "_") for x in shown), columns, strict=True):
         components[name] = [row.get(component, math.nan) for row in rows[k]]
         applies[name] = [score.applicable for score in scores[k]]
     return components, applies
@@ -180,10 +162,10 @@ def reward_name(reward: Reward) -> str:
     return str(getattr(reward, "name", "") or snake_case(type(reward).__name__))
 
 
-def _numbered(names: Sequence[str]) -> list[str]:
+def _numbered(names: Iterable[str]) -> list[str]:
     """Number the repeated names: two rewards called ``iou`` become ``iou`` and ``iou_2``."""
-    taken: dict[str, None] = {}
+    numbered: list[str] = []
     for name in names:
-        numbered = (name if k == 1 else f"{name}_{k}" for k in count(1))
-        taken[next(candidate for candidate in numbered if candidate not in taken)] = None
-    return list(taken)
+        candidates = chain([name], (f"{name}_{k}" for k in count(2)))
+        numbered.append(next(candidate for candidate in candidates if candidate not in numbered))
+    return numbered

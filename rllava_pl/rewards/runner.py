@@ -22,7 +22,7 @@ class RewardRunner:
     copied. In between, rewards that need isolation work in processes that can be killed.
 
     Args:
-        rewards: Of the run.
+        rewards: Rewards to add up.
         scoring: How to run them.
     """
 
@@ -30,8 +30,8 @@ class RewardRunner:
         self.rewards = rewards
         self.scoring = scoring
         self._pool: RewardPool | None = None
-        self._isolated: dict[int, int] = {}
-        """Position among the pool's rewards by position in ``rewards``."""
+        self._isolated: list[int] = []
+        """Positions in ``rewards`` of those in the pool, in the order of the pool."""
         self._loaded: set[int] = set()
         self._seconds: dict[str, list[float]] = {}
 
@@ -42,11 +42,10 @@ class RewardRunner:
             NotIsolableError: ``scoring.isolation`` is process, and a reward cannot be built in another process.
         """
         self.close()
-        specs = [self._spec(reward) for reward in self.rewards]
-        isolated = [position for position, spec in enumerate(specs) if spec is not None]
-        self._isolated = {position: place for place, position in enumerate(isolated)}
-        if isolated:
-            self._pool = RewardPool([spec for spec in specs if spec is not None], self.scoring)
+        specs = {k: spec for k, reward in enumerate(self.rewards) if (spec := self._spec(reward))}
+        if specs:
+            self._isolated = list(specs)
+            self._pool = RewardPool(list(specs.values()), self.scoring)
             self._pool.start()
         self._load()
 
@@ -80,13 +79,11 @@ class RewardRunner:
         """End all processes; idempotent."""
         if self._pool is not None:
             self._pool.close()
-        self._pool = None
-        self._isolated = {}
+        self._pool, self._isolated = None, []
 
     def _spec(self, reward: Reward) -> RewardSpec | None:
         """How to build a reward in another process, or None if it is to run here."""
-        wants_process = getattr(type(reward), "isolation", "process") == "process"
-        if self.scoring.isolation == "none" or not wants_process:
+        if "none" in (self.scoring.isolation, getattr(type(reward), "isolation", "process")):
             return None
         try:
             return RewardSpec.of(reward)
@@ -99,7 +96,7 @@ class RewardRunner:
     def _load(self) -> None:
         """Call ``load`` once on every reward that works here."""
         for position, reward in enumerate(self.rewards):
-            if isinstance(reward, BaseReward) and position not in self._loaded | self._isolated.keys():
+            if isinstance(reward, BaseReward) and position not in self._loaded.union(self._isolated):
                 reward.load()
                 self._loaded.add(position)
 
@@ -107,7 +104,7 @@ class RewardRunner:
         if self._pool is None or position not in self._isolated or not isinstance(reward, BaseReward):
             return score_rollouts(reward, rollouts)
         scores, seconds = self._pool.score(
-            self._isolated[position],
+            self._isolated.index(position),
             rollouts,
             timeout_seconds=reward.timeout_seconds or self.scoring.timeout_seconds,
             images=reward.needs_images,

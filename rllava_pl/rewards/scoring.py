@@ -24,16 +24,13 @@ Other causes are those that rewards return themselves, as ``Score(None, reason="
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, TypeVar
+from typing import Literal, TypeGuard
 
 from rllava_pl.rewards.base import BaseReward, RewardError
 from rllava_pl.types import Reward, Rollout, Score
-
-Input = TypeVar("Input")
-Output = TypeVar("Output")
 
 FLOAT32_MAX = 3.4028234663852886e38
 """Rewards end up in float32 tensors, where a larger number would be infinite."""
@@ -83,15 +80,7 @@ class Scoring:
 
 
 def check_unscored(fractions: Sequence[float], scoring: Scoring) -> None:
-    """End a run whose rewards fail for too long.
-
-    Args:
-        fractions: Of the samples without a score, in the last rollouts.
-        scoring: Sets the limit and the patience.
-
-    Raises:
-        RewardError: Above the limit in each of the last ``patience`` rollouts.
-    """
+    """Raise ``RewardError`` if the fraction of unscored samples was above the limit in each of the last rollouts."""
     last = fractions[-scoring.patience :]
     if len(last) == scoring.patience and min(last) > scoring.max_unscored:
         shown = ", ".join(f"{fraction:.1%}" for fraction in last)
@@ -107,33 +96,28 @@ def score_rollouts(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
     A reward that scores samples one by one loses the faulty one, a reward with its own ``__call__`` the whole call.
     """
     declared = tuple(getattr(reward, "components", ()))
-    if isinstance(reward, BaseReward) and is_samplewise(reward):
-        return [_attempt(reward.score, rollout, lambda score: check_score(score, declared)) for rollout in rollouts]
-
-    def check(scores: object) -> list[Score]:
-        if not isinstance(scores, Sequence) or isinstance(scores, str):
-            fault = Score(None, reason="bad_type", detail=f"returned {type(scores).__name__}, not a list of Score")
-        elif len(scores) != len(rollouts):
-            detail = f"returned {len(scores)} scores for {len(rollouts)} rollouts"
-            fault = Score(None, reason="bad_length", detail=detail)
-        else:
-            return [check_score(score, declared) for score in scores]
-        return [fault] * len(rollouts)
-
-    scores = _attempt(reward, rollouts, check)
-    return scores if isinstance(scores, list) else [scores] * len(rollouts)
-
-
-def _attempt(call: Callable[[Input], object], argument: Input, check: Callable[[object], Output]) -> Output | Score:
-    try:
-        return check(call(argument))
-    except RewardError:
-        raise
-    except Exception as error:
-        return error_score(error)
+    scores: list[Score] = []
+    for samples in [[rollout] for rollout in rollouts] if is_samplewise(reward) else [rollouts]:
+        try:
+            returned: object = [reward.score(samples[0])] if is_samplewise(reward) else reward(samples)
+            if not isinstance(returned, Sequence) or isinstance(returned, str):
+                detail = f"returned {type(returned).__name__}, not a list of Score"
+                fault = Score(None, reason="bad_type", detail=detail)
+            elif len(returned) != len(samples):
+                detail = f"returned {len(returned)} scores for {len(samples)} rollouts"
+                fault = Score(None, reason="bad_length", detail=detail)
+            else:
+                scores += [check_score(score, declared) for score in returned]
+                continue
+        except RewardError:
+            raise
+        except Exception as error:
+            fault = error_score(error)
+        scores += [fault] * len(samples)
+    return scores
 
 
-def is_samplewise(reward: Reward) -> bool:
+def is_samplewise(reward: Reward) -> TypeGuard[BaseReward]:
     """Whether a sample's score does not depend on the other samples of the call."""
     return isinstance(reward, BaseReward) and type(reward).__call__ is BaseReward.__call__
 

@@ -1,4 +1,4 @@
-"""The process that builds the rewards and whose copies are the workers, from both sides.
+"""The process that builds the rewards, from both sides, and its copies, the workers.
 
 Starting Python and importing torch takes seconds, forking a process that has done so a few milliseconds. The fork
 server only forks and reaps workers, so it stays responsive. It adopts processes that workers leave behind
@@ -27,9 +27,9 @@ from typing import cast
 import torch
 
 from rllava_pl.rewards.base import BaseReward, RewardError
-from rllava_pl.rewards.isolation.protocol import frame, read_frames
+from rllava_pl.rewards.isolation.protocol import frame, read_frames, read_request, score_answer
 from rllava_pl.rewards.isolation.spec import RewardSpec
-from rllava_pl.rewards.isolation.worker import Worker, close_connection, serve_scores
+from rllava_pl.rewards.scoring import error_score, is_samplewise, score_rollouts
 from rllava_pl.types import Json
 
 START_SECONDS = 120.0
@@ -62,9 +62,7 @@ class ForkServerLostError(RuntimeError):
 class ForkServer:
     """The trainer's side; starts the process and returns at once.
 
-    Args:
-        specs: Rewards to build.
-        memory_bytes: Memory a worker may allocate on top of what it starts with.
+    A worker may allocate ``memory_bytes`` on top of what it starts with.
     """
 
     def __init__(self, specs: Sequence[RewardSpec], memory_bytes: int) -> None:
@@ -85,11 +83,7 @@ class ForkServer:
         self._connection.sendall(frame(setup))
 
     def wait_until_ready(self) -> None:
-        """Return when all rewards are built.
-
-        Raises:
-            RewardError: They cannot be built there.
-        """
+        """Return when all rewards are built; raises ``RewardError`` if they cannot be."""
         if self._ready:
             return
         self._connection.settimeout(START_SECONDS)
@@ -107,16 +101,15 @@ class ForkServer:
             )
         self._connection.settimeout(REPLY_SECONDS)
 
-    def fork(self) -> Worker:
-        """A new worker; raises ``ForkServerLostError`` if the server has ended."""
+    def fork(self) -> tuple[int, socket.socket]:
+        """Pid of a new worker and the connection to it; raises ``ForkServerLostError`` if the server has ended."""
         ours, theirs = socket.socketpair()
         with theirs:
-            return Worker(self._send(_FORK, 0, theirs), ours)
+            return self._send(_FORK, 0, theirs), ours
 
-    def kill(self, worker: Worker) -> None:
+    def kill(self, worker: int) -> None:
         """Kill a worker and every process that it has started; raises ``ForkServerLostError`` as ``fork`` does."""
-        close_connection(worker.connection)
-        self._send(_KILL, worker.pid)
+        self._send(_KILL, worker)
 
     def close(self) -> None:
         """End the server and all workers."""
@@ -139,6 +132,13 @@ class ForkServer:
         if len(reply) < _REPLY.size:
             raise ForkServerLostError("it closed the connection")
         return int(_REPLY.unpack(reply)[0])
+
+
+def close_connection(connection: socket.socket) -> None:
+    """Close it for copies of this process as well, which may hold it open."""
+    with contextlib.suppress(OSError):  # the other side may have ended
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
 
 
 # -- in the fork server ------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def _fork(descriptor: int, trainer: socket.socket, rewards: list[BaseReward], me
             connection = socket.socket(fileno=descriptor)
             connection.set_inheritable(False)
             os.register_at_fork(after_in_child=connection.close)  # processes that a reward starts must not hold it
-            serve_scores(connection, rewards, memory_bytes)
+            _serve_scores(connection, rewards, memory_bytes)
     finally:
         os._exit(0)  # never return into the server's code
 
@@ -212,18 +212,41 @@ def _kill(worker: int, workers: set[int]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(worker, signal.SIGKILL)  # if it had no group yet
     os.waitpid(worker, 0)
-    while strays := _children() - workers:  # each may leave more behind
-        for stray in strays:
+    children = Path(f"/proc/self/task/{os.getpid()}/children")  # on Linux, and only there are they adopted
+    while strays := set(map(int, children.read_text().split() if children.exists() else ())) - workers:
+        for stray in strays:  # each may leave more behind
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(stray, signal.SIGKILL)
                 os.waitpid(stray, 0)
 
 
-def _children() -> set[int]:
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    return set(map(int, children.read_text().split())) if children.exists() else set()  # adopted on Linux only
-
-
 def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+# -- in a worker -------------------------------------------------------------------------------------------------------
+
+
+def _serve_scores(connection: socket.socket, rewards: Sequence[BaseReward], memory_bytes: int) -> None:
+    """Answer each call with its scores until the trainer closes the connection."""
+    _limit_memory(memory_bytes)
+    for message, payload in read_frames(connection):
+        number, rollouts = read_request(message, payload)
+        reward = rewards[number]
+        for samples in [[rollout] for rollout in rollouts] if is_samplewise(reward) else [rollouts]:
+            try:
+                scores = score_rollouts(reward, samples)
+            except BaseException as error:  # also SystemExit
+                scores = [error_score(error)] * len(samples)
+            connection.sendall(score_answer(scores))
+
+
+def _limit_memory(headroom_bytes: int) -> None:
+    """Limit the address space to what the process has now, most of it shared, and ``headroom_bytes`` more."""
+    import resource  # exists on Unix only, as fork does; this file is imported everywhere
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:  # Linux
+        limit = int(file.read().split()[0]) * resource.getpagesize() + headroom_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

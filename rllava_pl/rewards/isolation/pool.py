@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import selectors
+import contextlib
+import os
+import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 
-from rllava_pl.rewards.isolation.fork_server import ForkServer, ForkServerLostError
-from rllava_pl.rewards.isolation.protocol import MAX_ANSWER_BYTES, ProtocolError, read_scores, score_request
+from rllava_pl.rewards.isolation.fork_server import ForkServer, ForkServerLostError, close_connection
+from rllava_pl.rewards.isolation.protocol import (
+    MAX_ANSWER_BYTES,
+    FrameReader,
+    ProtocolError,
+    read_scores,
+    score_request,
+)
 from rllava_pl.rewards.isolation.spec import RewardSpec
-from rllava_pl.rewards.isolation.worker import Call, Worker, close_connection
 from rllava_pl.rewards.scoring import Scoring
 from rllava_pl.types import Rollout, Score
 
@@ -24,15 +34,42 @@ _FAULTS = {
 }
 
 
+@dataclass(eq=False)
+class Call:
+    """Samples that are scored together: one, or all if the reward compares them."""
+
+    positions: Sequence[int]
+    """In the batch."""
+    seconds_left: float
+    crashes: int = 0
+    """Worker processes that ended while they worked on it."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """A worker process as the trainer sees it."""
+
+    pid: int
+    connection: socket.socket
+    calls: deque[Call] = field(default_factory=deque)
+    """Sent and not yet answered; the process works on the first."""
+    since: float = 0.0
+    """When it began with the first call."""
+    samples: int = 0
+    """Scored so far."""
+    reader: FrameReader = field(default_factory=lambda: FrameReader(MAX_ANSWER_BYTES))
+
+    @property
+    def deadline(self) -> float:
+        """When the first call must be answered."""
+        return self.since + self.calls[0].seconds_left
+
+
 class RewardPool:
     """Workers that score rollouts with rewards built in another process; not to be shared by threads.
 
     A sample has a deadline. When it has passed, its worker and every process that the worker started are killed, and
     another worker takes over the samples that were left.
-
-    Args:
-        specs: How to build the rewards.
-        scoring: Number of workers, their memory and their recycling.
     """
 
     def __init__(self, specs: Sequence[RewardSpec], scoring: Scoring) -> None:
@@ -59,13 +96,7 @@ class RewardPool:
             self._server = None
 
     def score(
-        self,
-        reward: int,
-        rollouts: Sequence[Rollout],
-        *,
-        timeout_seconds: float,
-        images: bool = False,
-        together: bool = False,
+        self, reward: int, rollouts: Sequence[Rollout], *, timeout_seconds: float, images: bool, together: bool
     ) -> tuple[list[Score], list[float]]:
         """Scores of all samples and the seconds they took, in order.
 
@@ -75,9 +106,6 @@ class RewardPool:
             timeout_seconds: For one sample, or for all if ``together``.
             images: Send the images of prompts and observations.
             together: Score all rollouts in one call of one worker.
-
-        Raises:
-            RewardError: The rewards cannot be built in another process.
         """
         groups = [range(len(rollouts))] if together and rollouts else [[n] for n in range(len(rollouts))]
         calls = [Call(group, timeout_seconds) for group in groups]
@@ -92,7 +120,8 @@ class RewardPool:
                 except ForkServerLostError:
                     for worker in self._workers:
                         batch.take_back(worker)
-                        worker.kill_group()
+                        with contextlib.suppress(ProcessLookupError):
+                            os.killpg(worker.pid, signal.SIGKILL)
                     self.close()
                     self.restarts += 1
         except BaseException:  # Ctrl-C: outstanding answers would be read as those of the next call
@@ -102,19 +131,20 @@ class RewardPool:
 
     def _run(self, batch: _Batch) -> None:
         """Send calls and read answers until none is left."""
-        while batch.waiting or self._busy():
+        while True:
             while batch.waiting and (worker := self._idle_worker()):
                 if not batch.send(worker):
                     self._replace(worker, "crash", batch)
-            for worker in self._readable():
-                if fault := batch.receive(worker):
+            busy = [worker for worker in self._workers if worker.calls]
+            if not busy:
+                return
+            seconds = min(worker.deadline for worker in busy) - time.perf_counter()
+            ready = wait([worker.connection for worker in busy], max(seconds, 0.0))
+            for worker in busy:
+                if worker.connection in ready and (fault := batch.receive(worker)):
                     self._replace(worker, fault, batch)
-            for worker in self._busy():
-                if time.perf_counter() >= worker.deadline:
+                if worker.calls and time.perf_counter() >= worker.deadline:
                     self._replace(worker, "timeout", batch)
-
-    def _busy(self) -> list[Worker]:
-        return [worker for worker in self._workers if worker.calls]
 
     def _idle_worker(self) -> Worker | None:
         """A worker without calls, forked if need be; None if all are busy."""
@@ -122,18 +152,9 @@ class RewardPool:
             self._kill(worker)
         idle = next((worker for worker in self._workers if not worker.calls), None)
         if idle is None and len(self._workers) < self._scoring.workers:
-            idle = self.start().fork()
+            idle = Worker(*self.start().fork())
             self._workers.append(idle)
         return idle
-
-    def _readable(self) -> list[Worker]:
-        """Workers with something to read, waited for until the next deadline."""
-        busy = self._busy()
-        with selectors.DefaultSelector() as selector:
-            for worker in busy:
-                selector.register(worker.connection, selectors.EVENT_READ, worker)
-            wait = min((worker.deadline for worker in busy), default=0.0) - time.perf_counter()
-            return [key.data for key, _ in selector.select(max(wait, 0.0))]
 
     def _replace(self, worker: Worker, fault: str, batch: _Batch) -> None:
         """Kill a worker. Its first call is to blame for a timeout or its second crash; the others are sent again."""
@@ -148,7 +169,8 @@ class RewardPool:
         self._kill(worker)
 
     def _kill(self, worker: Worker) -> None:
-        self.start().kill(worker)
+        close_connection(worker.connection)
+        self.start().kill(worker.pid)
         self._workers.remove(worker)
 
 
@@ -174,9 +196,9 @@ class _Batch:
         request = score_request(self.reward, rollouts, images=self.images)
         try:
             worker.connection.sendall(request)
+            return True
         except OSError:
             return False
-        return True
 
     def receive(self, worker: Worker) -> str:
         """Read answers of the worker; returns the fault for which it must be replaced, or ""."""

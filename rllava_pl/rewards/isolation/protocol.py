@@ -41,27 +41,18 @@ def frame(message: Json, payload: bytes = b"") -> bytes:
 
 
 class FrameReader:
-    """Cuts a stream of bytes into frames.
-
-    Args:
-        limit_bytes: Largest frame.
-    """
+    """Cuts a stream of bytes into frames of at most ``limit_bytes``."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[Json, bytearray]]:
-        """The frames that are complete with these bytes, as message and payload.
-
-        Raises:
-            ProtocolError: They cannot be a frame.
-        """
+        """Message and payload of each frame that is complete with these bytes; raises ``ProtocolError``."""
         self._bytes += data
         while len(self._bytes) >= _LENGTHS.size:
             text_bytes, payload_bytes = _LENGTHS.unpack_from(self._bytes)
-            start = _LENGTHS.size + text_bytes
-            stop = start + payload_bytes
+            start, stop = _LENGTHS.size + text_bytes, _LENGTHS.size + text_bytes + payload_bytes
             if stop > self.limit_bytes:
                 raise ProtocolError(f"a frame has {stop} bytes; at most {self.limit_bytes} are accepted")
             if len(self._bytes) < stop:
@@ -86,23 +77,15 @@ def score_request(reward: int, rollouts: Sequence[Rollout], *, images: bool) -> 
     """The frame that asks to score rollouts with the reward of this number.
 
     Of the model's inputs only token ids are sent. Images are sent once, whatever number of rollouts shares them.
-
-    Raises:
-        ProtocolError: More than ``MAX_REQUEST_BYTES``.
+    Raises ``ProtocolError`` above ``MAX_REQUEST_BYTES``.
     """
     prompts = {id(r.prompt): r.prompt if images else replace(r.prompt, images=()) for r in rollouts}
     inputs = {id(r.inputs): PromptInputs(r.inputs.input_ids_S) for r in rollouts}
-    encoded = encode(
-        [
-            replace(
-                r,
-                prompt=prompts[id(r.prompt)],
-                inputs=inputs[id(r.inputs)],
-                segments=r.segments if images else tuple(replace(segment, images=()) for segment in r.segments),
-            )
-            for r in rollouts
-        ]
-    )
+    sent = []
+    for r in rollouts:
+        segments = r.segments if images else tuple(replace(segment, images=()) for segment in r.segments)
+        sent.append(replace(r, prompt=prompts[id(r.prompt)], inputs=inputs[id(r.inputs)], segments=segments))
+    encoded = encode(sent)
     payload = b"".join(map(_padded_bytes, encoded["tensors"]))
     if len(payload) > MAX_REQUEST_BYTES:
         raise ProtocolError(
@@ -117,6 +100,7 @@ def score_request(reward: int, rollouts: Sequence[Rollout], *, images: bool) -> 
 def read_request(message: Json, payload: bytearray) -> tuple[int, list[Rollout]]:
     """Number of the reward, and the rollouts."""
     body = cast("dict[str, Json]", message)
+    number = cast(int, body["reward"])
     data = torch.frombuffer(payload, dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
     tensors, start = [], 0
     for name, shape in cast("list[tuple[str, list[int]]]", body["tensors"]):
@@ -125,9 +109,7 @@ def read_request(message: Json, payload: bytearray) -> tuple[int, list[Rollout]]
         tensors.append(data[start:stop].view(dtype).view(shape))
         start = stop + -stop % _ALIGNMENT_BYTES
     rollouts = cast("list[Rollout]", decode(cast("dict[str, Json]", body["rollouts"]) | {"tensors": tensors}))
-    if not body["images"]:
-        rollouts = [_withhold_images(rollout) for rollout in rollouts]
-    return cast(int, body["reward"]), rollouts
+    return number, rollouts if body["images"] else [_withhold_images(rollout) for rollout in rollouts]
 
 
 def _padded_bytes(x: Tensor) -> bytes:
@@ -137,13 +119,10 @@ def _padded_bytes(x: Tensor) -> bytes:
 
 def _withhold_images(rollout: Rollout) -> Rollout:
     """The rollout with ``WithheldImages`` wherever images may have been."""
-    prompt = rollout.prompt
+    prompt, images = rollout.prompt, WithheldImages()
     if any(message.image_slots for message in prompt.messages):
-        prompt = replace(prompt, images=WithheldImages())
-    segments = (
-        replace(segment, images=WithheldImages()) if segment.origin == "observation" else segment
-        for segment in rollout.segments
-    )
+        prompt = replace(prompt, images=images)
+    segments = (replace(s, images=images) if s.origin == "observation" else s for s in rollout.segments)
     return replace(rollout, prompt=prompt, segments=tuple(segments))
 
 
@@ -170,11 +149,7 @@ def score_answer(scores: Sequence[Score]) -> bytes:
 
 
 def read_scores(message: Json, number_of_scores: int) -> list[Score]:
-    """The scores in a worker's answer, every field checked.
-
-    Raises:
-        ProtocolError: It is not the answer to a call with so many samples.
-    """
+    """The scores in a worker's answer, every field checked; raises ``ProtocolError``."""
     if not isinstance(message, list) or len(message) != number_of_scores:
         raise ProtocolError(f"the answer is not a list of {number_of_scores} scores")
     return [_score(row) for row in message]

@@ -6,8 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import cast
 
 from rllava_pl.checkpoint.codec import decode, encode
@@ -23,8 +22,8 @@ class NotIsolableError(ValueError):
 class RewardSpec:
     """What another process needs to build a reward."""
 
-    module: str
-    name: str
+    path: str
+    """``module:Class``."""
     arguments: Json
     """Positional and keyword arguments, as ``codec.encode`` writes them."""
 
@@ -44,8 +43,8 @@ class RewardSpec:
         if module == "__main__" or "<locals>" in name:
             raise NotIsolableError(f"{name} is defined in a script or a function; move it to a module")
         try:
-            found = _find(module, name)
-        except (ImportError, AttributeError) as error:
+            found = resolve_name(f"{module}:{name}")
+        except (ImportError, AttributeError, ValueError) as error:
             raise NotIsolableError(f"{name} cannot be imported from {module!r}: {error}") from error
         if found is not kind:
             raise NotIsolableError(f"{module}.{name} is another class than that of the reward")
@@ -59,14 +58,10 @@ class RewardSpec:
                 f"{name} was made with {reward.made_with!r:.120}; only numbers, strings, lists, tuples and mappings "
                 "with string keys can be sent to its process"
             )
-        return cls(module, name, encoded["value"])
+        return cls(f"{module}:{name}", encoded["value"])
 
     def build(self) -> BaseReward:
         """The reward, in this process."""
         arguments = decode({"tensors": [], "objects": [], "value": self.arguments})
         args, kwargs = cast("tuple[tuple[object, ...], dict[str, object]]", arguments)
-        return cast("Callable[..., BaseReward]", _find(self.module, self.name))(*args, **kwargs)
-
-
-def _find(module: str, name: str) -> object:
-    return reduce(getattr, name.split("."), cast(object, import_module(module)))
+        return cast("Callable[..., BaseReward]", resolve_name(self.path))(*args, **kwargs)
