@@ -54,8 +54,8 @@ def find_suspects(
     found = {name: _samples(minibatch, x) for name, x in _tensors(minibatch)}
     found |= {name: _samples(minibatch, x) for name, x in output._asdict().items() if x is not None}
     if not any(found.values()):
-        rows = [(part, loss.sum().expand(len(part))) for part, loss in losses]
-        found["loss"] = [sample for part, loss_N in rows for sample in _samples(part, loss_N)]
+        broken = {id(rollout) for part, loss in losses if not loss.isfinite().all() for rollout in part.rollouts}
+        found["loss"] = [_name(minibatch, n) for n, rollout in enumerate(minibatch.rollouts) if id(rollout) in broken]
     return {name: samples for name, samples in found.items() if samples}
 
 
@@ -98,4 +98,8 @@ def _tensors(batch: TrainingBatch) -> Iterator[tuple[str, Tensor]]:
 def _samples(batch: ScoredBatch, x: Tensor) -> list[str]:
     """Names of the rows in which ``x`` is not finite."""
     rows = (~x.reshape(len(x), -1).isfinite()).any(1).nonzero()[:, 0].tolist()
-    return [f"{batch.rollouts[n].prompt.uid}#{n % batch.group_size}" for n in rows]
+    return [_name(batch, n) for n in rows]
+
+
+def _name(batch: ScoredBatch, row: int) -> str:
+    return f"{batch.rollouts[row].prompt.uid}#{row % batch.group_size}"
