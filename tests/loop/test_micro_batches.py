@@ -123,9 +123,7 @@ def test_largest_micro_batch_comes_first_where_gradients_are_exchanged() -> None
     sizes: list[int] = []
     runner = MicroBatches(Batching(micro_batch_size=2))
     batch = scored([[1, 0]] * 3, tokens=[1, 1, 4, 4, 2, 2])
-    runner.run(
-        batch, lambda part, last: sizes.append(sum(row_tokens(part))), can_retry=True, exchanges_gradients=True
-    )
+    runner.run(batch, lambda part, last: sizes.append(sum(row_tokens(part))), can_retry=True, exchanges_gradients=True)
     assert sizes == [11, 7, 5]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rllava_pl.functional.reduce import reduce_loss
 from rllava_pl.loop.batch import masked_out
 from rllava_pl.loop.micro_batches import MicroBatches, row_tokens
 from rllava_pl.loop.options import Batching
@@ -76,8 +77,9 @@ def test_masked_out_micro_batch_has_loss_zero_and_gradient_zero(module: PolicyMo
     counts = updater.denominators(module.terms(batch))
     nothing = masked_out(batch)
     losses = module.losses(module(nothing.policy_batch()), nothing)
+    budget = {"max_tokens": module.sampling.max_tokens}
     total = sum(
-        (term.weight / counts[name]) * losses[name].masked_fill(~term.mask_NT, 0.0).sum()
+        term.weight * reduce_loss(losses[name], term.mask_NT, term.aggregation, denominator=counts[name], **budget)
         for name, term in module.terms(nothing).items()
     )
     assert total == 0 and total.requires_grad
