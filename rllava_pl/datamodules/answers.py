@@ -16,11 +16,7 @@ MOST_BYTES = 64 * 1024
 
 
 def check_answer(answer: str, kind: AnswerKind, column: str) -> None:
-    """Refuse an answer that is too long, or that a reward for this kind of answer could not read.
-
-    Raises:
-        RowError: E16.
-    """
+    """Refuse (E16) an answer that is too long, or that a reward for this kind of answer could not read."""
     if (size := len(answer.encode())) > MOST_BYTES:
         raise RowError("E16", column, f"has {size} bytes; an answer has at most {MOST_BYTES}")
     label = last_block(answer, "answer")  # rewards accept a tagged label
@@ -30,11 +26,7 @@ def check_answer(answer: str, kind: AnswerKind, column: str) -> None:
 
 
 def check_target(target: str, answer: str, column: str) -> None:
-    """Refuse a target whose last ``<answer>`` block contradicts the row's answer.
-
-    Raises:
-        RowError: E19.
-    """
+    """Refuse (E19) a target whose last ``<answer>`` block contradicts the row's answer."""
     said, label = last_block(target, "answer"), last_block(answer, "answer")
     truth = answer if label is None else label
     if said is not None and truth.strip() and not exact(said, truth):

@@ -32,11 +32,7 @@ class PromptSource:
     """Checks by the model's processor, if it is known."""
 
     def check(self, row: int) -> ParsedRow:
-        """Check everything about a row; its images are decoded and dropped.
-
-        Raises:
-            RowError: What is wrong with it.
-        """
+        """Check everything about a row, or raise ``RowError``; its images are decoded and dropped."""
         parsed = self.parse(row)
         for name, ref in self._image_fields(parsed):
             self.images.check(ref, name)
@@ -54,9 +50,8 @@ class PromptSource:
     def prompt(self, row: int) -> Prompt:
         """The prompt with its images decoded."""
         parsed = self.parse(row)
-        return replace(
-            parsed.prompt, images=tuple(self.images.load(ref, name) for name, ref in self._image_fields(parsed))
-        )
+        images = tuple(self.images.load(ref, name) for name, ref in self._image_fields(parsed))
+        return replace(parsed.prompt, images=images)
 
     def rejection(self, row: int, error: RowError) -> Rejection:
         """The report of a refused row, printable whatever the row holds."""
@@ -153,10 +148,7 @@ def _duplicate(sources: Sequence[PromptSource], place: tuple[int, int], first: t
 def audit_prompts(prompts: Sequence[Prompt], name: str, tick: Callable[[], None] = lambda: None) -> Audit:
     """Check prompts that come from no file: each can be made, has its images, and a unique uid.
 
-    Args:
-        prompts: Any sequence; each prompt is dropped before the next one is made.
-        name: Of the sequence, for messages.
-        tick: Called after every prompt.
+    ``name`` is that of the sequence, for messages; each prompt is dropped before the next one is made.
     """
     result, seen = Audit(len(prompts)), dict[str, int]()
     for row in range(len(prompts)):

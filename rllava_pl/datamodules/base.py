@@ -71,7 +71,7 @@ class BaseDataModule(LightningDataModule):
             log.info("each epoch leaves out %d of %d training prompts (batches of %d)", rows % needed, rows, needed)
         dataset = PromptDataset(self.train_prompts)
         sampler = PromptSampler(dataset, ranks, rank, shuffle=True, seed=self.seed, drop_last=True)
-        loader = PromptLoader(dataset, self.batch_size, sampler=sampler, drop_last=True, **self._loader_options())
+        loader = PromptLoader(dataset, drop_last=True, **self._loader_options(sampler, self.batch_size))
         loader.fit_loop = self.trainer.fit_loop if self.trainer is not None else None
         return loader
 
@@ -92,10 +92,12 @@ class BaseDataModule(LightningDataModule):
     def _eval_loader(self, prompts: Sequence[Prompt]) -> DataLoader[Prompt | None]:
         dataset = PromptDataset(prompts)
         sampler = PromptSampler(dataset, *self._shard(), shuffle=False, drop_last=False)
-        return DataLoader(dataset, self.val_batch_size, sampler=sampler, **self._loader_options())
+        return DataLoader(dataset, **self._loader_options(sampler, self.val_batch_size))
 
-    def _loader_options(self) -> dict[str, Any]:
+    def _loader_options(self, sampler: PromptSampler, batch_size: int) -> dict[str, Any]:
         return {
+            "sampler": sampler,
+            "batch_size": batch_size,
             "num_workers": self.num_workers,
             "worker_init_fn": ignore_signals,
             "collate_fn": PromptBatch,

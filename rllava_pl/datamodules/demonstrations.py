@@ -10,11 +10,7 @@ from rllava_pl.types import Prompt
 
 
 def check_share(demonstrations: float) -> None:
-    """Refuse a number that is not a share.
-
-    Raises:
-        ValueError: Outside 0 to 1, or not a number.
-    """
+    """Refuse a share outside of 0 to 1."""
     if not 0 <= demonstrations <= 1:
         raise ValueError(f"demonstrations is {demonstrations}; it is the share of training prompts, from 0 to 1")
 

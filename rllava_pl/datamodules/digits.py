@@ -35,11 +35,7 @@ class DigitsDataModule(BaseDataModule):
         **loader_options: Those of ``BaseDataModule``.
     """
 
-    def __init__(
-        self,
-        demonstrations: float = 0.0,
-        **loader_options: int,
-    ) -> None:
+    def __init__(self, demonstrations: float = 0.0, **loader_options: int) -> None:
         super().__init__(**loader_options)
         check_share(demonstrations)
         self.demonstrations = demonstrations
@@ -63,33 +59,19 @@ class DigitsDataModule(BaseDataModule):
 
 
 def load_digit_prompts() -> Sequence[Prompt]:
-    """All 1,797 digits as prompts, in the order of the file."""
-    with gzip.open(_digits_file(), "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
-    message = Message("user", (IMAGE, QUESTION))
-    return [
-        Prompt(
-            uid=f"digits:{row}",
-            messages=(message,),
-            images=(_enlarge(values[:64].reshape(8, 8)),),
-            answer=str(int(values[64])),
-            source=f"scikit-learn digits.csv.gz row {row}",
-        )
-        for row, values in enumerate(table)
-    ]
-
-
-def _digits_file() -> Path:
-    """The file inside scikit-learn, found without importing the package."""
+    """All 1,797 digits as prompts, in the order of the file, which is read without importing scikit-learn."""
     spec = find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
             'the handwritten digits come with scikit-learn, which is not installed: pip install "rllava-pl[demo]"'
         )
-    return Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
-
-
-def _enlarge(levels: np.ndarray) -> Image.Image:
-    """Grey levels 0..16 to an RGB image with 0..255, bicubic."""
-    small = Image.fromarray((levels * (255 / 16)).round().astype(np.uint8))
-    return small.resize((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.BICUBIC).convert("RGB")
+    with gzip.open(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    levels = (table[:, :64] * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)  # 0..16 to 0..255
+    messages, size = (Message("user", (IMAGE, QUESTION)),), (SIDE_PIXELS, SIDE_PIXELS)
+    prompts = []
+    for row, (grey, label) in enumerate(zip(levels, table[:, 64], strict=True)):
+        image = Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).convert("RGB")
+        source = f"scikit-learn digits.csv.gz row {row}"
+        prompts.append(Prompt(f"digits:{row}", messages, (image,), str(int(label)), source=source))
+    return prompts

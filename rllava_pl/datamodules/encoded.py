@@ -40,11 +40,7 @@ def in_several_scans(image: Image.Image) -> bool:
 
 
 def check_length(file: BinaryIO, field: str) -> None:
-    """Refuse a PNG whose data end before its last row, which Pillow would leave black.
-
-    Raises:
-        RowError: E10.
-    """
+    """Refuse (E10) a PNG whose data end before its last row, which Pillow would leave black."""
     place = file.tell()
     file.seek(8)
     chunks = _chunks(file)

@@ -26,11 +26,7 @@ PADDING = -1
 
 
 class PromptDataset(Dataset["Prompt | None"]):
-    """Prompts by index; ``PADDING`` gives None.
-
-    Args:
-        prompts: Any sequence of prompts; it may build them lazily.
-    """
+    """Prompts of any sequence, which may build them lazily, by index; ``PADDING`` gives None."""
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self.prompts = prompts
@@ -107,39 +103,26 @@ class PromptLoader(DataLoader["Prompt | None"]):
         the start of a run, and worker processes would begin to fetch the wrong epoch.
         """
         self._epoch = getattr(self.sampler, "epoch", 0)
-        self._yielded = self._take_resume_position()
+        epoch, position = self._resume or (self._epoch, 0)
+        self._resume = None  # used once, and only in its epoch
+        self._yielded = position if epoch == self._epoch and isinstance(self.sampler, PromptSampler) else 0
+        if isinstance(self.sampler, PromptSampler):
+            self.sampler.start = self._yielded * (self.batch_size or 1)
         for batch in super().__iter__():
             self._yielded += 1
             yield batch
 
-    def _take_resume_position(self) -> int:
-        """Position to start at; a restored one is used once, and only in its epoch."""
-        epoch, position = self._resume or (self._epoch, 0)
-        self._resume = None
-        if not isinstance(self.sampler, PromptSampler):
-            return 0
-        position = position if epoch == self._epoch else 0
-        self.sampler.start = position * (self.batch_size or 1)
-        return position
-
     def _shape(self) -> dict[str, int]:
         """What a position refers to; with other values it would point at other prompts."""
-        ranks = getattr(self.sampler, "num_replicas", 1)
+        ranks, seed = getattr(self.sampler, "num_replicas", 1), getattr(self.sampler, "seed", 0)
         rows = len(self.dataset)  # type: ignore[arg-type]
-        return {
-            "prompts_per_batch": (self.batch_size or 1) * ranks,
-            "rows": rows,
-            "seed": getattr(self.sampler, "seed", 0),
-        }
+        return {"prompts_per_batch": (self.batch_size or 1) * ranks, "rows": rows, "seed": seed}
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and number of its finished batches, with the shape they refer to."""
-        if self._resume is not None:  # restored, and not iterated since
-            epoch, position = self._resume
-        else:
-            epoch, position = self._epoch, self._yielded
-            if self.fit_loop is not None:
-                position = min(position, _processed(self.fit_loop.epoch_loop.batch_progress))
+        epoch, position = self._resume or (self._epoch, self._yielded)
+        if self._resume is None and self.fit_loop is not None:  # iterated since it was restored
+            position = min(position, _processed(self.fit_loop.epoch_loop.batch_progress))
         return {"epoch": epoch, "position": position, **self._shape()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -28,11 +28,7 @@ def check_text(value: object, column: str) -> str:
 
 
 def check_unicode(text: str, column: str) -> None:
-    """Refuse text that cannot be encoded.
-
-    Raises:
-        RowError: E04, not encodable or with NUL inside.
-    """
+    """Refuse (E04) text that cannot be encoded or has NUL inside."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

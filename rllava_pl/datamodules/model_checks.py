@@ -30,15 +30,10 @@ class ModelChecks:
     """Longest target or rejected response with its end token; 0 does not measure."""
 
     def check(self, prompt: Prompt, fields: dict[str, str], with_images: Callable[[], Prompt]) -> tuple[str, ...]:
-        """Check one prompt.
+        """Check one prompt without its images, and return the codes of what was repaired.
 
-        Args:
-            prompt: Without its images.
-            fields: Column of ``prompt``, ``target`` and ``rejected``, for messages.
-            with_images: Makes the prompt with its images; called only to measure it.
-
-        Returns:
-            Codes of what was repaired.
+        ``fields`` are the columns of ``prompt``, ``target`` and ``rejected``, for messages; ``with_images`` makes the
+        prompt with its images and is called only to measure it.
 
         Raises:
             RowError: E13, E14, E17, E18.

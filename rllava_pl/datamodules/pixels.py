@@ -51,20 +51,16 @@ def to_rgb(image: Image.Image, limit: int = 0) -> Image.Image:
 
 
 def _in_bands(image: Image.Image, factor: int) -> Image.Image:
-    """RGB, averaged over squares of ``factor`` x ``factor`` pixels."""
+    """RGB of the same orientation, averaged over squares of ``factor`` x ``factor`` pixels."""
     width, height = image.size
     rgb = Image.new("RGB", (-(-width // factor), -(-height // factor)))
     for top in range(0, height, BAND_ROWS * factor):
-        band = _flat(image.crop((0, top, width, min(top + BAND_ROWS * factor, height))))
+        band = image.crop((0, top, width, min(top + BAND_ROWS * factor, height)))
+        if band.mode.startswith("I"):
+            band = Image.fromarray((np.asarray(band) >> 8).clip(0, 255).astype(np.uint8))
+        if band.has_transparency_data:
+            band = band.convert("RGBA")
+            band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
+        band = band.convert("RGB")
         rgb.paste(band.reduce(factor) if factor > 1 else band, (0, top // factor))
     return rgb
-
-
-def _flat(image: Image.Image) -> Image.Image:
-    """RGB of the same size and orientation."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args, overload
+from typing import get_args
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -17,12 +17,14 @@ from rllava_pl.datamodules.images import FORMATS, MIB, Animations, ImageFormat, 
 from rllava_pl.datamodules.model_checks import ModelChecks, SpecialTokenPolicy
 from rllava_pl.datamodules.rejections import CODES, DataError, Rejection, RowError, count_codes, write_report
 from rllava_pl.datamodules.schema import RowSchema
-from rllava_pl.datamodules.tables import Table, is_remote, open_table
+from rllava_pl.datamodules.tables import LazySequence, is_remote, open_table
 from rllava_pl.types import Prompt
 
 
-class PromptRows(Sequence[Prompt]):
+class PromptRows(LazySequence[Prompt]):
     """The usable rows of some sources; a prompt is built, and its images decoded, on access.
+
+    ``rejections`` are the refused rows, ``total`` counts all, and ``repairs`` and ``filled`` are those of the audit.
 
     Args:
         sources: Joined in their order.
@@ -30,28 +32,9 @@ class PromptRows(Sequence[Prompt]):
     """
 
     def __init__(self, sources: Sequence[PromptSource], audit: Audit) -> None:
-        self.sources = tuple(sources)
-        self.audit = audit
-
-    @property
-    def rejections(self) -> list[Rejection]:
-        """Every refused row; ``len(self) + len(self.rejections) == self.total``."""
-        return self.audit.rejections
-
-    @property
-    def total(self) -> int:
-        """Rows of all sources."""
-        return self.audit.total
-
-    @property
-    def repairs(self) -> Counter[str]:
-        """Number of usable rows by the code of what was repaired."""
-        return self.audit.repairs
-
-    @property
-    def filled(self) -> Counter[str]:
-        """Number of usable rows that have a ``target``, and that have a ``rejected`` response."""
-        return self.audit.filled
+        self.sources, self.audit = tuple(sources), audit
+        self.rejections, self.total = audit.rejections, audit.total
+        self.repairs, self.filled = audit.repairs, audit.filled
 
     def __len__(self) -> int:
         return len(self.audit.kept)
@@ -59,16 +42,11 @@ class PromptRows(Sequence[Prompt]):
     def responses(self, name: str) -> Iterator[tuple[str, str]]:
         """Where each usable row stands, and its ``target`` or ``rejected`` text; no image is opened."""
         for s, row in self.audit.kept:
-            source = self.sources[s]
-            yield f"{source.table.source} row {row}", getattr(source.parse(row).prompt, name)
+            prompt = self.sources[s].parse(row).prompt
+            yield prompt.source, getattr(prompt, name)
 
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Prompt]: ...
-    def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> Prompt:
+        """The prompt of a usable row."""
         s, row = self.audit.kept[index]
         source = self.sources[s]
         try:
@@ -178,10 +156,8 @@ class PromptDataModule(BaseDataModule):
             markup=special_tokens == "allow",
         )
         self.image_root = image_root
-        max_bytes = int(max_image_mib * MIB)
-        self.images = ImageReader(
-            None, max_image_pixels, max_bytes, tuple(image_formats), animations, resize_above_pixels
-        )
+        limits = (max_image_pixels, int(max_image_mib * MIB))
+        self.images = ImageReader(None, *limits, tuple(image_formats), animations, resize_above_pixels)
         self.special_tokens, self.processor_path = special_tokens, processor_path
         self.max_prompt_tokens, self.max_target_tokens = max_prompt_tokens, max_target_tokens
         self.max_reject_fraction, self.report = max_reject_fraction, report
@@ -221,7 +197,13 @@ class PromptDataModule(BaseDataModule):
         if rows.rejections:
             counts, where = count_codes(rows.rejections), f"; see {report}" * bool(report)
             rank_zero_warn(f"{split}: left out {len(rows.rejections)} of {rows.total} rows ({counts}){where}")
-        self._report_responses(split, rows)
+        for name in ("target", "rejected"):
+            count = rows.filled[name]
+            if not count and split == "train" and name in self.schema.columns:
+                column = self.schema.column(name)
+                raise ValueError(f"columns maps {name} to {column!r}, but no row of the train split has text there")
+            if 0 < count < len(rows):
+                rank_zero_info(f"{split}: {count} of {len(rows)} rows have a {name}")
         for code, count in sorted(rows.repairs.items()):
             rank_zero_info(f"{split}: {count} of {rows.total} rows: {CODES[code]} ({code})")
         return rows
@@ -236,16 +218,6 @@ class PromptDataModule(BaseDataModule):
         if self.trainer is None or self.trainer.is_global_zero:
             write_report(path, rejections)
         return str(path)
-
-    def _report_responses(self, split: str, rows: PromptRows) -> None:
-        """Log how many rows have responses; a mapped column that no training row has is a mistake."""
-        for name in ("target", "rejected"):
-            count = rows.filled[name]
-            if not count and split == "train" and name in self.schema.columns:
-                column = self.schema.column(name)
-                raise ValueError(f"columns maps {name} to {column!r}, but no row of the train split has text there")
-            if 0 < count < len(rows):
-                rank_zero_info(f"{split}: {count} of {len(rows)} rows have a {name}")
 
     def audit(self, split: str) -> PromptRows:
         """Check every row of a split without raising for any; see ``PromptRows.rejections``.
@@ -263,26 +235,18 @@ class PromptDataModule(BaseDataModule):
         """The opened sources of a split."""
         if not self.specs[split]:
             raise ValueError(f"there is no source for the {split} split; set {split} to a file or data set")
-        tables, checks = _unique_names(map(open_table, self.specs[split])), self._model_checks()
+        checks = None
+        if self.processor_path:
+            from rllava_pl.models.processors import load_processor
+
+            limits = (self.max_prompt_tokens, self.max_target_tokens)
+            checks = ModelChecks(load_processor(self.processor_path), self.special_tokens, *limits)
         root = Path(self.image_root).expanduser() if self.image_root else None
-        return [
-            PromptSource(table, self.schema, replace(self.images, root=root or table.folder), checks)
-            for table in tables
-        ]
-
-    def _model_checks(self) -> ModelChecks | None:
-        """Checks by the model's processor; None without ``processor_path``."""
-        if not self.processor_path:
-            return None
-        from rllava_pl.models.processors import load_processor
-
-        processor = load_processor(self.processor_path)
-        return ModelChecks(processor, self.special_tokens, self.max_prompt_tokens, self.max_target_tokens)
-
-
-def _unique_names(tables: Iterable[Table]) -> Iterator[Table]:
-    """Tables whose names differ, since ids begin with them: a second ``train`` becomes ``train-2``."""
-    seen = Counter[str]()
-    for table in tables:
-        seen[table.name] += 1
-        yield table if seen[table.name] == 1 else replace(table, name=f"{table.name}-{seen[table.name]}")
+        sources, seen = list[PromptSource](), Counter[str]()
+        for table in map(open_table, self.specs[split]):
+            seen[table.name] += 1
+            if seen[table.name] > 1:  # ids begin with the name: a second train becomes train-2
+                table = replace(table, name=f"{table.name}-{seen[table.name]}")
+            images = replace(self.images, root=root or table.folder)
+            sources.append(PromptSource(table, self.schema, images, checks))
+        return sources

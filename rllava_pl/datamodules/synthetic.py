@@ -5,16 +5,17 @@ An image is a pure function of (task, split, index); no file is read and none is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from rllava_pl.datamodules.base import BaseDataModule
 from rllava_pl.datamodules.demonstrations import check_share, demonstrate
+from rllava_pl.datamodules.tables import LazySequence
 from rllava_pl.functional.seeds import seed_from
 from rllava_pl.types import IMAGE, Message, Prompt
 
@@ -46,7 +47,7 @@ class VisionTask:
     """Draws an image to which the second argument is the answer."""
 
 
-class DrawnPrompts(Sequence[Prompt]):
+class DrawnPrompts(LazySequence[Prompt]):
     """Prompts ``0 .. size-1`` of one task and split, drawn on access (0.1 ms an image, so nothing is kept).
 
     Args:
@@ -62,15 +63,8 @@ class DrawnPrompts(Sequence[Prompt]):
     def __len__(self) -> int:
         return self.size
 
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Prompt]: ...
-    def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.size))]
-        if not 0 <= index < self.size:
-            raise IndexError(f"prompt {index} of {self.size}")
+    def item(self, index: int) -> Prompt:
+        """Draw one prompt."""
         task = TASKS[self.task]
         answer = task.answers[index % len(task.answers)]  # exactly balanced, not only on average
         rng = np.random.default_rng(seed_from("synthetic", self.task, self.split, index))

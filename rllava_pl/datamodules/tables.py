@@ -10,9 +10,10 @@ import json
 import math
 from abc import abstractmethod
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar, overload
 
 from rllava_pl.datamodules.rejections import RowError
@@ -22,10 +23,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, object]
 Item = TypeVar("Item", covariant=True)
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 LONGEST_INT_DIGITS = 1000
-UNCLOSED = "unexpected end of data"
-"""Message of the CSV reader for a quote that is never closed."""
 
 
 class LazySequence(Sequence[Item]):
@@ -162,8 +160,10 @@ def open_table(source: str) -> Table:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        return Table(source, path.stem, path.parent, _read_file(path))
-    if path.suffix in SUFFIXES:
+        if path.suffix not in READERS:
+            raise ValueError(f"{path}: unknown kind of data file {path.suffix!r}; known are {', '.join(READERS)}")
+        return Table(source, path.stem, path.parent, READERS[path.suffix](path))
+    if path.suffix in READERS:
         raise FileNotFoundError(f"data file {source!r} does not exist (looked in {path.absolute().parent})")
     base, _, split = source.partition("@")
     folder = Path(base).expanduser()
@@ -188,19 +188,7 @@ def open_table(source: str) -> Table:
 def is_remote(source: str) -> bool:
     """Whether ``open_table`` would read from the Hugging Face hub."""
     path, folder = Path(source).expanduser(), Path(source.partition("@")[0]).expanduser()
-    return not (path.exists() or folder.exists() or path.suffix in SUFFIXES)
-
-
-def _read_file(path: Path) -> Rows:
-    if path.suffix == ".jsonl":
-        return JsonLines(path)
-    if path.suffix == ".json":
-        return _read_json(path)
-    if path.suffix == ".csv":
-        return _read_csv(path)
-    if path.suffix in (".parquet", ".arrow"):
-        return _read_arrow(path)
-    raise ValueError(f"{path}: unknown kind of data file {path.suffix!r}; known are {', '.join(SUFFIXES)}")
+    return not (path.exists() or folder.exists() or path.suffix in READERS)
 
 
 def _as_row(row: object) -> Row:
@@ -254,7 +242,8 @@ def _read_csv(path: Path) -> Rows:
             except StopIteration:
                 return ListedRows(rows, lines)
             except csv.Error as error:
-                hint = "; a quote is not closed, and the rest of the file is inside it" * (str(error) == UNCLOSED)
+                unclosed = str(error) == "unexpected end of data"
+                hint = "; a quote is not closed, and the rest of the file is inside it" * unclosed
                 rows.append(RowError("E02", "line", f"is not CSV: {error}{hint}"))
             lines.append(line)
 
@@ -277,3 +266,9 @@ def _read_arrow(path: Path) -> Rows:
     except (ArrowException, DatasetsError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"{path} cannot be read as {path.suffix.removeprefix('.')}: {cause}") from error
+
+
+READERS: Mapping[str, Callable[[Path], Rows]] = MappingProxyType(
+    {".jsonl": JsonLines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_arrow, ".arrow": _read_arrow}
+)
+"""How a file is opened, by its suffix."""

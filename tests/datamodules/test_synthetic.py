@@ -120,7 +120,7 @@ def test_validation_and_test_prompts_always_carry_both_responses():
 
 def test_out_of_range_raises_so_that_iteration_ends():
     assert len(list(DrawnPrompts("color", "val", 3))) == 3
-    with pytest.raises(IndexError, match="prompt 3 of 3"):
+    with pytest.raises(IndexError, match="out of range"):
         DrawnPrompts("color", "val", 3)[3]
 
 
