@@ -32,7 +32,7 @@ quickstart: $(VENV)/.installed  ## train the bundled model on handwritten digits
 test: lint  ## all checks and the whole test suite; options: make test ARGS="-k losses"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-test-vllm: $(VLLM_VENV)/.installed-vllm  ## rollouts with the real vLLM on the CPU, in an environment of its own (3 GB)
+test-vllm: $(VLLM_VENV)/.installed-vllm  ## rollouts with the real vLLM on the CPU, in a separate environment (3 GB)
 	RLLAVA_PL_REQUIRE_VLLM=1 $(VLLM_BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 soak: $(VENV)/.installed-test  ## the long tests about faults: kills, signals, thousands of rollouts (about half an hour)
@@ -47,14 +47,14 @@ lint: $(VENV)/.installed-test  ## style, formatting, types and the import contra
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(VENV)/.installed-test  ## let ruff mend and format the code
+format: $(VENV)/.installed-test  ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 coverage: $(VENV)/.installed-test  ## the whole test suite with a coverage report
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
-bench: $(BENCH_VENV)/.installed-bench  ## step time against a plain loop and TRL, in an environment of its own
+bench: $(BENCH_VENV)/.installed-bench  ## step time against a plain loop and TRL, in a separate environment
 	$(BENCH_BIN)/python benchmarks/step_time.py $(ARGS)
 
 bench-algorithms: $(VENV)/.installed  ## what every algorithm reaches; options: make bench-algorithms ARGS="--methods dapo"
@@ -76,7 +76,7 @@ $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(PINNED) -e '.[demo]'
 	touch $@
 
-# DeepSpeed looks for torch while it is built, so it cannot be built in an environment of its own; what it would compile
+# DeepSpeed looks for torch while it is built, so it cannot be built in an isolated environment; what it would compile
 # for GPUs is left out.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet $(PINNED) setuptools

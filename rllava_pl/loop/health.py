@@ -67,19 +67,19 @@ SYMPTOMS = (
         "entropy gone",
         _at_most("train/entropy", 1e-3),
         "the policy has become deterministic (entropy {train/entropy:.2g} nats): all samples of a prompt are equal and "
-        "nothing new is tried. Raise the KL coefficient or entropy_coef, lower the learning rate, or widen clip_high",
+        "nothing new is tried. Raise kl.loss_coef or entropy_coef, lower the learning rate, or widen clip.high",
     ),
     Symptom(
         "policy far from its samples",
         _at_most("train/effective_sample_size", 0.3),
         "the samples no longer stand for the policy that is trained on them (effective sample size "
-        "{train/effective_sample_size:.0%}): fewer num_minibatches and update_epochs, or a lower learning rate",
+        "{train/effective_sample_size:.0%}): fewer batching.num_minibatches and batching.update_epochs, or a lower learning rate",
     ),
     Symptom(
         "almost everything clipped",
         _at_least("train/clip_fraction", 0.5),
         "the loss cuts off the gradient of {train/clip_fraction:.0%} of the tokens: lower the learning rate, use fewer "
-        "num_minibatches and update_epochs, or check that the clip range fits the algorithm",
+        "batching.num_minibatches and batching.update_epochs, or check that the clip range fits the algorithm",
     ),
     Symptom(
         "gradient gone",

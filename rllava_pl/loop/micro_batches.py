@@ -151,9 +151,9 @@ class MicroBatches:
                 "out of memory with a single completion in a micro-batch: lower sampling.max_tokens or the size of the "
                 "images, use gradient_checkpointing or lora, or shard the model over more devices"
             )
-        why = "this rank alone cannot repeat an exchange between ranks" if can_retry else "a sharded pass cannot be"
+        alone, sharded = "one rank alone cannot repeat an exchange between ranks", "a sharded pass cannot be repeated"
         return (
-            f"out of memory with {size} completions in a micro-batch, and {why} repeated; "
+            f"out of memory with {size} completions in a micro-batch, and {alone if can_retry else sharded}; "
             f"set batching.micro_batch_size to {size // 2}"
         )
 

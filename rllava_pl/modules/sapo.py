@@ -31,8 +31,14 @@ class SAPO(GRPO):
         **kwargs,
     ) -> None:
         super().__init__(*args, kl=kl, **kwargs)
-        self.temperatures = {"temperature_positive": temperature_positive, "temperature_negative": temperature_negative}
+        self.temperature_positive, self.temperature_negative = temperature_positive, temperature_negative
 
     def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """The soft gate, on every token."""
-        return losses.sapo(logp_NT, batch.old_logp_NT, batch.advantages_NT, **self.temperatures)
+        return losses.sapo(
+            logp_NT,
+            batch.old_logp_NT,
+            batch.advantages_NT,
+            temperature_positive=self.temperature_positive,
+            temperature_negative=self.temperature_negative,
+        )
