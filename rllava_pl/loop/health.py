@@ -73,7 +73,8 @@ SYMPTOMS = (
         "policy far from its samples",
         _at_most("train/effective_sample_size", 0.3),
         "the samples no longer stand for the policy that is trained on them (effective sample size "
-        "{train/effective_sample_size:.0%}): fewer batching.num_minibatches and batching.update_epochs, or a lower learning rate",
+        "{train/effective_sample_size:.0%}): fewer batching.num_minibatches and batching.update_epochs, or a lower "
+        "learning rate",
     ),
     Symptom(
         "almost everything clipped",
