@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,16 +82,15 @@ def check_credit(owner: type, returned: Tensor | Credit, batch: ScoredBatch) -> 
         ValueError: Another shape than (N,) or (N, T).
     """
     credit = returned if isinstance(returned, Credit) else Credit(returned)
-    shape, allowed = _shape(credit.advantages), (batch.trained_mask_NT.shape[:1], batch.trained_mask_NT.shape)
-    if shape not in allowed:
+    rows_NT = batch.trained_mask_NT.shape
+    if not isinstance(credit.advantages, Tensor) or credit.advantages.shape not in (rows_NT[:1], rows_NT):
         raise ValueError(
-            f"{owner.__name__}.advantages returned {_text(shape)}; it is one number a sample, {tuple(allowed[0])}, "
-            f"or a token, {tuple(allowed[1])}"
+            f"{owner.__name__}.advantages returned {_shape(credit.advantages)}; it is one number a sample, "
+            f"{tuple(rows_NT[:1])}, or a token, {tuple(rows_NT)}"
         )
-    advantages = credit.advantages
-    if advantages.ndim == 1:
-        advantages = advantages[:, None].expand(allowed[1])
-    return Credit(advantages, credit.returns, credit.trained)
+    if credit.advantages.ndim > 1:
+        return credit
+    return dataclasses.replace(credit, advantages=credit.advantages[:, None].expand(rows_NT))
 
 
 def check_token_loss(owner: type, loss_NT: Tensor, logp_NT: Tensor) -> Tensor:
@@ -99,17 +99,13 @@ def check_token_loss(owner: type, loss_NT: Tensor, logp_NT: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape than that of the log-probs.
     """
-    if (shape := _shape(loss_NT)) != logp_NT.shape:
+    if not isinstance(loss_NT, Tensor) or loss_NT.shape != logp_NT.shape:
         raise ValueError(
-            f"{owner.__name__}.policy_loss returned {_text(shape)}; it is the loss of every token, "
+            f"{owner.__name__}.policy_loss returned {_shape(loss_NT)}; it is the loss of every token, "
             f"{tuple(logp_NT.shape)}, which the loop reduces (option aggregation)"
         )
     return loss_NT
 
 
-def _shape(x: object) -> tuple[int, ...] | None:
-    return tuple(x.shape) if isinstance(x, Tensor) else None
-
-
-def _text(shape: tuple[int, ...] | None) -> str:
-    return "None" if shape is None else f"shape {shape}"
+def _shape(x: object) -> str:
+    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)

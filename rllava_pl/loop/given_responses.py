@@ -67,15 +67,7 @@ def given_rollout(
 def check_given_responses(
     rows: object, fields: Sequence[str], policy: Policy, max_tokens: int, *, owner: str, required: bool
 ) -> None:
-    """Tokenise the given responses of data from files before the first rollout needs one.
-
-    Args:
-        rows: The training prompts; others than ``HoldsResponses`` are not checked.
-        fields: Names of the fields that hold responses.
-        policy: Its tokenizer.
-        max_tokens: Response budget.
-        owner: Name of the algorithm, for messages.
-        required: Whether a row without one is of no use.
+    """Tokenise the given responses of data from files (``HoldsResponses``) before the first rollout needs one.
 
     Raises:
         ValueError: A response is missing where each is required, or does not fit the budget.

@@ -14,7 +14,7 @@ from rllava_pl.loop.group_buffer import GroupBuffer
 from rllava_pl.loop.metrics import MetricAccumulator, moments
 from rllava_pl.loop.phases import Phases
 from rllava_pl.rollout.engine import ManagedEngine
-from rllava_pl.types import PolicyOutput, RewardedBatch, ScoredBatch, TrainingBatch
+from rllava_pl.types import PolicyOutput, ScoredBatch, TrainingBatch
 
 
 def samples(metrics: MetricAccumulator, batch: ScoredBatch, group_buffer: GroupBuffer) -> None:
@@ -33,10 +33,10 @@ def samples(metrics: MetricAccumulator, batch: ScoredBatch, group_buffer: GroupB
         metrics.add_masked({f"reward_{name}": component_N}, applies_N)
 
 
-def penalties(metrics: MetricAccumulator, batch: RewardedBatch, penalties_N: Tensor | None) -> None:
-    """Mean of the length penalties."""
+def penalties(metrics: MetricAccumulator, batch: ScoredBatch, penalties_N: Tensor | None) -> None:
+    """Mean of the length penalties of the same rows as in ``samples``."""
     if penalties_N is not None:
-        metrics.add_masked({"overlong_penalty": penalties_N}, batch.sampled_mask_NT.any(1) & batch.in_baseline_N)
+        metrics.add_masked({"overlong_penalty": penalties_N}, batch.own_mask_NT.any(1))
 
 
 @torch.no_grad()

@@ -42,21 +42,22 @@ def require(ok: bool, option: str, value: object, rule: str) -> None:
     """Refuse a value of an option.
 
     Raises:
-        ValueError: ``kl.loss_coef is -1.0; it must be at least 0``.
+        ValueError: ``clip.dual is 1.0; it must be larger than 1, or null``.
     """
     if not ok:
         raise ValueError(f"{option} is {value!r}; it must be {rule}")
 
 
-def require_range(owner: object, *options: str, low: float = 0.0, high: float = math.inf) -> None:
-    """Refuse attributes of ``owner`` that are not between ``low`` and ``high``.
+def require_range(owner: object, *options: str, low: float = 0.0, high: float = math.inf, path: str = "") -> None:
+    """Refuse attributes of ``owner`` that are not between ``low`` and ``high``; ``path`` stands before their names.
 
     Raises:
-        ValueError: ``gamma is 1.5; it must be between 0 and 1``.
+        ValueError: ``kl.loss_coef is -1.0; it must be at least 0``.
     """
     rule = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
     for option in options:
-        require(low <= getattr(owner, option) <= high, option, getattr(owner, option), rule)
+        value = getattr(owner, option)
+        require(low <= value <= high, f"{path}{option}", value, rule)
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,8 @@ class KL(OptionGroup):
     horizon: int = 10_000
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        require(self.loss_coef >= 0, "kl.loss_coef", self.loss_coef, "at least 0")
-        require(self.reward_coef >= 0, "kl.reward_coef", self.reward_coef, "at least 0")
-        require(self.target >= 0, "kl.target", self.target, "at least 0")
-        require(self.horizon >= 1, "kl.horizon", self.horizon, "at least 1")
+        require_range(self, "loss_coef", "reward_coef", "target", path="kl.")
+        require_range(self, "horizon", low=1, path="kl.")
         check_choice("kl.estimator", self.estimator, get_args(KLEstimator))
 
 
@@ -108,9 +106,7 @@ class Clip(OptionGroup):
     dual: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        require(self.low >= 0, "clip.low", self.low, "at least 0")
-        require(self.high >= 0, "clip.high", self.high, "at least 0")
+        require_range(self, "low", "high", path="clip.")
         require(self.dual is None or self.dual > 1, "clip.dual", self.dual, "larger than 1, or null")
 
     @property
@@ -136,11 +132,8 @@ class Batching(OptionGroup):
     micro_batch_tokens: int = 0
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        require(self.num_minibatches >= 1, "batching.num_minibatches", self.num_minibatches, "at least 1")
-        require(self.update_epochs >= 1, "batching.update_epochs", self.update_epochs, "at least 1")
-        require(self.micro_batch_size >= 0, "batching.micro_batch_size", self.micro_batch_size, "at least 0")
-        require(self.micro_batch_tokens >= 0, "batching.micro_batch_tokens", self.micro_batch_tokens, "at least 0")
+        require_range(self, "num_minibatches", "update_epochs", low=1, path="batching.")
+        require_range(self, "micro_batch_size", "micro_batch_tokens", path="batching.")
 
     @property
     def updates_per_rollout(self) -> int:
@@ -163,10 +156,9 @@ class Schedule(OptionGroup):
     final_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the values."""
         check_choice("schedule.kind", self.kind, get_args(ScheduleKind))
-        require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "at least 0")
-        require(0 <= self.final_ratio <= 1, "schedule.final_ratio", self.final_ratio, "between 0 and 1")
+        require_range(self, "warmup_steps", path="schedule.")
+        require_range(self, "final_ratio", high=1, path="schedule.")
 
 
 @dataclass(frozen=True)
@@ -183,10 +175,9 @@ class LengthPenalty(OptionGroup):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the values."""
         buffer = self.buffer_tokens
         require(buffer is None or buffer >= 0, "length_penalty.buffer_tokens", buffer, "at least 0, or null")
-        require(self.scale >= 0, "length_penalty.scale", self.scale, "at least 0")
+        require_range(self, "scale", path="length_penalty.")
 
     def resolve_buffer_tokens(self, max_tokens: int) -> int:
         """Width of the buffer for a budget of ``max_tokens``."""
@@ -209,8 +200,7 @@ class DynamicSampling(OptionGroup):
     component: str = "accuracy"
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        require(self.max_rounds >= 0, "dynamic_sampling.max_rounds", self.max_rounds, "at least 0")
+        require_range(self, "max_rounds", path="dynamic_sampling.")
         least = self.min_informative
         require(0 < least <= 1, "dynamic_sampling.min_informative", least, "above 0 and at most 1")
 
@@ -232,7 +222,6 @@ class EngineCorrection(OptionGroup):
     cap: float = 2.0
 
     def __post_init__(self) -> None:
-        """Check the values."""
         check_choice("engine_correction.level", self.level, ("none", "token", "sequence"))
         check_choice("engine_correction.mode", self.mode, ("truncate", "mask"))
         require(self.cap > 0, "engine_correction.cap", self.cap, "larger than 0")
@@ -260,8 +249,7 @@ class Evaluation(OptionGroup):
     samples: int = 0
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        require(self.samples >= 0, "evaluation.samples", self.samples, "at least 0")
+        require_range(self, "samples", path="evaluation.")
 
 
 GroupT = TypeVar("GroupT", bound=OptionGroup)

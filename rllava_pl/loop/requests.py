@@ -18,15 +18,6 @@ def make_requests(
 
     seed of a sample = hash(run seed, stream, rollout index, prompt uid, number of the sample). The stream of a further
     round of dynamic sampling ends in its number; a prompt that stands in the batch twice continues to count.
-
-    Args:
-        policy: Encodes the prompts.
-        prompts: Of this rank.
-        samples: Completions of each.
-        stream: Name of the random numbers, e.g. ``train``.
-        seed: Of the run.
-        rollout: Passes of the loop so far.
-        round_: Generation rounds of this batch so far.
     """
     seen: Counter[str] = Counter()
     stream = f"{stream}/{round_}" if round_ else stream
