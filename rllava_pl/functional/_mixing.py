@@ -1,4 +1,7 @@
-"""How much demonstrations count, by step and by success; public through ``functional.demonstrations``."""
+"""How much demonstrations count, by step and by success; public through ``functional.demonstrations``.
+
+``step`` counts the rollout batches trained on so far, from 0. Options out of their range raise ValueError.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rllava_pl.functional._groups import Groups
-from rllava_pl.functional.seeds import uniforms
+from rllava_pl.functional.seeds import seed_from, uniforms
 
 
 def uft_hint_probability(step: int, *, hint_steps: int, low: float = 0.05, high: float = 0.95) -> float:
@@ -18,17 +21,10 @@ def uft_hint_probability(step: int, *, hint_steps: int, low: float = 0.05, high:
     ``low + (high - low) / 2 * (1 + cos(pi * (step + 1) / hint_steps))`` while ``step < hint_steps`` (UFT, arXiv
     2505.16984): ``low`` is reached at the last of these steps.
 
-    Args:
-        step: Rollout batches trained on so far, from 0.
+    Options:
         hint_steps: Steps with hints; 0: never.
-        low: Probability at the last of them.
-        high: Probability the curve comes from.
-
-    Returns:
-        A number in [low, high], or 0.
-
-    Raises:
-        ValueError: negative steps, probabilities outside of [0, 1] or ``low`` above ``high``.
+        low: Probability at the last of them, 0 to ``high``.
+        high: Probability the curve comes from, at most 1.
 
     >>> [round(uft_hint_probability(step, hint_steps=4), 4) for step in range(5)]
     [0.8182, 0.5, 0.1818, 0.05, 0.0]
@@ -41,14 +37,21 @@ def uft_hint_probability(step: int, *, hint_steps: int, low: float = 0.05, high:
     return low + (high - low) / 2 * (1 + math.cos(math.pi * (step + 1) / hint_steps))
 
 
-def uft_hint_length(tokens: int, p: float, seeds: Sequence[int]) -> int:
-    """Tokens of a hint: the first l of L equal segments of a demonstration, l ~ Binomial(L, p), a draw a seed.
+def uft_hint(ids: Sequence[int], p: float, *, segments: int, counters: Sequence[int | str]) -> tuple[int, ...]:
+    """The first l of L equal segments of a demonstration's tokens, l ~ Binomial(L, p), L = min(segments, tokens).
 
-    >>> uft_hint_length(10, 1.0, [1, 2, 3]), uft_hint_length(10, 0.0, [1, 2, 3])
-    (10, 0)
+    Args:
+        ids: Tokens of the demonstration.
+        p: Probability that a segment is given.
+        segments: Most segments.
+        counters: What the draw is a function of, such as seed, rollout and prompt.
+
+    >>> uft_hint([5, 6, 7, 8], 1.0, segments=2, counters=[0]), uft_hint([5, 6, 7, 8], 0.0, segments=2, counters=[0])
+    ((5, 6, 7, 8), ())
     """
-    given = int((uniforms(torch.tensor(seeds), 0) < p).sum())
-    return round(tokens * given / len(seeds))
+    seeds = [seed_from(*counters, k) for k in range(min(segments, len(ids)))]
+    given = int((uniforms(torch.tensor(seeds), 0) < p).sum()) if seeds else 0
+    return tuple(ids[: round(len(ids) * given / max(1, len(seeds)))])
 
 
 def chord_mu(step: int, *, warmup_steps: int, decay_steps: int, peak: float, valley: float) -> float:
@@ -57,18 +60,11 @@ def chord_mu(step: int, *, warmup_steps: int, decay_steps: int, peak: float, val
     ``peak * step / warmup_steps``, then with ``x = (step - warmup_steps) / decay_steps`` from 0 to 1
     ``valley + (peak - valley) / 2 * (1 + cos(pi * x))`` (CHORD, arXiv 2508.11408).
 
-    Args:
-        step: Rollout batches trained on so far, from 0.
+    Options:
         warmup_steps: Steps of warm-up; 0: begin at ``peak``.
         decay_steps: Steps from ``peak`` to ``valley``; 0: ``valley`` right after the warm-up.
-        peak: Share at the end of the warm-up.
-        valley: Share from ``warmup_steps + decay_steps`` on.
-
-    Returns:
-        A number in [0, 1].
-
-    Raises:
-        ValueError: negative steps, ``peak`` or ``valley`` outside of [0, 1].
+        peak: Share at the end of the warm-up, 0 to 1.
+        valley: Share from ``warmup_steps + decay_steps`` on, 0 to 1.
 
     >>> [chord_mu(step, warmup_steps=2, decay_steps=2, peak=0.5, valley=0.25) for step in range(6)]
     [0.0, 0.25, 0.5, 0.375, 0.25, 0.25]
@@ -90,23 +86,19 @@ def hpt_gate(rewards_N: Tensor, group_N: Tensor, *, success_threshold: float = 1
 
     Args:
         rewards_N: One reward a sample, before shaping; NaN counts as failed.
-        group_N: int64; equal for samples of one prompt instance. Ids are arbitrary, groups may be unequal.
+        group_N: int64; equal for samples of one prompt instance, as for :mod:`~rllava_pl.functional.advantages`.
         success_threshold: Smallest reward of a solved sample.
-        gate: Number of solved samples up to which the demonstration is used.
+        gate: Number of solved samples up to which the demonstration is used, 0 or positive.
 
     Returns:
         bool (N,), equal within a group.
-
-    Raises:
-        ValueError: ``gate`` negative, or the two are not vectors of one length.
 
     >>> hpt_gate(torch.tensor([1.0, 0.0, 0.9, 0.0]), torch.tensor([5, 5, 2, 2]))
     tensor([False, False,  True,  True])
     """
     if gate < 0:
         raise ValueError(f"gate is {gate}; it counts solved samples of a group and must be 0 or positive")
-    solved_N = (rewards_N >= success_threshold).to(torch.int64)
-    return Groups.of(group_N, rewards_N).sum(solved_N) <= gate
+    return Groups.of(group_N, rewards_N).sum((rewards_N >= success_threshold).long()) <= gate
 
 
 def check_share(name: str, value: float) -> None:

@@ -28,7 +28,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rllava_pl.functional._mixing import check_share, chord_mu, hpt_gate, uft_hint_length, uft_hint_probability
+from rllava_pl.functional._mixing import check_share, chord_mu, hpt_gate, uft_hint, uft_hint_probability
 from rllava_pl.functional._numerics import LOG_RATIO_BOUND, bounded_exp, check_choice, check_mask, raised
 from rllava_pl.functional.losses import clipped
 from rllava_pl.functional.reduce import masked_mean
@@ -42,7 +42,7 @@ __all__ = [
     "luffy",
     "srft",
     "uft",
-    "uft_hint_length",
+    "uft_hint",
     "uft_hint_probability",
 ]
 
@@ -146,7 +146,7 @@ def uft(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> Tensor:
-    """Own tokens ``clipped``, hints ``-hint_coef * logp``; UFT (arXiv 2505.16984).
+    """Own tokens ``clipped``, hints ``-hint_coef * logp``: :func:`hpt` with these weights; UFT (arXiv 2505.16984).
 
     The demonstration tokens of a row are the hint its response begins with, see :func:`uft_hint_probability`.
 
@@ -158,9 +158,7 @@ def uft(
     tensor([[ 0.0030, -1.2000,  0.0000]])
     """
     _check_coefficients(hint_coef=hint_coef)
-    own, demo = _sides(logp, mask, demo_mask, old_logp=old_logp, advantages=advantages)
-    own_loss = _clipped(own, logp, old_logp, advantages, clip_low, clip_high)
-    return _merged(own, own_loss, demo, -hint_coef * _only(demo, logp))
+    return hpt(logp, old_logp, advantages, mask, demo_mask, sft_coef=hint_coef, clip_low=clip_low, clip_high=clip_high)
 
 
 def hpt(
@@ -224,7 +222,11 @@ def chord(
     own, demo = _sides(logp, mask, demo_mask, old_logp=old_logp, advantages=advantages)
     own_loss = (1 - mu) * _clipped(own, logp, old_logp, advantages, clip_low, clip_high)
     demo_logp = _only(demo, logp)
-    return _merged(own, own_loss, demo, -mu * _chord_weight(demo_logp.detach(), weighting) * demo_logp)
+    p = _probability(demo_logp.detach())
+    # 1 - p by expm1: for p near 1 the subtraction would leave rounding errors only
+    unlikely = -torch.expm1(demo_logp.detach().clamp(max=LOG_RATIO_BOUND))
+    weight = {"phi": p * unlikely, "p": p, "none": torch.ones_like(p)}[weighting]
+    return _merged(own, own_loss, demo, -mu * weight * demo_logp)
 
 
 def _sides(logp: Tensor, mask: Tensor, demo_mask: Tensor, **values: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,8 +259,7 @@ def _merged(own: Tensor, own_loss: Tensor, demo: Tensor, demo_loss: Tensor) -> T
 def _clipped(
     own: Tensor, logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
-    inputs = (_only(own, x) for x in (logp, old_logp, advantages))
-    return clipped(*inputs, clip_low=clip_low, clip_high=clip_high)
+    return clipped(*(_only(own, x) for x in (logp, old_logp, advantages)), clip_low=clip_low, clip_high=clip_high)
 
 
 def _probability(logp: Tensor) -> Tensor:
@@ -271,14 +272,6 @@ def _shaped(logp: Tensor, shaping: float) -> Tensor:
     if not 0 < shaping < math.inf:
         raise ValueError(f"shaping is {shaping}; p / (p + shaping) needs a positive finite number, e.g. 0.1")
     return torch.sigmoid(logp - math.log(shaping))
-
-
-def _chord_weight(logp: Tensor, weighting: ChordWeighting) -> Tensor:
-    if weighting == "none":
-        return torch.ones_like(logp)
-    p = _probability(logp)
-    # 1 - p by expm1: for p near 1 the subtraction would leave rounding errors only
-    return p if weighting == "p" else p * -torch.expm1(logp.clamp(max=LOG_RATIO_BOUND))
 
 
 def _check_coefficients(**coefficients: float) -> None:

@@ -35,6 +35,8 @@ class ActorCritic(RLModule):
         value_clip: How far V may move from its old value before its gradient is clipped.
         critic_lr_factor: Learning rate of the head as a multiple of the policy's.
         critic_warmup_steps: Optimizer steps in which the critic alone is trained.
+        imitation_coef: Weight of -log π on right responses, mean over their tokens (VAPO, arXiv 2504.05118); 0: off.
+        success_threshold: A response with at least this score is right.
     """
 
     needs_values = True
@@ -47,6 +49,8 @@ class ActorCritic(RLModule):
         value_clip: float = 0.5,
         critic_lr_factor: float = 10.0,
         critic_warmup_steps: int = 0,
+        imitation_coef: float = 0.0,
+        success_threshold: float = 1.0,
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -54,7 +58,8 @@ class ActorCritic(RLModule):
         self.critic: CriticKind = critic
         self.vf_coef, self.value_clip = vf_coef, value_clip
         self.critic_lr_factor, self.critic_warmup_steps = critic_lr_factor, critic_warmup_steps
-        require_range(self, "vf_coef", "critic_warmup_steps")
+        self.imitation_coef, self.success_threshold = imitation_coef, success_threshold
+        require_range(self, "vf_coef", "critic_warmup_steps", "imitation_coef")
         require(critic_lr_factor > 0, "critic_lr_factor", critic_lr_factor, "larger than 0")
         self.critic_model: VLM | None = None
 
@@ -106,16 +111,19 @@ class ActorCritic(RLModule):
         return Credit(advantages_NT, returns=returns_NT)
 
     def terms(self, batch: TrainingBatch) -> dict[str, Term]:
-        """The policy's terms, with weight 0 while the critic alone is trained, and the value loss."""
+        """The policy's terms, with weight 0 while the critic alone is trained; imitation; the value loss."""
         terms = super().terms(batch)
+        if self.imitation_coef:
+            right_NT = batch.trained_mask_NT & (batch.scores_N >= self.success_threshold)[:, None]
+            terms["imitation"] = Term(right_NT, "token-mean", self.imitation_coef)
         if self.trains_critic_only:
             terms = {name: dataclasses.replace(term, weight=0.0) for name, term in terms.items()}
         return terms | {"value": Term(batch.trained_mask_NT, "token-mean", self.vf_coef)}
 
     def losses(self, output: PolicyOutput, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Also the clipped value loss."""
+        """Also -log π for the imitation, and the clipped value loss."""
         value_NT = value_clipped(output.values_NT, batch.values_NT, batch.returns_NT, clip=self.value_clip)
-        return super().losses(output, batch) | {"value": value_NT}
+        return super().losses(output, batch) | {"imitation": -output.logp_NT, "value": value_NT}
 
 
 class ValueHead(nn.Linear):

@@ -174,7 +174,7 @@ class RLModule(PolicyModule):
         if credit.returns is not None:
             rewarded = rewarded.with_computed(returns_NT=credit.returns[own_rows])
         advantages_NT = credit.advantages[own_rows].masked_fill(~rewarded.trained_mask_NT, 0.0)
-        observe.penalties(self.metrics, rewarded, penalties_N)
+        observe.penalties(self.metrics, batch, penalties_N)
         return drop_untrained_members(rewarded.to_stage(TrainingBatch, advantages_NT=advantages_NT))
 
     def minibatches(self, batch: TrainingBatch) -> Iterator[TrainingBatch]:

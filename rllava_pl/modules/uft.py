@@ -8,7 +8,6 @@ from torch import Tensor
 
 from rllava_pl.functional import demonstrations
 from rllava_pl.functional.reduce import ReduceMode
-from rllava_pl.functional.seeds import seed_from
 from rllava_pl.loop.options import KL
 from rllava_pl.modules.demonstrations import DemonstrationModule, mixed_inputs
 from rllava_pl.modules.grpo import GRPO
@@ -51,14 +50,10 @@ class UFT(DemonstrationModule, GRPO):
 
     def hint(self, request: Request) -> tuple[int, ...]:
         """The first l segments of the target, without its end token; none where there is no target."""
-        rollout = self.state.rollouts
+        rollout, uid = self.state.rollouts, request.prompt.uid
         p = demonstrations.uft_hint_probability(rollout, hint_steps=self.hint_steps)
-        if not request.prompt.target or p == 0:
-            return ()
-        ids = self.given(request).response_ids[:-1].tolist()
-        counters = (self.seed, "hint", rollout, request.prompt.uid)
-        seeds = [seed_from(*counters, k) for k in range(min(self.hint_segments, len(ids)))]
-        return tuple(ids[: demonstrations.uft_hint_length(len(ids), p, seeds)])
+        ids = self.given(request).response_ids[:-1].tolist() if p and request.prompt.target else []
+        return demonstrations.uft_hint(ids, p, segments=self.hint_segments, counters=(self.seed, "hint", rollout, uid))
 
     def policy_loss(self, logp_NT: Tensor, batch: TrainingBatch) -> Tensor:
         """Clipped surrogate, and likelihood of the hint."""
