@@ -10,8 +10,6 @@ from rllava_pl.rewards.base import BaseReward
 from rllava_pl.rewards.text import MAX_CHARS, exact, is_tag_name, last_block, strict
 from rllava_pl.types import Rollout, Score
 
-_equal = lru_cache(maxsize=256)(exact)  # answers of a group repeat each other more and more as a policy learns
-
 
 class AnswerTagReward(BaseReward):
     """Rewards the right answer in a response of the right format.
@@ -69,8 +67,14 @@ class AnswerTagReward(BaseReward):
         truth = (rollout.prompt.answer_text if label is None else label).strip()
         if not truth:
             return Score(None, reason="no_answer")
-        well_formed = strict(rollout.text, self.tags)
-        predicted = last_block(rollout.text[-MAX_CHARS:], "answer") if well_formed or self.lenient else None
-        accuracy = float(predicted is not None and _equal(predicted, truth))
+        well_formed, right = _read(rollout.text, truth, self.tags)
+        accuracy = float(right and (well_formed or self.lenient))
         value = self.format_weight * well_formed + self.accuracy_weight * accuracy
         return Score(value, {"accuracy": accuracy, "format": float(well_formed)})
+
+
+@lru_cache(maxsize=256)  # responses of a group repeat each other more and more as a policy learns
+def _read(text: str, truth: str, tags: tuple[str, ...]) -> tuple[bool, bool]:
+    """Whether the text is well-formed, and whether its last answer block is right."""
+    predicted = last_block(text[-MAX_CHARS:], "answer")
+    return strict(text, tags), predicted is not None and exact(predicted, truth)
