@@ -20,7 +20,7 @@ from rllava_pl.cli import main
 from rllava_pl.cli.app import RLCLI
 from rllava_pl.models import VLM
 from rllava_pl.modules import GRPO
-from rllava_pl.types import Experience, PolicyBatch, Prompt, PromptInputs, Rollout
+from rllava_pl.types import PolicyBatch, Prompt, PromptInputs, Rollout, Segment, TrainingBatch
 from tests import runs
 
 FOLDER = Path(own_reward.__file__).parent
@@ -28,7 +28,7 @@ SCRIPTS = {path.name for path in FOLDER.glob("*.py")} - {"__init__.py"}
 SHORT = [
     f"--model.policy.cache_dir={runs.CACHE}",
     "--model.max_rollouts=2",
-    "--model.lr_schedule=constant",
+    "--model.schedule.kind=constant",
     "--data.batch_size=4",
     "--trainer.callbacks=null",
     "--trainer.logger=false",
@@ -66,7 +66,7 @@ def lines_of_code(path: Path, name: str) -> int:
 # -- the page --------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_has_one_row_a_script_with_its_command():
+def test_page_has_one_row_a_script_with_its_command():
     page = (FOLDER / "README.md").read_text("utf-8")
     rows = re.findall(r"^\| \[`(\S+)`\]\((\S+)\) \|.*\| `python examples/(\S+)` \|$", page, re.M)
     assert {row[0] for row in rows} == SCRIPTS
@@ -74,7 +74,7 @@ def test_the_page_has_one_row_a_script_with_its_command():
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
-def test_a_script_says_how_it_is_run_and_needs_nothing_beside_it(name):
+def test_script_documents_its_command_and_imports_the_package_alone(name):
     tree = ast.parse((FOLDER / name).read_text("utf-8"))
     assert f"python examples/{name}" in ast.get_docstring(tree)
     imported = {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -96,11 +96,9 @@ def test_a_script_says_how_it_is_run_and_needs_nothing_beside_it(name):
         ("17", "", 0.0),
     ],
 )
-def test_half_marks_for_a_lookalike(label, text, value):
+def test_lookalike_scores_half(label, text, value):
     ids = torch.zeros(1, dtype=torch.int64)
-    rollout = Rollout(
-        Prompt("a", (), answer=label), 0, ids, PromptInputs(ids), ids, ids.float(), ids.bool(), "stop", 0, text
-    )
+    rollout = Rollout(Prompt("a", (), answer=label), 0, PromptInputs(ids), (Segment(ids),), text=text)
     assert LookalikeReward()([rollout])[0].value == value
 
 
@@ -115,7 +113,7 @@ def test_own_reward_from_the_command_line():
     cli = command_line(own_reward)
     assert [type(reward).__name__ for reward in cli.model.rewards] == ["AnswerTagReward", "LookalikeReward"]
     assert isinstance(cli.model.rewards[1], LookalikeReward) and isinstance(cli.model, GRPO)
-    assert {"train/reward/accuracy", "train/reward/lookalike"} <= set(cli.trainer.callback_metrics)
+    assert {"train/reward_accuracy", "train/reward_lookalike"} <= set(cli.trainer.callback_metrics)
 
 
 # -- own_algorithm.py ------------------------------------------------------------------------------------------------
@@ -126,31 +124,44 @@ def tournament() -> Tournament:
     return runs.module(Tournament)
 
 
-def experience(rewards: list[float]) -> Experience:
-    """What ``advantages`` and ``policy_loss`` read of an experience: groups of four."""
-    empty = torch.zeros(len(rewards), 1)
-    return Experience(
-        (), (), 4, empty[:, 0].long(), empty.long(), empty.bool(), empty.bool(), empty, torch.tensor(rewards)
+def groups_of_four(rewards: list[float]) -> TrainingBatch:
+    """What ``advantages`` and ``policy_loss`` read of a batch."""
+    empty_NT, rewards_N = torch.zeros(len(rewards), 1), torch.tensor(rewards)
+    return TrainingBatch(
+        rollouts=(),
+        inputs=(),
+        group_size=4,
+        group_N=torch.arange(len(rewards)) // 4,
+        in_baseline_N=torch.ones(len(rewards), dtype=torch.bool),
+        response_ids_NT=empty_NT.long(),
+        sampled_mask_NT=empty_NT.bool(),
+        trained_mask_NT=empty_NT.bool(),
+        engine_logp_NT=empty_NT,
+        scores_N=rewards_N,
+        rewards_N=rewards_N,
+        token_rewards_NT=empty_NT,
+        advantages_NT=empty_NT,
     )
 
 
-def test_ten_lines_of_code():
+def test_tournament_has_at_most_ten_lines_of_code():
     assert lines_of_code(FOLDER / "own_algorithm.py", "Tournament") <= 10
 
 
-def test_wins_minus_losses(tournament):
+def test_advantage_is_wins_minus_losses(tournament):
     """The best of four wins 3 of 4 games (one is against itself), the two equal ones win and lose one."""
-    credit = tournament.advantages(experience([1.0, 0.1, 0.1, 0.0] + [0.7] * 4))
+    credit = tournament.advantages(groups_of_four([1.0, 0.1, 0.1, 0.0] + [0.7] * 4))
     assert credit.tolist() == [0.75, 0.0, 0.0, -0.75] + [0.0] * 4
-    squared = tournament.advantages(experience([1.0, 0.01, 0.01, 0.0] + [0.49] * 4))
+    squared = tournament.advantages(groups_of_four([1.0, 0.01, 0.01, 0.0] + [0.49] * 4))
     assert torch.equal(squared, credit)  # only the order counts
 
 
 @pytest.mark.parametrize(("advantage", "best_ratio"), [(0.5, 1.2), (-0.5, 0.8)])
-def test_the_loss_is_lowest_at_the_border_of_the_clip_range(tournament, advantage, best_ratio):
+def test_loss_is_lowest_at_the_border_of_the_clip_range(tournament, advantage, best_ratio):
     """d/dρ (|A|/2ε·(ρ-1)² - A·ρ) = |A|/ε·(ρ-1) - A is 0 at ρ = 1 + sign(A)·ε, and -A at ρ = 1."""
     logp = torch.tensor([[1.0], [best_ratio]]).log().requires_grad_()
-    batch = experience([0.0, 0.0]).replace(old_logp_NT=torch.zeros(2, 1), advantages_NT=torch.full((2, 1), advantage))
+    batch = groups_of_four([0.0, 0.0]).replace(advantages_NT=torch.full((2, 1), advantage))
+    batch = batch.with_computed(old_logp_NT=torch.zeros(2, 1))
     tournament.policy_loss(logp, batch).sum().backward()
     torch.testing.assert_close(logp.grad, torch.tensor([[-advantage], [0.0]]), atol=1e-6, rtol=0)
 
@@ -163,7 +174,7 @@ def test_own_algorithm_from_python(monkeypatch, tmp_path, capsys):
 
 def test_own_algorithm_from_the_command_line():
     cli = command_line(own_algorithm)
-    assert type(cli.model) is Tournament and cli.model.weight_version == 4
+    assert type(cli.model) is Tournament and cli.model.state.updates == 4
 
 
 # -- inside_your_trainer.py ------------------------------------------------------------------------------------------
@@ -204,12 +215,13 @@ def test_one_file_agrees_with_the_package(tmp_path):
     torch.manual_seed(0)
     plain = grpo_in_one_file.load(tmp_path / "tiny")
     prompts = grpo_in_one_file.DrawnPrompts("color", "train", 2)[:]
-    learnt = grpo_in_one_file.rollout(plain, plain, prompts)
-    policy = VLM(str(tmp_path / "tiny")).load()
+    batch = grpo_in_one_file.rollout(plain, plain, prompts)
+    policy = VLM(str(tmp_path / "tiny"))
+    policy.load()
     assert set(plain.banned_ids) == set(policy.banned_ids)
-    batch = PolicyBatch(tuple(policy.encode(prompts)), grpo_in_one_file.GROUP_SIZE, learnt.ids_NT, learnt.mask_NT)
+    inputs = PolicyBatch(tuple(policy.encode(prompts)), grpo_in_one_file.GROUP_SIZE, batch.ids_NT, batch.mask_NT)
     with torch.no_grad():
-        logp_NT = policy(batch).logp_NT
-    torch.testing.assert_close(learnt.old_logp_NT[learnt.mask_NT], logp_NT[learnt.mask_NT], atol=1e-5, rtol=0)
-    ends = [ids[mask][-1].item() for ids, mask in zip(learnt.ids_NT, learnt.mask_NT, strict=True) if not mask.all()]
+        logp_NT = policy(inputs).logp_NT
+    torch.testing.assert_close(batch.old_logp_NT[batch.mask_NT], logp_NT[batch.mask_NT], atol=1e-5, rtol=0)
+    ends = [ids[mask][-1].item() for ids, mask in zip(batch.ids_NT, batch.mask_NT, strict=True) if not mask.all()]
     assert set(ends) <= set(policy.stop_ids)  # a response that is shorter than the longest ends in an end token

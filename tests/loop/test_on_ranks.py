@@ -1,4 +1,4 @@
-"""On several ranks: a number that is not finite on one stops the step of all; memory that is full on one does not."""
+"""On two ranks: a number that is not finite on one skips the step of both; too little memory on one does not."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
 
 from rllava_pl.modules import GRPO, RLModule
-from rllava_pl.types import Experience, PolicyBatch, PolicyOutput
+from rllava_pl.types import PolicyBatch, PolicyOutput, ScoredBatch, TrainingBatch
 from tests import runs
 from tests.reliability import forks
 
@@ -35,8 +36,8 @@ def fits(root: Path, name: str, spoil: Callable[[RLModule, int], None] | None = 
         except RuntimeError as error:
             logging.error(error)
             raise
-        left_out = trainer.callback_metrics.get("train/skipped_nonfinite", torch.tensor(0.0))
-        torch.save({n: p.detach() for n, p in module.named_parameters()} | {"left out": left_out}, file(rank))
+        skipped = trainer.callback_metrics.get("train/skipped_nonfinite", torch.tensor(0.0))
+        torch.save({n: p.detach() for n, p in module.named_parameters()} | {"skipped": skipped}, file(rank))
 
     def file(rank: int) -> Path:
         return root / f"{name}-{rank}.pt"
@@ -48,7 +49,7 @@ def fits(root: Path, name: str, spoil: Callable[[RLModule, int], None] | None = 
 
 
 class Spoilt(GRPO):
-    """A module that something is done to when its policy is there."""
+    """A module that is changed once its policy is loaded."""
 
     spoil: Callable[[], None]
 
@@ -57,57 +58,58 @@ class Spoilt(GRPO):
         self.spoil()
 
 
-def test_what_is_not_finite_on_one_rank_stops_the_step_of_all(tmp_path: Path) -> None:
+def test_number_that_is_not_finite_on_one_rank_skips_the_step_of_both(tmp_path: Path) -> None:
     def spoil(module: RLModule, rank: int) -> None:
         """The second rollout of rank 1 has a sample whose advantage is no number; each rank has two mini-batches."""
-        credit = module.credit
+        compute_advantages = module.compute_advantages
 
-        def spoilt(experience: Experience) -> Experience:
-            experience = credit(experience)
-            if rank == 1 and module.rollout_index == 1:
-                advantages_NT = experience.advantages_NT.clone()
+        def spoilt(batch: ScoredBatch) -> TrainingBatch:
+            training_batch = compute_advantages(batch)
+            if rank == 1 and module.state.rollouts == 1:
+                advantages_NT = training_batch.advantages_NT.clone()
                 advantages_NT[2] = math.nan
-                return experience.replace(advantages_NT=advantages_NT)
-            return experience
+                return training_batch.replace(advantages_NT=advantages_NT)
+            return training_batch
 
-        module.credit = spoilt
+        module.compute_advantages = spoilt
 
-    (first, second), said = fits(tmp_path, "guard", spoil)
+    (first, second), text = fits(tmp_path, "guard", spoil)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert first["left out"] == 1.0 and all(x.isfinite().all() for x in first.values())
-    lines = {line[line.index("rollout 1") :] for line in said.splitlines() if "an update was left out" in line}
+    assert first["skipped"] == 1.0 and all(x.isfinite().all() for x in first.values())
+    lines = {line[line.index("rollout 1") :] for line in text.splitlines() if "an update was skipped" in line}
     assert len(lines) == 1 and "#2" in lines.pop()  # both ranks name the same sample
 
 
-def test_memory_that_is_full_on_one_rank_changes_nothing(tmp_path: Path) -> None:
+def test_too_little_memory_on_one_rank_changes_nothing(tmp_path: Path) -> None:
     def spoil(module: RLModule, rank: int) -> None:
         forward = module.policy.forward
 
-        def bounded(batch: PolicyBatch) -> PolicyOutput:
+        def bounded(batch: PolicyBatch, **options: bool) -> PolicyOutput:
             if rank == 1 and len(batch.mask_NT) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return forward(batch)
+            return forward(batch, **options)
 
         module.policy.forward = bounded
 
     (wide, same), _ = fits(tmp_path, "wide")
-    (first, second), said = fits(tmp_path, "narrow", spoil)
+    (first, second), text = fits(tmp_path, "narrow", spoil)
     assert all(torch.equal(wide[name], same[name]) for name in wide)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.allclose(wide[name], first[name], atol=1e-5) for name in wide)
-    assert "does not fit; going on with 1" in said
+    assert "does not fit in memory; continuing with 1" in text
 
 
-def test_memory_that_is_full_in_the_exchange_ends_the_run_with_advice(tmp_path: Path) -> None:
+def test_too_little_memory_in_the_last_micro_batch_ends_the_run_with_advice(tmp_path: Path) -> None:
     def spoil(module: RLModule, rank: int) -> None:
-        backpropagate = module.backpropagate
+        accumulate = module.updater.adapter.accumulate
 
-        def full_at_the_end(counts, piece, last):
+        def full_at_the_end(last: bool) -> AbstractContextManager[None]:
             if rank == 1 and last:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return backpropagate(counts, piece, last)
+            return accumulate(last)
 
-        module.backpropagate = full_at_the_end
+        module.updater.adapter.accumulate = full_at_the_end
 
-    with pytest.raises(AssertionError, match="this rank alone cannot begin an exchange between ranks again; set micro"):
+    error = "one rank alone cannot repeat an exchange between ranks; set batching.micro"
+    with pytest.raises(AssertionError, match=error):
         fits(tmp_path, "exchange", spoil)

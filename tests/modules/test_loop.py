@@ -1,4 +1,4 @@
-"""One pass of the loop: order of stages, what is trained on, and that nothing changes the gradient that should not."""
+"""One pass of the loop: order of stages, what is trained on, and what must not change the gradient."""
 
 from __future__ import annotations
 
@@ -13,69 +13,84 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 
-from rllava_pl.loop.experience import assemble, minibatches
+from rllava_pl.loop.batch import assemble, split_minibatches
+from rllava_pl.loop.options import KL, Batching, Evaluation, Schedule
+from rllava_pl.loop.updater import Updater
 from rllava_pl.modules import GRPO, RLOO, RLModule
-from rllava_pl.rewards import AnswerTagReward, BaseReward
-from rllava_pl.rewards.output import judge
-from rllava_pl.types import Experience, PromptBatch, Rollout, Sampling, Score
+from rllava_pl.rewards import AnswerTagReward, BaseReward, compute_rewards
+from rllava_pl.types import MissingTensorError, Rollout, Sampling, Score, TrainingBatch
 from tests import runs
-from tests.modules.passes import assert_close, gradient
+from tests.modules.cases import scored
+from tests.modules.passes import Ranked, assert_close, gradient, prompts, scored_pass
 
 
 @pytest.fixture(scope="module")
-def pass_of(tmp_path_factory: pytest.TempPathFactory) -> tuple[RLModule, Experience]:
-    """A module that was fitted for one pass, and the experience of another."""
+def pass_of(tmp_path_factory: pytest.TempPathFactory) -> tuple[RLModule, TrainingBatch]:
+    """A module that was fitted for one pass, and the batch of another."""
     module = runs.module(max_rollouts=1)
     runs.trainer(tmp_path_factory.mktemp("run")).fit(module, runs.data())
-    data = runs.data()
-    data.setup("fit")
-    prompts = PromptBatch(data.train_prompts[i] for i in range(4))
-    experience = module.credit(module.evaluate(module.judge(module.rollout(prompts))))
+    batch = module.compute_advantages(scored_pass(module, prompts(GRPO, 4)))
     generator = torch.Generator().manual_seed(0)
-    drift = 0.3 * torch.randn(experience.mask_NT.shape, generator=generator)  # as if the policy had moved since
-    return module, experience.replace(
-        old_logp_NT=experience.old_logp_NT + drift,
-        advantages_NT=torch.randn(len(experience), 1, generator=generator).expand_as(drift) * experience.mask_NT,
-    )
+    drift = 0.3 * torch.randn(batch.trained_mask_NT.shape, generator=generator)  # as if the policy had moved since
+    advantages_NT = torch.randn(len(batch), 1, generator=generator).expand_as(drift) * batch.trained_mask_NT
+    return module, batch.replace(advantages_NT=advantages_NT).with_computed(old_logp_NT=batch.old_logp_NT + drift)
 
 
 AGGREGATIONS = ["token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum", "constant"]
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_micro_batches_do_not_change_the_gradient(pass_of: tuple[RLModule, Experience], aggregation: str) -> None:
-    module, experience = pass_of
-    module.aggregation, module.entropy_coef = aggregation, 0.01
-    whole = gradient(module, experience)
-    for size in (1, 2, 4, 8):  # parts of a group, a group, two groups
-        assert_close(gradient(module, experience, size), whole)
+def test_gradient_does_not_depend_on_micro_batches(
+    pass_of: tuple[RLModule, TrainingBatch], monkeypatch: pytest.MonkeyPatch, aggregation: str
+) -> None:
+    module, batch = pass_of
+    monkeypatch.setattr(module, "aggregation", aggregation)
+    monkeypatch.setattr(module, "entropy_coef", 0.01)
+    whole = gradient(module, batch)
+    for size in (1, 2, 3, 4, 8):  # parts of a group, a group, two groups
+        assert_close(gradient(module, batch, size), whole)
 
 
-def test_the_order_of_samples_does_not_change_the_gradient(pass_of: tuple[RLModule, Experience]) -> None:
-    module, experience = pass_of
-    whole = gradient(module, experience)
-    assert_close(gradient(module, experience.select([3, 1, 0, 2], [1, 3, 2, 0])), whole)
+def test_gradient_does_not_depend_on_the_order_of_samples(pass_of: tuple[RLModule, TrainingBatch]) -> None:
+    module, batch = pass_of
+    whole = gradient(module, batch)
+    assert_close(gradient(module, batch.select([3, 1, 0, 2], [1, 3, 2, 0])), whole)
 
 
-def test_minibatches_partition_the_prompts(pass_of: tuple[RLModule, Experience]) -> None:
-    _, experience = pass_of
-    parts = minibatches(experience, 2, [2, 0, 3, 1])
+def test_minibatches_partition_the_prompts(pass_of: tuple[RLModule, TrainingBatch]) -> None:
+    _, batch = pass_of
+    parts = split_minibatches(batch, 2, [2, 0, 3, 1])
     assert [[r.prompt.uid for r in part.rollouts[::4]] for part in parts] == [
-        [experience.rollouts[4 * p].prompt.uid for p in pair] for pair in ([2, 0], [3, 1])
+        [batch.rollouts[4 * p].prompt.uid for p in pair] for pair in ([2, 0], [3, 1])
     ]
 
 
+def test_order_of_minibatches_is_a_function_of_seed_rollout_and_epoch(pass_of: tuple[RLModule, TrainingBatch]) -> None:
+    _, batch = pass_of
+
+    def orders(rollout: int, seed: int = 1) -> list[list[str]]:
+        other = runs.module(seed=seed, batching=Batching(num_minibatches=2, update_epochs=2))
+        other.state.rollouts = rollout
+        return [[r.prompt.uid for r in part.rollouts[::4]] for part in other.minibatches(batch)]
+
+    first = orders(rollout=0)
+    assert len(first) == 4 and first == orders(rollout=0)
+    for epoch in (first[:2], first[2:]):
+        assert sorted(uid for part in epoch for uid in part) == sorted(r.prompt.uid for r in batch.rollouts[::4])
+    assert len({str(orders(rollout, seed)) for rollout in range(4) for seed in (1, 2)}) > 1
+
+
 def test_every_rank_makes_the_same_number_of_updates_when_groups_were_dropped(
-    pass_of: tuple[RLModule, Experience],
+    pass_of: tuple[RLModule, TrainingBatch],
 ) -> None:
-    _, experience = pass_of
-    parts = minibatches(experience.select([1]), 2, [0])
+    _, batch = pass_of
+    parts = split_minibatches(batch.select([1]), 2, [0])
     assert len(parts) == 2
-    assert parts[0].mask_NT.any() and not parts[1].mask_NT.any()
+    assert parts[0].trained_mask_NT.any() and not parts[1].trained_mask_NT.any()
 
 
 class Picky(BaseReward):
-    """Cannot score some prompts; the others get their sample's number."""
+    """Cannot score some prompts; the others get 1."""
 
     def __init__(self, unscorable: set[str]) -> None:
         super().__init__()
@@ -87,40 +102,40 @@ class Picky(BaseReward):
         return Score(1.0)
 
 
-def test_a_group_with_an_unscored_sample_is_dropped_whole(pass_of: tuple[RLModule, Experience]) -> None:
-    _, experience = pass_of
-    lost = experience.rollouts[4].prompt.uid
-    rollouts = list(experience.rollouts)
-    rewards = [Picky({lost})]
-    kept = assemble(rollouts, judge(rewards, rollouts), 4, torch.device("cpu"))
-    assert len(kept) == 12 and lost not in {r.prompt.uid for r in kept.rollouts}
-    assert kept.rewards_N.isfinite().all()
-    everyone = {r.prompt.uid for r in rollouts}
-    nothing = assemble(rollouts, judge([Picky(everyone)], rollouts), 4, torch.device("cpu"))
-    assert len(nothing) == 4 and not nothing.mask_NT.any() and nothing.rewards_N.isfinite().all()
+def test_group_with_an_unscored_sample_is_dropped_whole() -> None:
+    rollouts = list(scored([[1, 0, 0, 1]] * 4).rollouts)
+    kept = assemble(rollouts, compute_rewards([Picky({"b"})], rollouts), 4, torch.device("cpu"))
+    assert len(kept) == 12 and "b" not in {r.prompt.uid for r in kept.rollouts}
+    assert kept.scores_N.isfinite().all()
+    nothing = assemble(rollouts, compute_rewards([Picky(set("abcd"))], rollouts), 4, torch.device("cpu"))
+    assert len(nothing) == 4 and not nothing.trained_mask_NT.any() and nothing.scores_N.isfinite().all()
 
 
-def test_a_pass_in_which_nothing_was_scored_leaves_the_weights_alone(tmp_path: Path) -> None:
+def test_pass_in_which_nothing_was_scored_leaves_the_weights_unchanged(tmp_path: Path) -> None:
     class Never(BaseReward):
         def score(self, rollout: Rollout) -> Score:
             return Score(None, reason="no_label")
 
-    module = runs.module(max_rollouts=1)
-    module.rewards = [Never()]
+    module = runs.module(max_rollouts=1, rewards=[Never()])
     trainer = runs.trainer(tmp_path)
     trainer.fit(module, runs.data())
-    assert module.weight_version == 0 and module.rollout_index == 1
+    assert module.state.updates == 0 and module.state.rollouts == 1
     assert trainer.callback_metrics["train/unscored_samples"] == 16
 
 
-STAGES = ("rollout", "judge", "evaluate", "credit", "minibatches", "update", "report")
+STAGES = {
+    RLModule: ("sample", "score", "compute_logprobs", "compute_advantages", "minibatches", "log_rollout"),
+    Updater: ("step",),
+}
 
 
-def test_the_stages_run_in_order_and_the_engine_is_in_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_run_in_order_and_the_engine_has_the_weights_of_the_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[str] = []
 
     def record(name: str, original: Callable[..., object]) -> Callable[..., object]:
-        def wrapper(self: RLModule, *args: object) -> object:
+        def wrapper(self: object, *args: object) -> object:
             events.append(name)
             return original(self, *args)
 
@@ -132,46 +147,94 @@ def test_the_stages_run_in_order_and_the_engine_is_in_step(tmp_path: Path, monke
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
             engine = pl_module.engine.engine.version
-            events.append(f"batch end, engine at {engine}, policy at {pl_module.weight_version}")
+            events.append(f"batch end, engine at {engine}, policy at {pl_module.state.updates}")
 
-    for name in STAGES:
-        monkeypatch.setattr(RLModule, name, record(name, getattr(RLModule, name)))
+    for owner, names in STAGES.items():
+        for name in names:
+            monkeypatch.setattr(owner, name, record(name, getattr(owner, name)))
     runs.trainer(tmp_path, callbacks=[Hooks()]).fit(runs.module(max_rollouts=2), runs.data())
-    passes = ["batch start", "rollout", "judge", "evaluate", "credit", "minibatches", "update", "update", "report"]
+    stages = ["sample", "score", "compute_logprobs", "compute_advantages", "minibatches", "step", "step", "log_rollout"]
     assert events == [
-        *passes,
+        "batch start",
+        *stages,
         "batch end, engine at 0, policy at 2",
-        *passes,
+        "batch start",
+        *stages,
         "batch end, engine at 2, policy at 4",
     ]
 
 
+def test_observers_see_the_phases_of_a_pass_and_their_seconds_are_logged(tmp_path: Path) -> None:
+    class Observer(Callback):
+        def __init__(self) -> None:
+            self.names: list[str] = []
+
+        def setup(self, trainer, pl_module, stage) -> None:
+            pl_module.phases.observers.append(self)
+
+        def phase_begins(self, name: str) -> None:
+            self.names.append(name)
+
+        def phase_ends(self, name: str, seconds: float) -> None:
+            self.names.append(f"/{name}")
+
+    observer = Observer()
+    trainer = runs.trainer(tmp_path, callbacks=[observer])
+    trainer.fit(runs.module(max_rollouts=1), runs.data())
+    assert " ".join(observer.names) == (
+        "rollout sync /sync /rollout reward /reward logprobs /logprobs update /update update /update"
+    )
+    phases = {name for name in observer.names if name[0] != "/"}
+    assert {f"time/{name}_seconds" for name in phases} <= trainer.callback_metrics.keys()
+
+
 def test_metrics_have_the_documented_names(tmp_path: Path) -> None:
     trainer = runs.trainer(tmp_path, limit_val_batches=1, check_val_every_n_epoch=None, val_check_interval=1)
-    trainer.fit(runs.module(max_rollouts=1, val_samples=2), runs.data())
+    trainer.fit(runs.module(max_rollouts=1, evaluation=Evaluation(samples=2)), runs.data())
     names = set(trainer.callback_metrics)
-    for name in ("reward", "reward/accuracy", "reward/format", "kl", "entropy", "clip_fraction", "grad_norm"):
+    for name in ("reward", "reward_accuracy", "reward_format", "kl", "entropy", "clip_fraction", "grad_norm"):
         assert f"train/{name}" in names
-    for name in ("engine_mismatch_kl", "response_tokens", "truncated_fraction", "informative_groups", "loss"):
+    for name in ("clip_fraction_high", "clip_fraction_low", "loss", "policy_loss", "kl_loss"):
         assert f"train/{name}" in names
-    assert {f"time/{phase}_seconds" for phase in ("rollout", "reward", "evaluate", "update")} <= names
+    for name in ("engine_mismatch_kl", "response_tokens", "truncated_fraction", "informative_groups"):
+        assert f"train/{name}" in names
+    assert {f"time/{phase}_seconds" for phase in ("rollout", "reward", "logprobs", "update")} <= names
     assert {"val/accuracy", "val/reward", "val/accuracy_sampled"} <= names
     assert all(torch.isfinite(value) for value in trainer.callback_metrics.values())
+    assert not [(a, b) for a in names for b in names if b.startswith(f"{a}/")]
 
 
-def test_the_first_ratio_is_one_and_the_reference_is_the_start(tmp_path: Path) -> None:
+def test_loss_is_the_weighted_sum_of_its_terms(tmp_path: Path) -> None:
+    trainer = runs.trainer(tmp_path)
+    options = {"kl": KL(loss_coef=0.5), "entropy_coef": 0.01, "rewards": [Ranked()]}
+    trainer.fit(runs.module(max_rollouts=2, **options), runs.data())
+    policy, kl, entropy, loss = (
+        float(trainer.callback_metrics[f"train/{name}"]) for name in ("policy_loss", "kl_loss", "entropy_loss", "loss")
+    )
+    assert loss == pytest.approx(policy + 0.5 * kl + 0.01 * entropy, rel=1e-4, abs=1e-7)
+    assert entropy < 0 < kl
+
+
+def test_first_ratio_is_one_and_the_reference_is_the_start(tmp_path: Path) -> None:
     """One update a rollout: the policy updated is the one that sampled, so nothing clips and KL to itself is 0."""
     trainer = runs.trainer(tmp_path)
-    trainer.fit(runs.module(max_rollouts=1, minibatches=1), runs.data())
+    trainer.fit(runs.module(max_rollouts=1, batching=Batching()), runs.data())
     assert trainer.callback_metrics["train/clip_fraction"] == 0
     assert trainer.callback_metrics["train/kl"].abs() < 1e-6
     assert trainer.callback_metrics["train/engine_mismatch_kl"].abs() < 1e-8
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
+    class SameModel(runs.TinyVLM):
+        def prepare(self, seed: int) -> None:
+            super().prepare(1)
+
     def weights(seed: int) -> dict[str, torch.Tensor]:
-        module = runs.module(max_rollouts=2, seed=seed, policy=runs.tiny())
-        module.source.prepare = lambda _: runs.TinyVLM.prepare(module.source, 1)  # the same model for both
+        tiny = runs.tiny()
+        policy = SameModel(
+            questions=tiny.questions, answers=tiny.answers, warmup_steps=tiny.warmup_steps, cache_dir=str(runs.CACHE)
+        )
+        module = runs.module(max_rollouts=2, seed=seed, policy=policy, rewards=[Ranked()])
         runs.trainer(tmp_path).fit(module, runs.data())
         return {name: p.detach().clone() for name, p in module.policy.named_parameters()}
 
@@ -183,9 +246,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Pat
 BAD = {
     "no reward": ({"rewards": []}, "no reward given"),
     "group of one": ({"group_size": 1}, "group_size must be >= 2, is 1"),
-    "micro-batch": ({"micro_batch_size": 6}, r"micro_batch_size 6 and group_size 4: .* \(a multiple of 4\)"),
-    "decay": ({"lr_schedule": "linear", "max_rollouts": 0}, "'linear' decays over max_rollouts, which is 0"),
-    "minibatches": ({"minibatches": 0}, "minibatches is 0; it must be at least 1"),
+    "decay": ({"schedule": Schedule(kind="linear")}, "'linear' decays over max_rollouts, which is 0"),
     "greedy": ({"sampling": Sampling(temperature=0.0)}, "temperature is 0"),
 }
 
@@ -205,26 +266,30 @@ def test_truncated_sampling_is_refused() -> None:
         Sampling(max_tokens=0)
 
 
-def test_a_batch_that_does_not_divide_is_refused_before_the_first_rollout(tmp_path: Path) -> None:
-    module = runs.module(minibatches=3)
+def test_batch_that_does_not_divide_is_refused_before_the_first_rollout(tmp_path: Path) -> None:
+    module = runs.module(batching=Batching(num_minibatches=3))
     with pytest.raises(ValueError, match=r"4 prompts x group_size 4 = 16 samples cannot be split into 3 mini"):
         runs.trainer(tmp_path).fit(module, runs.data())
-    assert module.rollout_index == 0
+    assert module.state.rollouts == 0
 
 
-def test_experience_is_immutable(pass_of: tuple[RLModule, Experience]) -> None:
-    _, experience = pass_of
+def test_batches_are_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        experience.group_size = 2  # type: ignore[misc]
+        scored([[1, 0]]).group_size = 2  # type: ignore[misc]
+
+
+def test_tensor_that_nothing_has_computed_is_named_with_its_source() -> None:
+    with pytest.raises(MissingTensorError, match=r"this batch has no ref_logp_NT; set kl.loss_coef or kl.reward_coef"):
+        _ = scored([[1, 0]]).ref_logp_NT
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_half_precision_recomputes_old_log_probs_in_the_trainers_arithmetic(tmp_path: Path, precision: str) -> None:
     """Sampling and scoring take different forms, which differ by rounding in bf16; ratios must still start at 1."""
-    module = runs.module(max_rollouts=1)
+    module = runs.module(max_rollouts=1, rewards=[Ranked()])
     trainer = runs.trainer(tmp_path, precision=precision)
     trainer.fit(module, runs.data())
-    assert module.weight_version == 2
+    assert module.state.updates == 2
     assert 0 <= trainer.callback_metrics["train/engine_mismatch_kl"] < 0.01
     assert all(torch.isfinite(value) for value in trainer.callback_metrics.values())
 
@@ -238,8 +303,8 @@ def test_every_rollout_is_logged_whatever_log_every_n_steps(tmp_path: Path) -> N
     assert trainer.logged_metrics["train/reward"] == trainer.callback_metrics["train/reward"]
 
 
-def test_callbacks_can_monitor_what_a_rollout_measured(tmp_path: Path) -> None:
-    stop = EarlyStopping("train/reward/format", mode="max", stopping_threshold=0.0, check_on_train_epoch_end=True)
+def test_callbacks_can_monitor_metrics_of_a_rollout(tmp_path: Path) -> None:
+    stop = EarlyStopping("train/reward_format", mode="max", stopping_threshold=-1.0, check_on_train_epoch_end=True)
     module = runs.module(max_rollouts=20)
     runs.trainer(tmp_path, callbacks=[stop]).fit(module, runs.data())
-    assert module.rollout_index == 6  # one epoch of 24 prompts in batches of 4
+    assert module.state.rollouts == 6  # one epoch of 24 prompts in batches of 4

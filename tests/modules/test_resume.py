@@ -8,43 +8,53 @@ import pytest
 import torch
 
 from rllava_pl.callbacks import RolloutCheckpoint
+from rllava_pl.loop.options import KL, Batching, Schedule
 from rllava_pl.models import LoRA
-from rllava_pl.modules import CHORD, GRPO, PPO, RLOO, UFT, ClipCov, RLModule
+from rllava_pl.modules import CHORD, GRPO, PPO, RLOO, UFT, ClipCov, PolicyModule
+from rllava_pl.modules.policy_module import STATE
 from tests import runs
 
 
 def fit(
     root: Path, *, rollouts: int, checkpoint: str | None = None, **options: object
-) -> tuple[RLModule, RolloutCheckpoint]:
+) -> tuple[PolicyModule, RolloutCheckpoint]:
     callback = RolloutCheckpoint(str(root), every_n_rollouts=1, keep=0)
     module = runs.module(max_rollouts=5, **options)
     if rollouts < 5:
-        module.on_train_batch_end = lambda *_: setattr(module.trainer, "should_stop", module.rollout_index >= rollouts)
+        module.on_train_batch_end = lambda *_: setattr(module.trainer, "should_stop", module.state.rollouts >= rollouts)
     trainer = runs.trainer(root, callbacks=[callback])
     data = runs.data(batch_size=4, train_size=13, demonstrations=0.5)  # 3 rollouts an epoch
     trainer.fit(module, data, ckpt_path=checkpoint)
     return module, callback
 
 
-def state(module: RLModule) -> dict[str, torch.Tensor]:
+def counters(module: PolicyModule) -> dict[str, float]:
+    return {name: x for name, x in module.state.as_dict().items() if name != "saved_at_ns"}
+
+
+def state(module: PolicyModule) -> dict[str, torch.Tensor]:
     moments = module.optimizers().optimizer.state.values()
     flat = {f"moment{k}.{name}": x for k, s in enumerate(moments) for name, x in s.items()}
-    flat["kl_factor"] = torch.tensor(module.kl_controller.coef, dtype=torch.float64)
+    flat |= {f"state.{k}": torch.tensor(x, dtype=torch.float64) for k, x in counters(module).items()}
     return {name: x.detach().clone() for name, x in module.state_dict().items()} | flat
 
 
 CASES = {
-    "KL in the loss": (GRPO, {"lr_schedule": "cosine"}),
-    "KL in the reward, two epochs": (RLOO, {"kl_reward_coef": 0.01, "epochs": 2}),
+    "KL in the loss": (GRPO, {"schedule": Schedule(kind="cosine")}),
+    "KL in the reward, two epochs": (
+        RLOO,
+        {"kl": KL(reward_coef=0.01), "batching": Batching(num_minibatches=2, update_epochs=2)},
+    ),
     "LoRA": (GRPO, {"policy": lambda: runs.tiny(lora=LoRA(r=4), freeze=["vision_tower"])}),
 }
 WITH_STATE = {
-    "adaptive KL": (RLOO, {"kl_reward_coef": 0.01, "kl_target": 0.001, "kl_horizon": 100}),
+    "adaptive KL": (RLOO, {"kl": KL(reward_coef=0.01, target=0.001, horizon=100)}),
     "shared critic": (PPO, {"critic_warmup_steps": 3}),
     "separate critic": (PPO, {"critic": "separate"}),
     "schedule of μ": (CHORD, {"mu_warmup_steps": 2, "mu_decay_steps": 3}),
     "hints": (UFT, {"hint_steps": 4}),
     "drawn tokens": (ClipCov, {"ratio": 0.1, "lower": 0.0}),
+    "micro-batches of three": (GRPO, {"batching": Batching(num_minibatches=2, micro_batch_size=3)}),
 }
 IN_AND_BETWEEN_EPOCHS = [
     pytest.param(*case, at, id=f"{at}-{name}")
@@ -57,8 +67,8 @@ IN_AND_BETWEEN_EPOCHS = [
     ("algorithm", "options", "at"),
     [*IN_AND_BETWEEN_EPOCHS, *(pytest.param(*case, 2, id=name) for name, case in WITH_STATE.items())],
 )
-def test_resume_is_bit_identical(
-    tmp_path: Path, algorithm: type[RLModule], options: dict[str, object], at: int
+def test_resumed_run_is_bit_identical(
+    tmp_path: Path, algorithm: type[PolicyModule], options: dict[str, object], at: int
 ) -> None:
     def chosen() -> dict[str, object]:
         return {name: value() if callable(value) else value for name, value in options.items()}
@@ -71,29 +81,29 @@ def test_resume_is_bit_identical(
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), name
-    assert (float(expected["kl_factor"]) != 1.0) == ("kl_target" in options)
-    assert whole.rollout_index == resumed.rollout_index == 5
-    assert whole.weight_version == resumed.weight_version == 5 * whole.updates_per_rollout
+    assert (whole.state.kl_factor != 1.0) == bool(isinstance(options.get("kl"), KL) and options["kl"].target)
+    assert whole.state.rollouts == resumed.state.rollouts == 5
+    assert whole.state.updates == resumed.state.updates == 5 * whole.batching.updates_per_rollout
 
 
-def test_a_finished_run_does_not_run_on(tmp_path: Path) -> None:
+def test_resumed_run_that_was_finished_does_nothing(tmp_path: Path) -> None:
     done, callback = fit(tmp_path / "a", rollouts=5)
     again, _ = fit(tmp_path / "b", rollouts=5, checkpoint=callback.last_path)
-    assert again.rollout_index == 5
+    assert again.state.rollouts == 5
     for name, tensor in done.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
-def test_a_checkpoint_holds_only_tensors_and_what_training_changed(tmp_path: Path) -> None:
+def test_checkpoint_holds_only_tensors_and_what_training_changed(tmp_path: Path) -> None:
     options = {"policy": runs.tiny(lora=LoRA(r=4))}
     _, callback = fit(tmp_path, rollouts=1, **options)
     checkpoint = torch.load(callback.last_path, weights_only=True)
     names = set(checkpoint["state_dict"])
-    assert {"rollouts_done", "updates_done"} <= names
-    assert all("lora_" in name for name in names - {"rollouts_done", "updates_done"})
+    assert names and all("lora_" in name for name in names)
+    assert checkpoint[STATE]["state"]["rollouts"] == 1 and checkpoint[STATE]["state"]["updates"] == 2
 
 
-def test_the_reference_is_not_in_the_checkpoint_and_comes_back(tmp_path: Path) -> None:
+def test_reference_is_not_in_the_checkpoint_and_is_loaded_at_resume(tmp_path: Path) -> None:
     module, callback = fit(tmp_path / "a", rollouts=2)
     assert not any(n.startswith("reference") for n in torch.load(callback.last_path, weights_only=True)["state_dict"])
     resumed, _ = fit(tmp_path / "b", rollouts=3, checkpoint=callback.last_path)
@@ -107,7 +117,7 @@ def test_another_seed_is_refused_at_resume(tmp_path: Path) -> None:
         fit(tmp_path / "b", rollouts=2, checkpoint=callback.last_path, seed=2)
 
 
-def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     callback = RolloutCheckpoint(str(tmp_path), every_n_rollouts=2, keep=2)
     (tmp_path / "notes.txt").write_text("mine")
     runs.trainer(tmp_path, callbacks=[callback]).fit(runs.module(max_rollouts=5), runs.data())

@@ -16,11 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rllava_pl.loop.options import EngineCorrection
 from rllava_pl.modules import RLModule
 from rllava_pl.rewards import BaseReward
-from rllava_pl.types import Experience, Prompt, PromptInputs, Rollout, Sampling, Score
+from rllava_pl.strategies.adapter import adapter_for
+from rllava_pl.types import Prompt, PromptInputs, Rollout, Sampling, Score, Segment, TrainingBatch
 from tests import runs
 from tests.models.conftest import prompts
+from tests.modules.passes import recording_updater
 
 GROUP_SIZE, MAX_TOKENS, TEMPERATURE = 4, 16, 1.5
 LENGTHS = (16, 3, 1, 11, 2, 16, 7, 4, 12, 1, 15, 6)
@@ -82,9 +85,9 @@ class Listed(BaseReward):
 
 
 class Ours:
-    """A module, through its own judging, credit, loss and denominators, all rows at once."""
+    """A module, through its scores, advantages, losses and denominators, all rows at once."""
 
-    experience: Experience
+    batch: TrainingBatch
 
     def __init__(
         self, completions: Completions, algorithm: type[RLModule], *, reward_unit: float, **options: object
@@ -95,12 +98,14 @@ class Ours:
             runs.tiny(warmup_steps=0),
             sampling=Sampling(max_tokens=MAX_TOKENS, temperature=TEMPERATURE),
             group_size=GROUP_SIZE,
-            engine_correction="none",
+            engine_correction=EngineCorrection(level="none"),
+            rewards=[Listed(reward_unit)],
             **options,
         )
-        self.module.rewards = [Listed(reward_unit)]
-        self.module.trainer = runs.trainer(Path(tempfile.gettempdir()))  # asked for its strategy, and never run
+        self.module.trainer = runs.trainer(Path(tempfile.gettempdir()))  # for its strategy; it never runs
         self.module.configure_model()
+        self.module.trainer.strategy.model = self.module
+        self.module.updater.connect(adapter_for(self.module.trainer.strategy), Path(tempfile.gettempdir()))
         for policy in filter(None, (self.module.policy, self.module.reference)):
             policy.banned_ids = []  # TRL's log-probs are over all of the vocabulary
 
@@ -108,39 +113,31 @@ class Ours:
         shift(self.module.policy.model, seed)
 
     def remember(self) -> None:
-        """Judge, evaluate and credit, under the policy as it is now."""
-        module = self.module
-        experience = module.judge([self._rollout(n) for n in range(len(LENGTHS))])
-        experience = experience.replace(old_logp_NT=module.score(module, experience).logp_NT)
-        if module.needs_reference:
-            experience = experience.replace(ref_logp_NT=module.score(module.reference, experience).logp_NT)
-        self.experience = module.credit(experience)
+        """Score, log-probs and advantages, under the policy as it is now."""
+        batch = self.module.score([self._rollout(n) for n in range(len(LENGTHS))])
+        self.batch = self.module.compute_advantages(self.module.compute_logprobs(batch))
 
     def _rollout(self, n: int) -> Rollout:
         prompt, ids = n // GROUP_SIZE, self.completions.ids[n]
         return Rollout(
             prompt=self.completions.prompts[prompt],
             group=prompt,
-            prompt_ids=self.completions.inputs[prompt].input_ids_S,
             inputs=self.completions.inputs[prompt],
-            response_ids=ids,
-            engine_logprobs=torch.zeros(len(ids)),
-            response_mask=torch.ones(len(ids), dtype=torch.bool),
-            finish_reason="stop",
-            weight_version=0,
+            segments=(Segment(ids, logprobs_T=torch.zeros(len(ids)), weight_version=0),),
         )
 
     def update(self) -> Update:
-        module, experience = self.module, self.experience
-        module.zero_grad()
-        loss = module.loss(module(experience.batch), experience, module.denominators(experience))
-        loss.backward()
-        return Update(loss.item(), gradient(module.policy.model))
+        """A whole step of the updater, with an optimizer that changes nothing."""
+        updater, steps = recording_updater(self.module)
+        steps.zero_grad = lambda: None  # the gradients stay where they can be read by name
+        assert updater.step(self.batch, self.module.terms, self.module.losses)
+        return Update(updater.metrics.means()["loss"], gradient(self.module.policy.model))
 
-    def cut_off_fraction(self) -> float:
-        """Part of the tokens on which the method's clipping acts."""
-        logp_NT = self.module(self.experience.batch).logp_NT
-        return self.module.cut_off(logp_NT, self.experience)[self.experience.mask_NT].float().mean().item()
+    def clip_fraction(self) -> float:
+        """Fraction of the tokens on which the method's clipping acts."""
+        logp_NT = self.module(self.batch.policy_batch()).logp_NT.detach().requires_grad_()
+        clipped_NT = self.module.clipped_tokens(self.module.policy_loss(logp_NT, self.batch), logp_NT, self.batch)
+        return clipped_NT[self.batch.trained_mask_NT].float().mean().item()
 
 
 class Theirs:
@@ -203,7 +200,7 @@ class Theirs:
         self.trainer._prepare_inputs(self._rows())
 
     def update(self) -> Update:
-        """The second iteration over the rollout: the one that does not score anew."""
+        """The second iteration over the rollout, which uses the log-probs of the first."""
         self.trainer._step = self.trainer.args.steps_per_generation
         self.trainer.model.zero_grad()
         loss = sum(self.trainer.training_step(self.trainer.model, None, None).item() for _ in range(2))

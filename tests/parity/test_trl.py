@@ -1,7 +1,7 @@
 """The same completions through TRL's own trainer and through our modules: equal loss, equal gradient.
 
-Where TRL 1.16 departs from the papers it is told not to, in ``PAPER`` and ``CASES``. It cannot be told what it adds to
-the standard deviation, 1e-4 against our 1e-6; rewards are counted in hundred thousands, so that neither is felt.
+Where TRL 1.16 departs from the papers it is set otherwise, in ``PAPER`` and ``CASES``. What it adds to the standard
+deviation cannot be set, 1e-4 against our 1e-6; rewards are in hundred thousands, so that neither matters.
 
 All is fp32, and log-probs are computed in another order (here a prompt once a group, there once a completion).
 Measured: 5.4e-7 in the loss at most (CISPO, whose terms are as large as log-probs), and in the gradient 9e-8 of its
@@ -19,12 +19,13 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from rllava_pl.loop.options import KL, Batching, Clip, LengthPenalty
 from rllava_pl.modules import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, RLModule
 from tests.parity.sides import Completions, Ours, Theirs, Update
 
 if importlib.util.find_spec("trl") is None:
     pytest.skip(
-        'TRL, the peer of this comparison, is not installed; pip install "rllava-pl[test]"', allow_module_level=True
+        'TRL is not installed, with which this compares; pip install "rllava-pl[test]"', allow_module_level=True
     )
 if not version("trl").startswith("1.16."):
     pytest.skip(f"the options below are those of TRL 1.16, installed is {version('trl')}", allow_module_level=True)
@@ -53,20 +54,20 @@ class Case:
 
 
 CASES = {
-    "grpo": Case(GRPO, {"loss_type": "grpo"}, {"kl_loss_coef": 0.0}),  # default: loss_type "dapo"
-    "grpo with kl": Case(GRPO, {"loss_type": "grpo", "beta": 0.5}, {"kl_loss_coef": 0.5}),
+    "grpo": Case(GRPO, {"loss_type": "grpo"}, {"kl": KL(loss_coef=0.0)}),  # default: loss_type "dapo"
+    "grpo with kl": Case(GRPO, {"loss_type": "grpo", "beta": 0.5}, {"kl": KL(loss_coef=0.5)}),
     # Default: epsilon_high is epsilon. The soft punishment of length is a reward function there; dynamic sampling is
     # missing, and idle here.
-    "dapo": Case(DAPO, {"loss_type": "dapo", "epsilon_high": 0.28}, {"overlong_buffer": 0.0}),
+    "dapo": Case(DAPO, {"loss_type": "dapo", "epsilon_high": 0.28}, {"length_penalty": LengthPenalty(buffer_tokens=0)}),
     # Default: "dr_grpo" is the aggregation alone, and rewards are still divided by their standard deviation.
     "dr_grpo": Case(DrGRPO, {"loss_type": "dr_grpo", "scale_rewards": "none"}, reward_unit=1.0),
-    # No loss_type of its own. Default: ratios of tokens, and ranges a thousand times as wide.
+    # It has no loss_type. Default: ratios of tokens, and ranges a thousand times as wide.
     "gspo": Case(
         GSPO,
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
     ),
     # epsilon_high is the largest weight itself, not its distance from 1; default: 0.2. No lower bound in either.
-    "cispo": Case(CISPO, {"loss_type": "cispo", "epsilon_high": 1.28}, {"clip_high": 0.28}),
+    "cispo": Case(CISPO, {"loss_type": "cispo", "epsilon_high": 1.28}, {"clip": Clip(high=0.28)}),
     "sapo": Case(SAPO, {"loss_type": "sapo", "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}),
 }
 OTHERWISE: dict[str, dict[str, object]] = {
@@ -108,10 +109,10 @@ def moved(side: Ours | Theirs) -> Update:
 def both(completions: Completions, root: Path, name: str, **otherwise: object) -> tuple[Ours, Update, Update]:
     case = CASES[name]
     # The second epoch is off-policy, as TRL's second iteration is.
-    options = {"minibatches": 1, "epochs": 2} | case.ours
+    options = {"batching": Batching(update_epochs=2)} | case.ours
     ours = Ours(completions, case.algorithm, reward_unit=case.reward_unit, **options)
     options = PAPER | case.theirs | otherwise
-    theirs = Theirs(completions, ours.module.source.path, root, reward_unit=case.reward_unit, **options)
+    theirs = Theirs(completions, ours.module.policy.path, root, reward_unit=case.reward_unit, **options)
     return ours, moved(ours), moved(theirs)
 
 
@@ -122,10 +123,10 @@ def test_loss_and_gradient_are_those_of_trl(completions: Completions, tmp_path: 
     assert ours.gradient.keys() == theirs.gradient.keys() == dict(side.module.policy.model.named_parameters()).keys()
     norm = theirs.flat.norm().item()
     assert (ours.flat - theirs.flat).abs().max() <= 1e-6 * min(1.0, norm)  # absolutely, and as a part of the whole
-    assert name == "sapo" or 0.1 < side.cut_off_fraction() < 0.6  # else it would not matter where the range ends
+    assert name == "sapo" or 0.1 < side.clip_fraction() < 0.6  # else it would not matter where the range ends
 
 
 @pytest.mark.parametrize("name", OTHERWISE)
-def test_another_reading_of_the_method_would_be_seen(completions: Completions, tmp_path: Path, name: str) -> None:
+def test_another_reading_has_another_gradient(completions: Completions, tmp_path: Path, name: str) -> None:
     _, ours, theirs = both(completions, tmp_path, name, **OTHERWISE[name])
     assert (ours.flat - theirs.flat).norm() > 1e-3 * theirs.flat.norm()
