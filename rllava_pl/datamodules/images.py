@@ -36,8 +36,8 @@ MIB = 1024 * 1024
 SHORTEST_SIDE_PIXELS, LARGEST_ASPECT = 2, 200
 MOST_SCANS = 100
 """Passes over a JPEG; encoders make up to ten, and each costs time whatever its size in the file."""
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, OverflowError)
-DECODE_ERRORS += (struct.error, zlib.error)
+DECODE_ERRORS: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError)
+DECODE_ERRORS += (AttributeError, OverflowError, struct.error, zlib.error)
 """What Pillow raises for broken image data."""
 
 ImageRef = object

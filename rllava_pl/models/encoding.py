@@ -50,13 +50,11 @@ def check_prompt(prompt: Prompt) -> None:
     Raises:
         ValueError: Naming the row and what is wrong.
     """
-    slots = sum(message.image_slots for message in prompt.messages)
+    slots, images = sum(message.image_slots for message in prompt.messages), len(prompt.images)
     where = f"prompt {prompt.uid!r}" + (f" ({prompt.source})" if prompt.source else "")
-    if slots != len(prompt.images):
-        raise ValueError(
-            f"{where} shows {slots} image slot(s) but carries {len(prompt.images)} image(s); "
-            "every image needs exactly one slot"
-        )
+    if slots != images:
+        counts = f"{slots} image slot(s) but carries {images} image(s)"
+        raise ValueError(f"{where} shows {counts}; every image needs exactly one slot")
     try:
         "".join(part for message in prompt.messages for part in message.parts if isinstance(part, str)).encode()
     except UnicodeEncodeError as error:
@@ -91,15 +89,23 @@ def encode(processor: Processor, prompts: Sequence[Prompt], family: Family | Non
         check_prompt(prompt)
     texts, markers = zip(*(_escaped_text(processor, prompt) for prompt in prompts), strict=True)
     images = [image for prompt in prompts for image in prompt.images]
-    outputs = processor(
-        text=list(texts),
-        **({"images": images} if images else {}),
-        padding=True,
-        add_special_tokens=_adds_special_tokens(processor, texts[0]),
-        return_tensors="pt",
-    )
-    _mask_markers(markers, outputs)
-    return _split(dict(outputs), [len(prompt.images) for prompt in prompts], family or _family_by_class(processor))
+    options = {"images": images} if images else {}
+    bos = _adds_special_tokens(processor, texts[0])
+    outputs = dict(processor(text=list(texts), padding=True, add_special_tokens=bos, return_tensors="pt", **options))
+    ids, attention = outputs.pop("input_ids"), outputs.pop("attention_mask").bool()
+    for p, marker in enumerate(markers):
+        if marker is not None:
+            attention[p, ids[p] == marker] = False
+    if family is None:
+        name = type(processor).__name__.removesuffix("Processor").lower().replace("_", "")
+        family = next((row for key, row in FAMILIES.items() if key.replace("_", "") == name), Family())
+    along_tokens = [name for name, x in outputs.items() if x.shape[:2] == ids.shape and x.ndim == 2]
+    along = {name: outputs.pop(name) for name in along_tokens}
+    image_parts = split_images(outputs, [len(prompt.images) for prompt in prompts], family.image_axis)
+    return [
+        PromptInputs(ids[p, kept], {name: x[p, kept] for name, x in along.items()}, image_parts[p])
+        for p, kept in enumerate(attention)
+    ]
 
 
 def _escaped_text(processor: Processor, prompt: Prompt) -> tuple[str, int | None]:
@@ -112,13 +118,6 @@ def _escaped_text(processor: Processor, prompt: Prompt) -> tuple[str, int | None
     marker = choose_marker(tokenizer, prompt_text(processor, replace(prompt, messages=tuple(plain))))
     marked = replace(prompt, messages=tuple(special.insert_marker(message, marker) for message in messages))
     return prompt_text(processor, marked), tokenizer.convert_tokens_to_ids(marker)
-
-
-def _mask_markers(markers: Sequence[int | None], outputs: Mapping[str, Tensor]) -> None:
-    """Treat the markers like padding."""
-    for ids, attention, marker in zip(outputs["input_ids"], outputs["attention_mask"], markers, strict=True):
-        if marker is not None:
-            attention[ids == marker] = 0
 
 
 def unexpanded_ids(processor: Processor, prompt: Prompt) -> list[int]:
@@ -155,9 +154,8 @@ def encode_response(
     if misplaced := [i for i in ids if i in banned_ids or i in stop_ids]:
         token, ends = tokenizer.convert_ids_to_tokens(misplaced[0]), misplaced[0] in stop_ids
         cause = "ends a response (one is appended here)" if ends else "stands for image content and is never sampled"
-        raise ValueError(
-            f"the response {text[:80]!r} holds the token {token!r}, which {cause}; remove it from the text"
-        )
+        held = f"the response {text[:80]!r} holds the token {token!r}"
+        raise ValueError(f"{held}, which {cause}; remove it from the text")
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in stop_ids else stop_ids[0]
     return torch.tensor([*ids, end], dtype=torch.int64)
 
@@ -172,23 +170,6 @@ def extend(inputs: PromptInputs, ids: Sequence[int]) -> PromptInputs:
         tokens={name: torch.nn.functional.pad(x, (0, len(ids))) for name, x in inputs.tokens.items()},
         images=inputs.images,
     )
-
-
-def _family_by_class(processor: Processor) -> Family:
-    name = type(processor).__name__.removesuffix("Processor").lower()
-    return next((row for key, row in FAMILIES.items() if key.replace("_", "") == name.replace("_", "")), Family())
-
-
-def _split(outputs: dict[str, Tensor], counts: Sequence[int], family: Family) -> list[PromptInputs]:
-    """Split a padded processor output into unpadded inputs of each prompt."""
-    attention = outputs.pop("attention_mask").bool()
-    ids = outputs.pop("input_ids")
-    along_tokens = [name for name, x in outputs.items() if x.shape[:2] == ids.shape and x.ndim == 2]
-    image_parts = split_images({k: v for k, v in outputs.items() if k not in along_tokens}, counts, family.image_axis)
-    return [
-        PromptInputs(ids[p, kept], {name: outputs[name][p, kept] for name in along_tokens}, image_parts[p])
-        for p, kept in enumerate(attention)
-    ]
 
 
 def split_images(features: Mapping[str, Tensor], counts: Sequence[int], axis: ImageAxis) -> list[dict[str, Tensor]]:

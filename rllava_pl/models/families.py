@@ -6,7 +6,6 @@ entry names its vision modules and special tokens and states whether the shared-
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -63,20 +62,15 @@ def banned_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     They are the family's visual tokens, every image, video or vision token id that the model's config names, and every
     visual added token of the tokenizer, as far as the vocabulary has them. Sorted, without repeats.
     """
-    added = [token for token in tokenizer.get_added_vocab() if is_visual(token)]
-    named = tokenizer.convert_tokens_to_ids([*family_of(model).visual_tokens, *added])
+    visual = [*family_of(model).visual_tokens, *filter(is_visual, tokenizer.get_added_vocab())]
+    ids = {*tokenizer.convert_tokens_to_ids(visual)}
+    for name, value in model.config.to_dict().items():
+        if name.startswith(("image_token", "video_token", "vision_")) and name.endswith(("_id", "_index")):
+            ids |= {value} if isinstance(value, int) else set()
     vocabulary = model.config.get_text_config().vocab_size
-    ids = {*named, *_visual_ids(model)} - {None, tokenizer.unk_token_id}
-    return sorted(i for i in ids if 0 <= i < vocabulary)
+    return sorted(i for i in ids - {None, tokenizer.unk_token_id} if 0 <= i < vocabulary)
 
 
 def is_visual(token: str) -> bool:
     """Whether an added token stands for image or video content, by its name."""
     return any(word in token for word in ("image", "img", "video", "vision", "<row_"))
-
-
-def _visual_ids(model: PreTrainedModel) -> Iterator[int]:
-    for name, value in model.config.to_dict().items():
-        visual = name.startswith(("image_token", "video_token", "vision_")) and name.endswith(("_id", "_index"))
-        if visual and isinstance(value, int):
-            yield value

@@ -31,17 +31,12 @@ def narrow_dtype(path: str, revision: str) -> torch.dtype | None:
         config = cached_file(path, "config.json", revision=revision)
     except OSError:
         return None
-    files = Path(config).parent.glob("*.safetensors") if config else ()
-    entries = [entry for file in files for name, entry in _header(file).items() if name != "__metadata__"]
-    found = {entry["dtype"] for entry in entries}
+    found = set[str]()
+    for file in Path(config).parent.glob("*.safetensors") if config else ():
+        with file.open("rb") as stream:  # eight bytes of length, then JSON
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        found |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
     return NARROW.get(found.pop()) if len(found) == 1 else None
-
-
-def _header(file: Path) -> dict[str, dict[str, str]]:
-    """Of a safetensors file: eight bytes of length, then JSON."""
-    with file.open("rb") as stream:
-        header: dict[str, dict[str, str]] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return header
 
 
 def with_lazy_weights(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -68,13 +68,22 @@ class Policy(nn.Module):
         self.model_family = family_of(model)
         self.tokenizer = tokenizer_of(processor)
         self.banned_ids = banned_token_ids(model, self.tokenizer)
-        self.stop_ids = _stop_ids(model, self.tokenizer)
+        named = getattr(model.generation_config, "eos_token_id", None)
+        ends = getattr(self.tokenizer, "eos_token_id", None) if named is None else named
+        if ends is None:
+            raise ValueError("no eos_token_id in generation_config.json or the tokenizer: no response would ever end")
+        self.stop_ids: list[int] = list(ends) if isinstance(ends, list) else [ends]
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_ids[0]
         self.shares_prompt = self.share_prompt and shared_prompt.enable(model)
         self.needs_dummy_image = False
         """Whether a batch without images gets a dummy one; needed on several ranks, see ``dummy_image.py``."""
         self._dummy_prompt: PromptInputs | None = None
-        _turn_off_dropout(model)
+        # Dropout would make the policy differ from the one that sampled before any update: ratios must start at 1.
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
 
     @property
     def loaded(self) -> bool:
@@ -166,7 +175,10 @@ class Policy(nn.Module):
                 "right; use an algorithm without a critic, or enter the family in models/families.py if it is causal"
             )
         with self._saved_tensors():
-            return self._hidden_shared(batch) if self.shares_prompt else self._hidden_plain(batch)
+            if self.shares_prompt:
+                return self._hidden_shared(batch)
+            hidden = self.model.base_model(**self._repeat_prompts(batch), use_cache=False).last_hidden_state
+            return hidden[:, -batch.mask_NT.shape[1] :][batch.mask_NT.to(self.device)]
 
     def _saved_tensors(self) -> AbstractContextManager[object]:
         """Keeps what autograd saves in host memory if activations are offloaded."""
@@ -209,11 +221,6 @@ class Policy(nn.Module):
         )
         return logp[0], entropies[0]
 
-    def _hidden_plain(self, batch: PolicyBatch) -> Tensor:
-        """(M, H): the states that predict the tokens under the mask, the prompt computed once a response."""
-        hidden: Tensor = self.model.base_model(**self._repeat_prompts(batch), use_cache=False).last_hidden_state
-        return hidden[:, -batch.mask_NT.shape[1] :][batch.mask_NT.to(self.device)]
-
     def _repeat_prompts(self, batch: PolicyBatch) -> dict[str, Tensor]:
         """N rows of [prompt | response]; the last response token is never an input."""
         inputs = self.collate([x for x in batch.inputs for _ in range(batch.group_size)])
@@ -229,7 +236,7 @@ class Policy(nn.Module):
         return inputs | longer | further  # further inputs are 0 at text
 
     def _hidden_shared(self, batch: PolicyBatch) -> Tensor:
-        """The same states from one row that holds every prompt once and no padding; see ``shared_prompt``."""
+        """The states of ``hidden`` from one row that holds every prompt once and no padding; see ``shared_prompt``."""
         mask_NT = batch.mask_NT.to(self.device)
         prompts = (*batch.inputs, self.dummy_prompt) if self._lacks_image(batch.inputs) else batch.inputs
         unanswered = [0] * (len(prompts) * batch.group_size - len(mask_NT))  # the dummy prompt has no responses
@@ -297,21 +304,3 @@ def next_positions(position_ids: Tensor) -> Tensor:
     """(P,): position behind each prompt, the largest of its row plus one; padding on the left does not shift it."""
     highest = position_ids.amax(0) if position_ids.ndim == 3 else position_ids
     return highest.amax(-1) + 1
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: object) -> list[int]:
-    """End tokens of the model's generation config, or the tokenizer's."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    named = getattr(tokenizer, "eos_token_id", None) if named is None else named
-    if named is None:
-        raise ValueError("no eos_token_id in generation_config.json or the tokenizer: no response would ever end")
-    return list(named) if isinstance(named, list) else [named]
-
-
-def _turn_off_dropout(model: PreTrainedModel) -> None:
-    """Dropout would make the new policy differ from the one that sampled before any update: ratios must start at 1."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0

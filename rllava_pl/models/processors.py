@@ -26,18 +26,24 @@ def load_processor(path: str | Path, *, revision: str | None = None) -> Processo
     Raises:
         ValueError: The directory holds neither a processor nor a tokenizer.
     """
-    from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.utils.import_utils import is_torchvision_available
 
-    base, text_only = _kind(path, revision)
+    kind = type(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False))
+    base = PROCESSOR_MAPPING.get(kind, None)
     if base is not None and "video_processor" in base.get_attributes():
         missing = "" if is_torchvision_available() else "torchvision is not installed"
-        if not missing and _saved_without_video(path, revision):
-            missing = "it was saved without a video processor"
+        if not missing:
+            parts, _ = ProcessorMixin.get_processor_dict(path, revision=revision)  # older layouts list no parts
+            if "image_processor" in parts and "video_processor" not in parts:
+                missing = "it was saved without a video processor"
         if missing:
             logger.info("%s: video input is off, %s; images work", path, missing)
             return image_only(base).from_pretrained(path, revision=revision)
-    auto = AutoTokenizer if text_only else AutoProcessor  # a text model may name that of its VLM
+    text_only = base is None and kind in MODEL_FOR_CAUSAL_LM_MAPPING  # it may name the processor of its VLM
+    auto = AutoTokenizer if text_only else AutoProcessor
     processor = auto.from_pretrained(path, revision=revision, trust_remote_code=False)
     if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):
         found = type(processor).__name__
@@ -66,22 +72,3 @@ def image_only(base: type[ProcessorMixin]) -> type[ProcessorMixin]:
     ImageOnlyProcessor.__doc__ = f"{base.__name__} for images only; video input is off."
     ImageOnlyProcessor.__name__ = ImageOnlyProcessor.__qualname__ = base.__name__
     return ImageOnlyProcessor
-
-
-def _kind(path: str | Path, revision: str | None) -> tuple[type[ProcessorMixin] | None, bool]:
-    """The processor class that transformers has for this model type, if any, and whether it is a text-only model."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
-    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    base = PROCESSOR_MAPPING.get(type(config), None)
-    return base, base is None and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-
-
-def _saved_without_video(path: str | Path, revision: str | None) -> bool:
-    """Whether ``processor_config.json`` lists the parts and video is not among them (older layouts list no parts)."""
-    from transformers import ProcessorMixin
-
-    parts, _ = ProcessorMixin.get_processor_dict(path, revision=revision)
-    return "image_processor" in parts and "video_processor" not in parts

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -60,7 +60,10 @@ class Layout:
         slots = torch.cat([prompt_slots_PS.flatten(), response_slots_NR.flatten()])
         order_L = torch.empty(int(length.sum()), dtype=torch.int64)
         order_L[slots[valid]] = valid.nonzero()[:, 0]
-        seen = _seen(prompt_valid_PS, response_slots_NR.shape[1], group_size=len(response_N) // len(prompt_P))
+        steps, group_size = response_slots_NR.shape[1], len(response_N) // len(prompt_P)
+        causal = torch.ones(steps, steps, dtype=torch.bool).tril()
+        seen = prompt_valid_PS[:1] if prompt_valid_PS.all() else prompt_valid_PS.repeat_interleave(group_size, 0)
+        seen = torch.cat([seen[:, None].expand(-1, steps, -1), causal.expand(len(seen), -1, -1)], -1)[:, None]
         parts = (prompt_slots_PS, response_slots_NR, order_L, start[:, 0] + prompt_P - 1, seen)
         return cls(*(part.to(device, non_blocking=True) for part in parts))
 
@@ -103,15 +106,6 @@ def _slots(start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(valid, start[:, None] + steps, 0), valid
 
 
-def _seen(prompt_valid_PS: Tensor, response_tokens: int, *, group_size: int) -> Tensor:
-    """All real tokens of the prompt, and the response up to the token itself."""
-    causal = torch.ones(response_tokens, response_tokens, dtype=torch.bool).tril()
-    prompts = prompt_valid_PS[:1] if prompt_valid_PS.all() else prompt_valid_PS.repeat_interleave(group_size, 0)
-    rows = len(prompts)
-    seen_prompt = prompts[:, None].expand(rows, response_tokens, -1)
-    return torch.cat([seen_prompt, causal.expand(rows, -1, -1)], -1)[:, None]
-
-
 def attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -134,20 +128,11 @@ def attention(
     (query_prompt, query_response), (key_prompt, key_response), (value_prompt, value_response) = map(
         layout.states, (query, key, value)
     )
-    grouped = key.shape[1] != query.shape[1]
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     # Padding follows the tokens of a prompt, so causality hides it.
-    prompts = sdpa(
-        query_prompt, key_prompt, value_prompt, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=grouped
-    )
-    responses = sdpa(
-        query_response,
-        layout.behind(key_prompt, key_response),
-        layout.behind(value_prompt, value_response),
-        attn_mask=layout.seen,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=grouped,
-    )
+    prompts = sdpa(query_prompt, key_prompt, value_prompt, is_causal=True, **options)
+    keys, values = layout.behind(key_prompt, key_response), layout.behind(value_prompt, value_response)
+    responses = sdpa(query_response, keys, values, attn_mask=layout.seen, **options)
     return layout.join(prompts, responses), None
 
 

@@ -10,7 +10,6 @@ decode to exactly the original text.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -68,14 +67,11 @@ def _patterns(tokenizer: PreTrainedTokenizerBase, size: int) -> SpecialTokens:
     """``size`` is the key of the cache for tokenizers that grow."""
     added = tokenizer.added_tokens_decoder.values()
     special = [str(token.content) for token in added if token.special or is_visual(token.content)]
-    tokens = [token for token in special if len(token) > 1]  # one character cannot be split
-    return SpecialTokens(_any_of(tokens), _any_of([token for token in tokens if is_visual(token)]))
-
-
-def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
-    """Longest first, as tokenizers do; without tokens, a pattern that never matches."""
-    ordered = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, ordered)) if ordered else r"(?!)")
+    # The longest first, as tokenizers do; one character cannot be split.
+    tokens = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
+    every, visual = ("|".join(map(re.escape, found)) for found in (tokens, list(filter(is_visual, tokens))))
+    never = r"(?!)"
+    return SpecialTokens(re.compile(every or never), re.compile(visual or never))
 
 
 def choose_marker(tokenizer: PreTrainedTokenizerBase, template_text: str) -> str:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rllava_pl.models.families import FAMILIES
 from rllava_pl.models.quiet import no_progress_bar
@@ -135,21 +135,21 @@ def _holds(directory: Path, config: TinyModelConfig) -> bool:
     found = json.loads(file.read_text())["key"] if file.is_file() else None
     if found != config.key:
         content = f"the tiny model {found}" if found else "something else"
-        raise FileExistsError(
-            f"{directory} exists and holds {content}, not the tiny model {config.key}; choose another directory"
-        )
+        wanted = f"not the tiny model {config.key}; choose another directory"
+        raise FileExistsError(f"{directory} exists and holds {content}, {wanted}")
     return True
 
 
 def _write(directory: Path, config: TinyModelConfig) -> None:
     """All files of the model."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     family = TINY_FAMILIES[config.family]
     with _isolated_torch_state(config.seed):
         tokenizer = _tokenizer(config, family)
         processor = family.processor(tokenizer)
-        model = AutoModelForImageTextToText.from_config(family.config(tokenizer))
+        architecture = family.config(tokenizer) | {"tie_word_embeddings": True}
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(config.family, **architecture))
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         _warm_up(model, processor, config)
@@ -178,9 +178,6 @@ def _isolated_torch_state(seed: int) -> Iterator[None]:
         finally:
             torch.set_num_threads(threads)
             torch.set_default_dtype(dtype)
-
-
-# Tokenizer -----------------------------------------------------------------------------------------------------------
 
 
 def _tokenizer(config: TinyModelConfig, family: TinyFamily) -> PreTrainedTokenizerFast:
@@ -212,9 +209,6 @@ def _tokenizer(config: TinyModelConfig, family: TinyFamily) -> PreTrainedTokeniz
     )
 
 
-# Warm-up -------------------------------------------------------------------------------------------------------------
-
-
 def _warm_up(model: PreTrainedModel, processor: ProcessorMixin, config: TinyModelConfig) -> None:
     """Supervised steps on ``<answer>random answer</answer>``; vision tower and connector stay frozen.
 
@@ -226,27 +220,28 @@ def _warm_up(model: PreTrainedModel, processor: ProcessorMixin, config: TinyMode
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=WARMUP_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     images = [_noise_image() for _ in range(WARMUP_ROWS)]
-    ids_AT, mask_AT = _completions(processor.tokenizer, config.answers)
+    tokenizer, answers = processor.tokenizer, len(config.answers)
+    rows = [torch.tensor(tokenizer.encode(f"<answer>{answer}</answer>{_END}")) for answer in config.answers]
+    ids_AT = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask_AT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).bool()
+    # Permutations, so that all answers are equally frequent: after independent draws the model would prefer some.
+    total = config.warmup_steps * WARMUP_ROWS
+    drawn = [torch.randperm(answers) for _ in range(math.ceil(total / answers))]
     prompts: dict[str, dict[str, Tensor]] = {}
-    for step, drawn_N in enumerate(_drawn_answers(len(config.answers), config.warmup_steps)):
+    batches = torch.cat(drawn)[:total].view(-1, WARMUP_ROWS) if drawn else ()
+    for step, drawn_N in enumerate(batches):
         question = config.questions[step % len(config.questions)]
         if question not in prompts:
             prompts[question] = _prompts(processor, question, images)
-        loss = _completion_loss(model, prompts[question], ids_AT[drawn_N], mask_AT[drawn_N])
+        ids_NT, mask_NT = ids_AT[drawn_N], mask_AT[drawn_N]
+        grown = {"input_ids": ids_NT, "attention_mask": mask_NT.long(), "mm_token_type_ids": torch.zeros_like(ids_NT)}
+        inputs = {k: torch.cat([x, grown[k]], 1) if k in grown else x for k, x in prompts[question].items()}
+        logits_NTV = model(**inputs, use_cache=False, logits_to_keep=ids_NT.shape[1] + 1).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits_NTV[mask_NT], ids_NT[mask_NT])
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-
-
-def _drawn_answers(answers: int, steps: int) -> Tensor:
-    """Indices (steps, 64) of random answers: concatenated permutations, so that all answers are equally frequent.
-
-    Independent draws would not balance a batch, and the model would learn to prefer some answers.
-    """
-    total = steps * WARMUP_ROWS
-    permutations = [torch.randperm(answers) for _ in range(math.ceil(total / answers))]
-    return torch.cat([*permutations, torch.empty(0, dtype=torch.int64)])[:total].view(steps, WARMUP_ROWS)
 
 
 def _noise_image() -> Image:
@@ -262,25 +257,9 @@ def _noise_image() -> Image:
     return Image.fromarray(noise.expand(-1, -1, 3).clamp(0, 255).to(torch.uint8).numpy())
 
 
-def _completions(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Token ids (A, T) of one completion an answer, padded on the right, and their mask."""
-    rows = [torch.tensor(tokenizer.encode(f"<answer>{answer}</answer>{_END}")) for answer in answers]
-    ids_AT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    mask_AT = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).bool()
-    return ids_AT, mask_AT
-
-
 def _prompts(processor: ProcessorMixin, question: str, images: Sequence[Image]) -> dict[str, Tensor]:
     """The question about every image, as the model reads it; all rows are equally long."""
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True)
     inputs = processor(text=[text] * len(images), images=[[image] for image in images], return_tensors="pt")
     return dict(inputs)
-
-
-def _completion_loss(model: PreTrainedModel, prompts: dict[str, Tensor], ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
-    """Mean cross-entropy of the completion tokens."""
-    grown = {"input_ids": ids_NT, "attention_mask": mask_NT.long(), "mm_token_type_ids": torch.zeros_like(ids_NT)}
-    inputs = {name: torch.cat([x, grown[name]], 1) if name in grown else x for name, x in prompts.items()}
-    logits_NTV = model(**inputs, use_cache=False, logits_to_keep=ids_NT.shape[1] + 1).logits[:, :-1]
-    return F.cross_entropy(logits_NTV[mask_NT], ids_NT[mask_NT])

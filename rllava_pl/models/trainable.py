@@ -65,11 +65,16 @@ def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
     Raises:
         ValueError: A pattern matches no parameter.
     """
-    names = {name for name, _ in model.named_parameters()}
-    frozen = {name for pattern in patterns for name in _matches_part(model, pattern, names)}
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
+    names, family = {name for name, _ in model.named_parameters()}, family_of(model)
+    for pattern in patterns:
+        if pattern in ("language_model", "embeddings"):
+            part = model.get_decoder() if pattern == "language_model" else model.get_input_embeddings()
+            part.requires_grad_(False)
+            continue
+        glob = {"vision_tower": family.vision_tower, "connector": family.connector}.get(pattern, pattern)
+        without = family.connector if pattern == "vision_tower" else ""
+        for name in _matches(pattern, names, "freeze", glob, without):
+            model.get_parameter(name).requires_grad_(False)
 
 
 def frozen_names(module: nn.Module) -> set[str]:
@@ -78,38 +83,17 @@ def frozen_names(module: nn.Module) -> set[str]:
     return set(module.state_dict()) - trained
 
 
-def _matches_part(model: PreTrainedModel, pattern: str, names: set[str]) -> set[str]:
-    family = family_of(model)
-    connector = _glob(family.connector, names)
-    if pattern == "vision_tower":
-        return _expect(_glob(family.vision_tower, names) - connector, pattern, names)
-    if pattern == "connector":
-        return _expect(connector, pattern, names)
-    by_module = {"language_model": model.get_decoder(), "embeddings": model.get_input_embeddings()}
-    if pattern in by_module:
-        ids = {id(parameter) for parameter in by_module[pattern].parameters()}
-        return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
-    return _matches(pattern, names, "freeze")
-
-
-def _matches(glob: str, names: set[str], key: str) -> set[str]:
-    return _expect(_glob(glob, names), glob, names, key)
-
-
-def _glob(glob: str, names: set[str]) -> set[str]:
-    return {name for name in names if fnmatchcase(name, glob)}
-
-
-def _expect(found: set[str], pattern: str, names: set[str], key: str = "freeze") -> set[str]:
+def _matches(pattern: str, names: set[str], option: str, glob: str = "", without: str = "") -> set[str]:
+    """The names that match a pattern, or the glob that it stands for, and not ``without``; at least one."""
+    found = {name for name in names if fnmatchcase(name, glob or pattern) and not fnmatchcase(name, without)}
     if not found:
         examples = ", ".join(sorted(names)[:3])
-        raise ValueError(f"{key}: {pattern!r} matches nothing; names of this model look like {examples}, ...")
+        raise ValueError(f"{option}: {pattern!r} matches nothing; names of this model look like {examples}, ...")
     return found
 
 
 def hf_weights(
-    model: PreTrainedModel,
-    full: Callable[[Tensor], Tensor] = Tensor.detach,
+    model: PreTrainedModel, full: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream ``(name, tensor)`` of the whole model as its ``state_dict`` names it, one tensor at a time.
 
@@ -124,12 +108,16 @@ def hf_weights(
     for prefix, module in model.named_modules(remove_duplicate=False):
         if ".lora_" in prefix:
             continue
-        for name, tensor in _own_state(module):
+        parts = [part for part in prefix.split(".") if part and part not in _WRAPPERS]
+        hidden = module._non_persistent_buffers_set
+        buffers = {name: buffer for name, buffer in module._buffers.items() if name not in hidden}
+        for name, tensor in {**module._parameters, **buffers}.items():
+            if tensor is None:
+                continue
             weight = full(tensor)
             if name == "weight" and id(module) in adapted:
                 weight = _merged(weight, adapted[id(module)], full)
-            parts = [part for part in prefix.split(".") if part not in _WRAPPERS]
-            yield ".".join([*filter(None, parts), name]), weight
+            yield ".".join([*parts, name]), weight
             del weight  # else it would stay in memory while the next one is gathered
 
 
@@ -143,10 +131,3 @@ def _merged(weight: Tensor, layer: LoraLayer, full: Callable[[Tensor], Tensor]) 
 
 _WRAPPERS = {"base_layer", "_fsdp_wrapped_module"}
 """Attributes under which adapters and FSDP keep the wrapped module."""
-
-
-def _own_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers of a module itself, without its children."""
-    yield from ((name, p) for name, p in module._parameters.items() if p is not None)
-    hidden = module._non_persistent_buffers_set
-    yield from ((name, b) for name, b in module._buffers.items() if b is not None and name not in hidden)

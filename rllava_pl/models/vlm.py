@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from rllava_pl.models.trainable import LoRA, add_lora, freeze
 if TYPE_CHECKING:
     from typing import Self
 
-    from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 DType = Literal["float32", "bfloat16"]
 LoadMode = Literal["full", "lazy", "empty"]
@@ -94,14 +94,11 @@ class VLM(Policy):
         """
         from rllava_pl.models.processors import load_processor
 
-        model = self._empty_model() if mode == "empty" else self._load_model(lazy=mode == "lazy")
+        model = self._model(mode)
         self._attach(model, load_processor(self.path, revision=self.revision), temperature)
         if self.share_prompt and not self.shares_prompt:
-            log.warning(
-                "%s: every prompt is computed once per completion; computing it once per group is not known to be "
-                "exact for this model",
-                self.path,
-            )
+            reason = "computing it once per group is not known to be exact for this model"
+            log.warning("%s: every prompt is computed once per completion; %s", self.path, reason)
         if not trainable:
             return self.requires_grad_(False).eval()
         freeze(model, self.freeze)
@@ -111,37 +108,29 @@ class VLM(Policy):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return self.train(self.gradient_checkpointing)  # it only works in training mode; dropout is off in either
 
-    def _load_model(self, *, lazy: bool) -> PreTrainedModel:
+    def _model(self, mode: LoadMode) -> PreTrainedModel:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+
         from rllava_pl.models.lazy_weights import narrow_dtype, with_lazy_weights
-
-        _, auto, options = self._architecture()
-        lazy = lazy and self.dtype == "float32" and self.lora is None  # adapters take the dtype they find
-        narrow = narrow_dtype(self.path, self.revision) if lazy else None
-        with no_progress_bar():
-            model = auto.from_pretrained(
-                self.path, revision=self.revision, **options | ({"dtype": narrow} if narrow else {})
-            )
-        return with_lazy_weights(model) if narrow else model
-
-    def _empty_model(self) -> PreTrainedModel:
-        from accelerate import init_empty_weights
-        from transformers import GenerationConfig
-
-        config, auto, options = self._architecture()
-        with init_empty_weights(include_buffers=False):
-            model = auto.from_config(config, **options)
-        model.tie_weights()  # empty parameters were made one by one
-        with suppress(OSError):  # a checkpoint need not have one
-            model.generation_config = GenerationConfig.from_pretrained(self.path, revision=self.revision)
-        return model
-
-    def _architecture(self) -> tuple[PretrainedConfig, type[AutoModelForCausalLM], dict[str, object]]:
-        """Config, the class that builds its models, and the keywords for that."""
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
         config = AutoConfig.from_pretrained(self.path, revision=self.revision)
         auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-        return config, auto, {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attn_implementation}
+        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attn_implementation}
+        if mode == "empty":
+            from accelerate import init_empty_weights
+
+            with init_empty_weights(include_buffers=False):
+                model = auto.from_config(config, **options)
+            model.tie_weights()  # empty parameters were made one by one
+            with suppress(OSError):  # a checkpoint need not have one
+                model.generation_config = GenerationConfig.from_pretrained(self.path, revision=self.revision)
+            return model
+        lazy = mode == "lazy" and self.dtype == "float32" and self.lora is None  # adapters take the dtype they find
+        if narrow := narrow_dtype(self.path, self.revision) if lazy else None:
+            options["dtype"] = narrow
+        with no_progress_bar():
+            model = auto.from_pretrained(self.path, revision=self.revision, **options)
+        return with_lazy_weights(model) if narrow else model
 
 
 class TinyVLM(VLM):
@@ -179,11 +168,7 @@ class TinyVLM(VLM):
         share_prompt: bool = True,
     ) -> None:
         super().__init__(
-            path="",
-            gradient_checkpointing=gradient_checkpointing,
-            freeze=freeze,
-            lora=lora,
-            share_prompt=share_prompt,
+            "", gradient_checkpointing=gradient_checkpointing, freeze=freeze, lora=lora, share_prompt=share_prompt
         )
         self.family = family
         self.questions = questions
@@ -202,9 +187,8 @@ class TinyVLM(VLM):
         """Build the model for this seed unless it is in the cache, and point ``path`` at it."""
         from rllava_pl.models import tiny
 
-        config = tiny.TinyModelConfig(
-            self.family, tuple(self.questions), tuple(self.answers), seed, warmup_steps=self.warmup_steps
-        )
+        questions, answers = tuple(self.questions), tuple(self.answers)
+        config = tiny.TinyModelConfig(self.family, questions, answers, seed, self.warmup_steps)
         directory = self.cache_dir / f"{self.family}-{config.key}"
         if not directory.is_dir():
             log.info("building a tiny %s in %s", self.family, directory)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rllava_pl.models.encoding import extend, split_images
+from rllava_pl.models.encoding import encode, extend, split_images
 from rllava_pl.models.policy import Policy
 from rllava_pl.types import Message, PromptInputs
 from tests.models.conftest import FAMILIES, prompts
@@ -36,6 +36,15 @@ def test_image_tokens_equal_image_features(load: Callable[..., Policy], family: 
     for count, inputs in zip([0, 1, 3], policy.encode(prompts([0, 1, 3])), strict=True):
         assert int((inputs.input_ids_S == image_token).sum()) == count * (16 if family == "llava" else 4)
         assert bool(inputs.images) == bool(count)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_processor_alone_gives_the_family_of_the_model(load: Callable[..., Policy], family: str) -> None:
+    policy, batch = load(family), prompts([1, 2])
+    for alone, inputs in zip(encode(policy.processor, batch), policy.encode(batch), strict=True):
+        assert {name: x.shape for name, x in alone.images.items()} == {
+            name: x.shape for name, x in inputs.images.items()
+        }
 
 
 def test_patches_are_split_by_their_grid() -> None:
