@@ -104,7 +104,7 @@ def test_a_hanging_phase_is_named_and_has_its_exit_code(tmp_path: Path) -> None:
         said = log.read_text()
         assert code == EXIT_CODES[phase], (phase, code, said[-3000:])
         assert f"[watchdog] rank 0: phase '{phase}' of rollout " in said
-        assert re.search(r'(test_watchdog|testing/engine)\.py", line \d+ in (hang|advance)', said), (phase, said)
+        assert re.search(r'(test_watchdog|rllava_pl/testing)\.py", line \d+ in (hang|advance)', said), (phase, said)
         waited_for = "the engine has not answered for color-train:"
         assert (waited_for in said) == (phase in ("rollout", "sync")), phase
 

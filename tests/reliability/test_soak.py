@@ -17,8 +17,7 @@ from lightning.pytorch import Callback
 from rllava_pl.callbacks import Watchdog
 from rllava_pl.modules import GRPO, RLModule
 from rllava_pl.rewards import AnswerTagReward, Scoring
-from rllava_pl.testing import FaultyReward, FaultyRollout, Schedule
-from rllava_pl.testing.reward import IN_PROCESS, RewardFault
+from rllava_pl.testing import IN_PROCESS, FaultyReward, FaultyRollout, RewardFault, Schedule
 from rllava_pl.types import Rollout, ScoredBatch, TrainingBatch
 from tests import runs
 

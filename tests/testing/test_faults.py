@@ -11,9 +11,16 @@ import pytest
 
 from rllava_pl.rewards.output import compute_rewards
 from rllava_pl.rollout.engine import ManagedEngine
-from rllava_pl.testing import FaultyEngine, FaultyReward, FaultyRollout, Schedule
-from rllava_pl.testing.engine import CORRUPT, SURVIVED, EngineFault
-from rllava_pl.testing.reward import IN_PROCESS
+from rllava_pl.testing import (
+    CORRUPT,
+    IN_PROCESS,
+    SURVIVED,
+    EngineFault,
+    FaultyEngine,
+    FaultyReward,
+    FaultyRollout,
+    Schedule,
+)
 from rllava_pl.types import Sampling
 from tests import runs
 from tests.modules.cases import prompt, rollout
