@@ -150,9 +150,8 @@ def main() -> None:
         images=1,
         kv_cache_gib=0.25,
         memory="resident",
-        eager=True,
+        enforce_eager=True,
         seed=1,
-        options={},
     )
     engine = VLLMEngine(llm, policy)
     engine.sync(hf_weights(policy.model), 0)

@@ -6,8 +6,7 @@ from rllava_pl.callbacks.memory_report import MemoryReport
 from rllava_pl.callbacks.progress import RolloutProgressBar
 from rllava_pl.callbacks.rollout_table import RolloutTable
 from rllava_pl.callbacks.summary import RunSummary
-from rllava_pl.callbacks.vllm import VLLMRollout
-from rllava_pl.callbacks.vllm_server import VLLMServerRollout
+from rllava_pl.callbacks.vllm import VLLMRollout, VLLMServerRollout
 from rllava_pl.callbacks.watchdog import Watchdog
 from rllava_pl.callbacks.writer import RolloutWriter
 from rllava_pl.rollout.callbacks import RolloutCallback, TransformersRollout

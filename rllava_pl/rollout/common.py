@@ -1,8 +1,9 @@
-"""What engines share: one batch for each ``start``, checks of requests, parameters and samples of vLLM."""
+"""Base classes of the engines: one batch for each ``start``, and what vLLM reads and answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import torch
 
@@ -82,77 +83,86 @@ class BatchEngine:
         """Free everything; idempotent."""
 
 
-def check_vllm_request(engine: BatchEngine, request: Request, sampling: Sampling, option: str) -> None:
-    """Refuse what vLLM would refuse, or change without an error; ``option`` is what sets the context.
+class VLLMBase(BatchEngine):
+    """What vLLM engines share, in this process or on servers: checks of requests, parameters, samples."""
 
-    Raises:
-        RuntimeError: The engine does not have the policy's weights.
-        ValueError: Naming the prompt: too long with its response, or too many images.
-    """
-    if engine.version < 0:
-        raise RuntimeError("the engine's weights are not the policy's: there was no complete sync")
-    uid, prompt, given = request.prompt.uid, len(request.inputs), len(request.prefix_ids)
-    needed, shown = prompt + given + sampling.max_tokens, len(request.prompt.images)
-    if needed > engine.context_tokens:
-        raise ValueError(
-            f"prompt {uid!r}: {prompt} prompt tokens + {given} given + sampling.max_tokens {sampling.max_tokens} = "
-            f"{needed}, but the engine's context has {engine.context_tokens}; raise {option}, or lower "
-            "sampling.max_tokens"
-        )
-    if shown > engine.images:
-        raise ValueError(
-            f"prompt {uid!r} shows {shown} images, but the engine takes {engine.images}; raise images_per_prompt"
-        )
+    context_option = ""
+    """What sets the length of the context, for errors."""
 
+    def check(self, request: Request, sampling: Sampling) -> None:
+        """Refuse also what vLLM would refuse, or change without an error.
 
-def vllm_prompt_ids(request: Request, policy: Policy) -> list[int]:
-    """What vLLM reads: the prompt with one placeholder an image, which it expands, and the tokens given with it."""
-    ids = request.inputs.input_ids_S.tolist()
-    if request.prompt.images:
-        ids = unexpanded_ids(policy.processor, request.prompt)
-    return [*ids, *request.prefix_ids]
+        Raises:
+            RuntimeError: The engine does not have the policy's weights.
+            ValueError: Naming the prompt: too long with its response, or too many images.
+        """
+        if self.version < 0:
+            raise RuntimeError("the engine's weights are not the policy's: there was no complete sync")
+        uid, prompt, given = request.prompt.uid, len(request.inputs), len(request.prefix_ids)
+        needed, shown = prompt + given + sampling.max_tokens, len(request.prompt.images)
+        if needed > self.context_tokens:
+            raise ValueError(
+                f"prompt {uid!r}: {prompt} prompt tokens + {given} given + sampling.max_tokens {sampling.max_tokens} = "
+                f"{needed}, but the engine's context has {self.context_tokens}; raise {self.context_option}, or lower "
+                "sampling.max_tokens"
+            )
+        if shown > self.images:
+            raise ValueError(
+                f"prompt {uid!r} shows {shown} images, but the engine takes {self.images}; raise images_per_prompt"
+            )
+        super().check(request, sampling)
 
+    def prompt_ids(self, request: Request) -> list[int]:
+        """The prompt with one placeholder an image, which vLLM expands, and the tokens given with it."""
+        ids = request.inputs.input_ids_S.tolist()
+        if request.prompt.images:
+            ids = unexpanded_ids(self.policy.processor, request.prompt)
+        return [*ids, *request.prefix_ids]
 
-def vllm_parameters(request: Request, sampling: Sampling, policy: Policy) -> dict[str, object]:
-    """All of ``vllm.SamplingParams``, so that neither its defaults nor the model's ``generation_config.json`` apply.
+    def parameters(self, request: Request, sampling: Sampling) -> dict[str, object]:
+        """All of ``vllm.SamplingParams``, so that neither its defaults nor ``generation_config.json`` apply.
 
-    Sample k of a request draws with its first seed + k, as vLLM numbers the samples of a group.
-    """
-    return {
-        "n": len(request.seeds) if sampling.temperature else 1,  # the most likely answer is the same for every seed
-        "seed": request.seeds[0] % 2**62,
-        "max_tokens": sampling.max_tokens,
-        "min_tokens": 0,
-        "temperature": sampling.temperature,
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "logprobs": 0,  # of the sampled token alone
-        "logit_bias": dict.fromkeys(policy.banned_ids, BAN),
-        "ignore_eos": True,  # the stop tokens below are the policy's end tokens
-        "stop_token_ids": list(policy.stop_ids),
-        "detokenize": False,
-    }
+        Sample k of a request draws with its first seed + k, as vLLM numbers the samples of a group.
+        """
+        return {
+            "n": len(request.seeds) if sampling.temperature else 1,  # a greedy response is the same for every seed
+            "seed": request.seeds[0] % 2**62,
+            "max_tokens": sampling.max_tokens,
+            "min_tokens": 0,
+            "temperature": sampling.temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "logprobs": 0,  # of the sampled token alone
+            "logit_bias": dict.fromkeys(self.policy.banned_ids, BAN),
+            "ignore_eos": True,  # the stop tokens below are the policy's end tokens
+            "stop_token_ids": list(self.policy.stop_ids),
+            "detokenize": False,
+        }
 
+    def generations(
+        self,
+        request: Request,
+        handle: int,
+        prompt_ids: Sequence[int],
+        samples: Sequence[tuple[Sequence[int], Sequence[float], str | None]],
+    ) -> list[Generation]:
+        """One generation a seed, of ``(ids, logprobs, finish_reason)`` of each sample; handles count from ``handle``.
 
-def vllm_generation(
-    request: Request,
-    handle: int,
-    prompt_ids: Sequence[int],
-    ids: Sequence[int],
-    logprobs: Sequence[float],
-    reason: object,
-    version: int,
-) -> Generation:
-    """One sample of vLLM; an end that is neither a stop token nor the budget is an abort."""
-    return Generation(
-        handle=handle,
-        prompt_ids=torch.tensor(prompt_ids[: len(prompt_ids) - len(request.prefix_ids)], dtype=torch.int64),
-        ids_T=torch.tensor(ids, dtype=torch.int64),
-        logprobs_T=torch.tensor(logprobs, dtype=torch.float32).clamp(max=0.0),
-        finish_reason="stop" if reason == "stop" else "length" if reason == "length" else "abort",
-        weight_version=version,
-    )
+        A greedy sample serves all seeds. An end that is neither a stop token nor the budget is an abort.
+        """
+        prompt = torch.tensor(prompt_ids[: len(prompt_ids) - len(request.prefix_ids)], dtype=torch.int64)
+        return [
+            Generation(
+                handle=handle + k,
+                prompt_ids=prompt,
+                ids_T=torch.tensor(ids, dtype=torch.int64),
+                logprobs_T=torch.tensor(logp, dtype=torch.float32).clamp(max=0.0),
+                finish_reason="stop" if reason == "stop" else "length" if reason == "length" else "abort",
+                weight_version=self.version,
+            )
+            for k, (ids, logp, reason) in zip(range(len(request.seeds)), cycle(samples), strict=False)
+        ]

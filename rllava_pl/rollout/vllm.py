@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from rllava_pl.models.policy import Policy
-from rllava_pl.rollout.common import (
-    BatchEngine,
-    check_vllm_request,
-    vllm_generation,
-    vllm_parameters,
-    vllm_prompt_ids,
-)
+from rllava_pl.rollout.common import VLLMBase
 from rllava_pl.rollout.vllm_adapter import AdapterFile, base_weights
 from rllava_pl.rollout.vllm_build import MemoryMode, in_process, shut_down
 from rllava_pl.rollout.vllm_transfer import buckets, to_text
@@ -30,18 +24,18 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
-class VLLMEngine(BatchEngine):
+class VLLMEngine(VLLMBase):
     """Samples with a vLLM engine that receives the policy's weights.
 
     Args:
         llm: The engine; see ``build_llm``.
         policy: The trained one: its tokenizer, its action space.
-        memory: What is freed between rollouts. "resident": nothing; "release_kv": the cache of keys and values;
-            "sleep": also the weights, which are kept in host memory; "discard": also the weights, so that every wake
-            is followed by a full sync.
+        memory: What is freed between rollouts; see ``VLLMRollout``.
         adapter: Push the base weights once and after that the LoRA adapter alone, instead of merged weights.
         foreign_group: The process group was not made by the engine, so that closing leaves it.
     """
+
+    context_option = "context_tokens, as far as the model allows"
 
     def __init__(
         self,
@@ -64,13 +58,6 @@ class VLLMEngine(BatchEngine):
         self._state: Literal["awake", "weights", "asleep"] = "awake"
         self.llm.init_weight_transfer_engine({"init_info": {}})
 
-    # -- sampling ----------------------------------------------------------------------------------------------------
-
-    def check(self, request: Request, sampling: Sampling) -> None:
-        """Refuse also what does not fit the engine."""
-        check_vllm_request(self, request, sampling, "context_tokens, as far as the model allows")
-        super().check(request, sampling)
-
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
         """Complete every request once a seed; see ``BatchEngine``."""
         from vllm import SamplingParams
@@ -79,28 +66,25 @@ class VLLMEngine(BatchEngine):
             return []
         self._wake_all()
         prompts = [
-            {"prompt_token_ids": vllm_prompt_ids(request, self.policy)}
+            {"prompt_token_ids": self.prompt_ids(request)}
             | ({"multi_modal_data": {"image": list(request.prompt.images)}} if request.prompt.images else {})
             for request in requests
         ]
         with torch.autocast(self.policy.device.type, enabled=False):  # the trainer's is not the engine's
             outputs = self.llm.generate(
                 prompts,
-                [SamplingParams(**vllm_parameters(request, sampling, self.policy)) for request in requests],
+                [SamplingParams(**self.parameters(request, sampling)) for request in requests],
                 use_tqdm=False,
                 lora_request=self._adapter.request() if self._adapter else None,
             )
         generations: list[Generation] = []
         for request, output in zip(requests, outputs, strict=True):
-            for k in range(len(request.seeds)):
-                sample, handle = output.outputs[k % len(output.outputs)], len(generations)
-                ids, reason = list(sample.token_ids), sample.finish_reason
-                logp = [step[token].logprob for step, token in zip(sample.logprobs, ids, strict=True)]
-                prompt_ids = output.prompt_token_ids
-                generations.append(vllm_generation(request, handle, prompt_ids, ids, logp, reason, self.version))
+            samples = []
+            for x in output.outputs:
+                logp = [step[token].logprob for step, token in zip(x.logprobs, x.token_ids, strict=True)]
+                samples.append((x.token_ids, logp, x.finish_reason))
+            generations += self.generations(request, len(generations), output.prompt_token_ids, samples)
         return generations
-
-    # -- weights -----------------------------------------------------------------------------------------------------
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Push all weights, then empty the caches.
@@ -110,10 +94,10 @@ class VLLMEngine(BatchEngine):
         self.version = -1
         if self._adapter is None:
             self._push(named_tensors, version)
-        elif not self._base_pushed:
-            self._push(base_weights(self.policy.model), version)
-            self._base_pushed = True
-        if self._adapter is not None:
+        else:
+            if not self._base_pushed:
+                self._push(base_weights(self.policy.model), version)
+                self._base_pushed = True
             self.llm.llm_engine.add_lora(self._adapter.write())
         self.reset_caches()
         self.version = version
@@ -125,17 +109,13 @@ class VLLMEngine(BatchEngine):
             for bucket in buckets(named_tensors):
                 self.llm.update_weights({"update_info": {"weights": bucket if shared else to_text(bucket)}})
         except BaseException:
-            self._end_broken_update()
+            try:  # else the next update could not begin
+                self.llm.finish_weight_update("broken")
+            except RuntimeError as error:
+                if "without a matching start" not in str(error):  # one that broke inside vLLM has ended already
+                    raise
             raise
         self.llm.finish_weight_update(str(version))
-
-    def _end_broken_update(self) -> None:
-        """Else the next update could not begin; one that broke inside vLLM has ended already, and says so."""
-        try:
-            self.llm.finish_weight_update("broken")
-        except RuntimeError as error:
-            if "without a matching start" not in str(error):
-                raise
 
     def reset_caches(self) -> None:
         """Drop cached prefixes and encoded images, which were computed with the old weights.
@@ -146,8 +126,6 @@ class VLLMEngine(BatchEngine):
         self.llm.llm_engine.reset_encoder_cache()
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
-
-    # -- memory ------------------------------------------------------------------------------------------------------
 
     def sleep(self) -> None:
         """Free memory, as the memory mode says."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -80,29 +80,17 @@ def _text_config(path: str) -> PreTrainedConfig:
 
 
 def build_llm(
-    path: str,
-    *,
-    dtype: str,
-    context_tokens: int,
-    images: int,
-    kv_cache_gib: float,
-    memory: MemoryMode,
-    eager: bool,
-    seed: int,
-    options: Mapping[str, object],
+    path: str, *, context_tokens: int, images: int, kv_cache_gib: float, memory: MemoryMode, **options: object
 ) -> LLM:
     """A vLLM engine in this process, ready for weight transfer.
 
     Args:
         path: Directory or hub id of the model; its weights are replaced at the first sync.
-        dtype: Of weights and arithmetic.
         context_tokens: Longest prompt and response together.
         images: Most images of a prompt.
         kv_cache_gib: Size of the cache of keys and values.
-        memory: See ``VLLMEngine``.
-        eager: No CUDA graphs and no compilation; on a CPU always.
-        seed: Of requests without a seed.
-        options: Further arguments of ``vllm.LLM``; they override those above.
+        memory: See ``VLLMRollout``.
+        options: Further arguments of ``vllm.LLM``, such as ``dtype`` and ``seed``; they override those made here.
 
     Raises:
         ModuleNotFoundError: vLLM is not installed.
@@ -114,26 +102,25 @@ def build_llm(
     from vllm.config import WeightTransferConfig
 
     register()
-    if not torch.cuda.is_available():
-        check_head_dim(path)
-    arguments = {
-        "dtype": dtype,
+    arguments: dict[str, object] = {
         "max_model_len": context_tokens,
         "limit_mm_per_prompt": {"image": images, "video": 0},
         "logprobs_mode": "processed_logprobs",
         "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-        "enforce_eager": eager or not torch.cuda.is_available(),
         "enable_sleep_mode": memory != "resident",
-        "seed": seed,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
-        **({} if torch.cuda.is_available() else _on_cpu(context_tokens)),
     }
+    if not torch.cuda.is_available():
+        check_head_dim(path)
+        # no prompts in parts: vLLM 0.32 cannot rewind a seeded CPU generator after a part of a prompt
+        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context_tokens, PREFILL_TOKENS)}
+        arguments["enforce_eager"] = True
     foreign_group = dist.is_initialized()
     try:
         with isolate_rng(), _same_threads():
-            return LLM(path, **(arguments | dict(options)))
+            return LLM(path, **(arguments | options))
     except ValueError as error:
         _leave_groups(foreign_group)
         if "no module or parameter named" not in str(error):
@@ -145,18 +132,20 @@ def build_llm(
         ) from error
 
 
-def _on_cpu(context_tokens: int) -> dict[str, object]:
-    """No prompts in parts: vLLM 0.32 cannot rewind a seeded CPU generator after a part of a prompt."""
-    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context_tokens, PREFILL_TOKENS)}
-
-
 def shut_down(llm: LLM, *, foreign_group: bool) -> None:
     """End an engine and free its memory; ``foreign_group``: the default process group is the trainer's and stays."""
-    if not foreign_group or not in_process(llm):
-        llm.llm_engine.engine_core.shutdown()
+    engine_core = llm.llm_engine.engine_core
+    if foreign_group and in_process(llm):
+        from vllm.distributed import parallel_state
+
+        ending = parallel_state.destroy_distributed_environment
+        parallel_state.destroy_distributed_environment = _forget_world
+        try:
+            engine_core.shutdown()
+        finally:
+            parallel_state.destroy_distributed_environment = ending
     else:
-        with _default_group_kept():
-            llm.llm_engine.engine_core.shutdown()
+        engine_core.shutdown()
     gc.collect()
 
 
@@ -187,18 +176,6 @@ def _same_threads() -> Iterator[None]:
             setter(threads)
 
 
-@contextmanager
-def _default_group_kept() -> Iterator[None]:
-    from vllm.distributed import parallel_state
-
-    ending = parallel_state.destroy_distributed_environment
-    parallel_state.destroy_distributed_environment = _forget_world
-    try:
-        yield
-    finally:
-        parallel_state.destroy_distributed_environment = ending
-
-
 def _forget_world() -> None:
     """End the groups of vLLM, without the default one."""
     from vllm.distributed import parallel_state
@@ -213,7 +190,4 @@ def _leave_groups(foreign_group: bool) -> None:
     from vllm.distributed import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if foreign_group:
-        _forget_world()
-    else:
-        parallel_state.destroy_distributed_environment()
+    (_forget_world if foreign_group else parallel_state.destroy_distributed_environment)()

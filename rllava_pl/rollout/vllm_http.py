@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from rllava_pl.distributed.signals import abort_if_signalled
-from rllava_pl.types import Json
 
 if TYPE_CHECKING:
     import httpx
@@ -101,21 +100,16 @@ def check_host(url: str, *, allow_remote: bool) -> None:
     """
     host = urlsplit(url).hostname or ""
     try:
-        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+        found = [ipaddress.ip_address(str(x[4][0]).partition("%")[0]) for x in socket.getaddrinfo(host, None)]
     except socket.gaierror as error:
         raise ServerError(f"vLLM server {url}: the host name {host!r} has no address ({error.strerror})") from error
-    public = sorted(address for address in found if not _private(address))
+    plain = {getattr(ip, "ipv4_mapped", None) or ip for ip in found}
+    public = sorted(str(ip) for ip in plain if not ip.is_private)  # loopback and link-local addresses are private
     if public and not allow_remote:
         raise ValueError(
             f"{url} is at the public address {public[0]}, where others could replace the model; use the loopback or a "
             "private network, forward a port (ssh -L), or set allow_remote: true if the connection is protected"
         )
-
-
-def _private(address: str) -> bool:
-    ip = ipaddress.ip_address(address)
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    return ip.is_private or ip.is_loopback or ip.is_link_local
 
 
 def new_client(limits: RequestLimits) -> httpx.AsyncClient:
@@ -165,8 +159,8 @@ class Server:
         hints: Mapping[int, str] = MappingProxyType({}),
         *,
         repeatable: bool = False,
-    ) -> Mapping[str, Json]:
-        """Send a request and read its answer.
+    ) -> Mapping[str, Any]:
+        """Send a request and read its answer, empty where there is none.
 
         Args:
             method: ``GET`` or ``POST``.
@@ -176,9 +170,6 @@ class Server:
             hints: By status, what to do about a refusal.
             repeatable: Doing it twice is harmless, so it may be sent again when it did not get through.
 
-        Returns:
-            The answer, empty where there is none.
-
         Raises:
             ServerError: No answer, or a refusal.
         """
@@ -186,94 +177,78 @@ class Server:
 
         content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if content else {}
-        send = self._retrying(1 + self._limits.max_retries if repeatable or method == "GET" else 1)
-        where = f"vLLM server {self.url} at {purpose}"
+        send = _retrying(1 + self._limits.max_retries if repeatable or method == "GET" else 1)
+        server = f"vLLM server {self.url}"
         self._open.append(purpose)
         try:
-            response: httpx.Response = await send(
-                self._client.request, method, self.url + path, content=content, headers=headers
-            )
+            response = await send(self._client.request, method, self.url + path, content=content, headers=headers)
         except httpx.TimeoutException as error:
             seconds = self._limits.request_seconds
-            raise ServerError(f"vLLM server {self.url} did not answer within {seconds:g} s at {purpose}") from error
+            raise ServerError(f"{server} did not answer within {seconds:g} s at {purpose}") from error
         except httpx.TransportError as error:
             detail = str(error) or type(error).__name__
-            raise ServerError(f"vLLM server {self.url} could not be reached for {purpose}: {detail}") from error
+            raise ServerError(f"{server} could not be reached for {purpose}: {detail}") from error
         finally:
             self._open.remove(purpose)
-        status = response.status_code
         if not response.is_success:
-            hint = hints.get(status, "Set VLLM_API_KEY to the key the server was started with" if status == 401 else "")
+            status, key = response.status_code, "Set VLLM_API_KEY to the key the server was started with"
+            hint = hints.get(status, key if status == 401 else "")
             reason = ". ".join(filter(None, (_refusal(response).rstrip("."), hint)))
-            raise ServerError(f"vLLM server {self.url} answered {status} at {purpose}: {reason}")
-        if not response.content:
-            return {}
+            raise ServerError(f"{server} answered {status} at {purpose}: {reason}")
         try:
-            answer = response.json()
+            answer = response.json() if response.content else {}
         except ValueError as error:
-            raise ServerError(f"{where} answered something that is not JSON: {response.text[:100]!r}") from error
+            text = response.text[:100]
+            raise ServerError(f"{server} at {purpose} answered something that is not JSON: {text!r}") from error
         if not isinstance(answer, dict):
-            raise ServerError(f"{where} answered {type(answer).__name__} in place of an object")
+            raise ServerError(f"{server} at {purpose} answered {type(answer).__name__} in place of an object")
         return answer
 
     get = partialmethod(request, "GET")
     post = partialmethod(request, "POST")
 
-    @staticmethod
-    def _retrying(attempts: int) -> AsyncRetrying:
-        import tenacity
-
-        return tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(attempts),
-            wait=tenacity.wait_exponential(multiplier=RETRY_SECONDS, max=8 * RETRY_SECONDS),
-            retry=tenacity.retry_if_exception_type(_lost()) | tenacity.retry_if_result(lambda r: r.status_code in BUSY),
-            retry_error_callback=lambda state: state.outcome.result(),  # the last answer, or the last error
-        )
-
     async def watch(self) -> None:
-        """Check the server's health until cancelled.
+        """Check the health of the process that answers, and through it of its engine, until cancelled.
 
         Raises:
             ServerError: It did not answer for too long, or its engine has died; names what it was working on.
         """
+        seconds = self._limits.silence_seconds
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
-                async with asyncio.timeout(self._limits.silence_seconds):
-                    await self._check_health()
+                async with asyncio.timeout(seconds):
+                    for path in ("/health", "/weight_info"):
+                        response: httpx.Response = await _retrying()(self._client.get, self.url + path)
+                        if not response.is_success:
+                            fault = f"has died ({path} answers {response.status_code}), at {self._work()}"
+                            raise ServerError(f"the engine of vLLM server {self.url} {fault}; its log says why")
             except TimeoutError:
-                raise ServerError(
-                    f"vLLM server {self.url} did not answer health checks for {self._limits.silence_seconds:g} s; it "
-                    f"hangs or is gone, at {self._work()}"
-                ) from None
-
-    async def _check_health(self) -> None:
-        """Of the process that answers requests, and through it of the engine, which is another process."""
-        import tenacity
-
-        retrying = tenacity.AsyncRetrying(
-            wait=tenacity.wait_fixed(POLL_SECONDS / 2), retry=tenacity.retry_if_exception_type(_lost())
-        )
-        for path in ("/health", "/weight_info"):
-            response: httpx.Response = await retrying(self._client.get, self.url + path)
-            if not response.is_success:
-                raise ServerError(
-                    f"the engine of vLLM server {self.url} has died ({path} answers {response.status_code}), at "
-                    f"{self._work()}; its log says why"
-                )
+                fault = f"vLLM server {self.url} did not answer health checks for {seconds:g} s; it hangs or is gone"
+                raise ServerError(f"{fault}, at {self._work()}") from None
 
     def _work(self) -> str:
-        if not self._open:
-            return "no request"
         others = len(self._open) - 1
-        return self._open[0] + (f" and {others} more requests" if others else "")
+        return (self._open[0] if self._open else "no request") + (f" and {others} more requests" if others > 0 else "")
 
 
-def _lost() -> tuple[type[Exception], ...]:
-    """Errors of requests that did not get through, or whose answer was lost."""
+def _retrying(attempts: int = 0) -> AsyncRetrying:
+    """Repeats requests that did not get through or whose answer was lost, and those to a busy server.
+
+    Without a number of attempts it does so until it is cancelled, at a constant pace, and a busy answer is an answer.
+    """
     import httpx
+    import tenacity
 
-    return httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout
+    lost = tenacity.retry_if_exception_type((httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout))
+    if not attempts:
+        return tenacity.AsyncRetrying(wait=tenacity.wait_fixed(POLL_SECONDS / 2), retry=lost)
+    return tenacity.AsyncRetrying(
+        stop=tenacity.stop_after_attempt(attempts),
+        wait=tenacity.wait_exponential(multiplier=RETRY_SECONDS, max=8 * RETRY_SECONDS),
+        retry=lost | tenacity.retry_if_result(lambda response: response.status_code in BUSY),
+        retry_error_callback=lambda state: state.outcome.result(),  # the last answer, or the last error
+    )
 
 
 def _refusal(response: httpx.Response) -> str:
@@ -294,28 +269,23 @@ async def run_while_healthy(
     Raises:
         Aborted: The work is sampling, and the run is asked to end.
     """
-    tasks = [asyncio.create_task(coroutine) for coroutine in work]
-    watches = [asyncio.create_task(server.watch()) for server in servers]
-    if sampling:
-        watches.append(asyncio.create_task(_until_asked()))
-    results = asyncio.gather(*tasks)
+
+    async def until_signalled() -> None:
+        while True:
+            await asyncio.sleep(POLL_SECONDS / 4)
+            abort_if_signalled()
+
     try:
-        ends: list[asyncio.Future[Any]] = [results, *watches]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for watch in watches:
-            if watch.done() and not results.done():
-                watch.result()  # raises: a watch ends in no other way
-        return await results
-    finally:
-        for task in [*tasks, *watches]:
-            task.cancel()
-        await asyncio.gather(results, *tasks, *watches, return_exceptions=True)
-
-
-async def _until_asked() -> None:
-    while True:
-        await asyncio.sleep(POLL_SECONDS / 4)
-        abort_if_signalled()
+        async with asyncio.TaskGroup() as group:
+            watches = [group.create_task(server.watch()) for server in servers]
+            watches += [group.create_task(until_signalled())] if sampling else []
+            results = await asyncio.gather(*map(group.create_task, work))
+            for watch in watches:
+                watch.cancel()
+        return results
+    except BaseExceptionGroup as group_of_errors:
+        first = group_of_errors.exceptions[0]
+    raise first
 
 
 class EventLoop:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TypedDict, cast
+from typing import Any
 
 from rllava_pl.rollout.common import BAN
 from rllava_pl.rollout.vllm_http import Server, ServerError
 from rllava_pl.rollout.vllm_transfer import BACKEND
-from rllava_pl.types import Json
 
 START = (
     "Start it with: VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL --host 127.0.0.1 "
@@ -25,37 +24,19 @@ NO_BACKEND = {500: f"It has no weight transfer {BACKEND!r}. {START}"}
 NO_TOKENS = {403: f"It takes text only, no token ids. {START}", 404: START}
 
 
-class Choice(TypedDict):
-    """One sample of a request."""
-
-    index: int
-    token_ids: list[int]
-    logprobs: dict[str, list[dict[str, float]]]
-    finish_reason: str | None
-    weight_versions: list[dict[str, str]] | None
-
-
-class Answer(TypedDict):
-    """What a request for samples is answered with."""
-
-    prompt_token_ids: list[int]
-    choices: list[Choice]
-
-
-async def generate(server: Server, purpose: str, body: Mapping[str, object]) -> Answer:
+async def generate(server: Server, purpose: str, body: Mapping[str, object]) -> Mapping[str, Any]:
     """Samples: token ids in, token ids out."""
-    answer = await server.post("/inference/v1/generate", purpose, body, NO_TOKENS, repeatable=True)
-    return cast(Answer, answer)
+    return await server.post("/inference/v1/generate", purpose, body, NO_TOKENS, repeatable=True)
 
 
 async def look(server: Server, model: str) -> int:
     """Context of the server, in tokens, after a check that it takes weights and serves ``model``, if that is given."""
     await server.get("/weight_info", "the query of its weights", hints=NO_DEV_MODE)
     answer = await server.get("/v1/models", "the query of its models")
-    lengths = {str(m["id"]): m["max_model_len"] for m in cast("list[dict[str, Json]]", answer["data"])}
+    lengths = {str(served["id"]): int(served["max_model_len"]) for served in answer["data"]}
     if model and model not in lengths:
         raise ServerError(f"vLLM server {server.url} has no model {model!r}; it serves {sorted(lengths)}")
-    return int(cast(int, lengths[model] if model else next(iter(lengths.values()))))
+    return lengths[model] if model else next(iter(lengths.values()))
 
 
 async def prepare(server: Server) -> None:

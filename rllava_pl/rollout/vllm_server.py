@@ -13,10 +13,11 @@ import base64
 import io
 import json
 import secrets
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import count, cycle, islice
-from typing import TYPE_CHECKING
+from itertools import accumulate, cycle
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,13 +25,7 @@ from torch import Tensor
 from rllava_pl.distributed.collectives import max_over_ranks, rank
 from rllava_pl.models.policy import Policy
 from rllava_pl.rollout import vllm_routes as routes
-from rllava_pl.rollout.common import (
-    BatchEngine,
-    check_vllm_request,
-    vllm_generation,
-    vllm_parameters,
-    vllm_prompt_ids,
-)
+from rllava_pl.rollout.common import VLLMBase
 from rllava_pl.rollout.vllm_http import (
     EventLoop,
     RequestLimits,
@@ -49,18 +44,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class VLLMServerEngine(BatchEngine):
+class VLLMServerEngine(VLLMBase):
     """Samples with one or several vLLM servers, which receive the policy's weights.
 
-    Args:
-        urls: Addresses of the servers, ``http://host:port`` each; requests take turns.
-        policy: The trained one: its tokenizer, its action space.
-        model: Name the servers give the model; by default whatever they serve.
-        images: Most images of a prompt, as the servers were started for.
-        concurrency: Requests, of a whole group each, that are open at a server at a time.
-        limits: How long to wait, how often to retry.
-        allow_remote: Also servers at public addresses.
+    Options are those of ``VLLMServerRollout``; ``policy`` is the trained one, with its tokenizer and action space.
     """
+
+    context_option = "--max-model-len of the servers"
 
     def __init__(
         self,
@@ -87,13 +77,6 @@ class VLLMServerEngine(BatchEngine):
         self._next_server = cycle(self.servers[first:] + self.servers[:first])
         self._loop: EventLoop | None = EventLoop()
 
-    # -- sampling ----------------------------------------------------------------------------------------------------
-
-    def check(self, request: Request, sampling: Sampling) -> None:
-        """Refuse also what does not fit the servers."""
-        check_vllm_request(self, request, sampling, "--max-model-len of the servers")
-        super().check(request, sampling)
-
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
         """Complete every request once a seed; see ``BatchEngine``.
 
@@ -102,24 +85,23 @@ class VLLMServerEngine(BatchEngine):
         """
         if not requests:
             return []
-        handles = count()
-        work = [self._exchange(request, sampling, list(islice(handles, len(request.seeds)))) for request in requests]
+        handles = accumulate((len(request.seeds) for request in requests[:-1]), initial=0)
+        work = [self._exchange(*pair, sampling) for pair in zip(requests, handles, strict=True)]
         answers = self._loop.run(run_while_healthy(self.servers, work, sampling=True))
         return [generation for answer in answers for generation in answer]
 
     def _exchange(
-        self, request: Request, sampling: Sampling, handles: Sequence[int]
+        self, request: Request, handle: int, sampling: Sampling
     ) -> Coroutine[object, object, list[Generation]]:
         """A request to the next server; the tokenizer is used here, in the caller's thread."""
         server, images = next(self._next_server), request.prompt.images
         purpose = f"the {len(request.seeds)} samples of prompt {request.prompt.uid!r}"
         body: dict[str, object] = {
-            "token_ids": vllm_prompt_ids(request, self.policy),
+            "token_ids": self.prompt_ids(request),
             "return_token_ids": True,
-            "sampling_params": vllm_parameters(request, sampling, self.policy),
+            "sampling_params": self.parameters(request, sampling),
+            **({"model": self.model} if self.model else {}),
         }
-        if self.model:
-            body["model"] = self.model
 
         async def exchange() -> list[Generation]:
             async with server.slots:
@@ -127,38 +109,27 @@ class VLLMServerEngine(BatchEngine):
                     body["content_parts"] = await asyncio.to_thread(image_parts, images)
                 answer = await routes.generate(server, purpose, body)
             try:
-                return self._generations(request, answer, handles)
+                samples = [self._checked(choice) for choice in sorted(answer["choices"], key=itemgetter("index"))]
+                if len(samples) not in (1, len(request.seeds)):
+                    raise ValueError(f"{len(request.seeds)} samples were requested and {len(samples)} came")
+                return self.generations(request, handle, answer["prompt_token_ids"], samples)
             except (KeyError, TypeError, ValueError) as error:
                 raise ServerError(f"vLLM server {server.url} at {purpose}: {error}") from error
 
         return exchange()
 
-    def _generations(self, request: Request, answer: routes.Answer, handles: Sequence[int]) -> list[Generation]:
-        """The samples of a group.
-
-        Raises:
-            KeyError, TypeError, ValueError: The answer is not one to this request with these weights.
-        """
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        if len(choices) not in (1, len(handles)):
-            raise ValueError(f"{len(handles)} samples were requested and {len(choices)} came")
-        prompt_ids, generations = answer["prompt_token_ids"], []
-        for k, handle in enumerate(handles):
-            choice = choices[k % len(choices)]
-            content, sampled = choice["logprobs"]["content"], choice["token_ids"]
-            if [token["token_id"] for token in content] != sampled:
-                raise ValueError("the log-probs are of other tokens than those that were sampled")
-            labels = {span["version"] for span in choice["weight_versions"] or []}
-            if sampled and labels != {self._label}:
-                raise ValueError(
-                    f"the answer was sampled with the weights {sorted(labels)}, not with {self._label!r}; the server "
-                    "was restarted, or another run gives it weights"
-                )
-            logp, reason = [token["logprob"] for token in content], choice["finish_reason"]
-            generations.append(vllm_generation(request, handle, prompt_ids, sampled, logp, reason, self.version))
-        return generations
-
-    # -- weights -----------------------------------------------------------------------------------------------------
+    def _checked(self, choice: Mapping[str, Any]) -> tuple[list[int], list[float], str | None]:
+        """Ids, log-probs and finish reason of a sample with these weights; a malformed one raises as well."""
+        ids, tokens = choice["token_ids"], choice["logprobs"]["content"]
+        if [token["token_id"] for token in tokens] != ids:
+            raise ValueError("the log-probs are of other tokens than those that were sampled")
+        labels = {span["version"] for span in choice["weight_versions"] or []}
+        if ids and labels != {self._label}:
+            raise ValueError(
+                f"the answer was sampled with the weights {sorted(labels)}, not with {self._label!r}; the server was "
+                "restarted, or another run gives it weights"
+            )
+        return ids, [token["logprob"] for token in tokens], choice["finish_reason"]
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Give all servers the policy's weights; rank 0 sends, the others iterate the stream with it, and all wait.
@@ -209,11 +180,7 @@ class VLLMServerEngine(BatchEngine):
 
     def _on_all(self, action: Callable[[Server], Coroutine[object, object, object]]) -> None:
         """Run the same action on all servers at once."""
-
-        async def act() -> None:
-            await run_while_healthy(self.servers, [action(server) for server in self.servers])
-
-        self._loop.run(act())
+        self._loop.run(run_while_healthy(self.servers, [action(server) for server in self.servers]))
 
     def close(self) -> None:
         """Close the client; the servers keep running. Idempotent."""

@@ -80,7 +80,7 @@ def gap(policy: Policy, rollouts: Sequence[Rollout], samples: int = GROUP) -> tu
 def build(path: str, **options: object) -> VLLMEngine:
     """An engine for tests: fp32, 64 MiB of cache, a context of 512 tokens, three pictures a prompt."""
     settings = {"dtype": "float32", "context_tokens": 512, "images": 3, "kv_cache_gib": 1 / 16, "memory": "resident"}
-    return build_llm(path, **(settings | {"eager": True, "seed": 0, "options": options}))
+    return build_llm(path, **(settings | {"enforce_eager": True, "seed": 0} | options))
 
 
 def perturb(policy: Policy, only: str = "", scale: float = 0.02) -> None:

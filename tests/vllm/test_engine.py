@@ -169,7 +169,7 @@ def test_adapters_alone_are_synchronised(fresh: Bench) -> None:
 
 def start(path: str) -> None:
     common = {"dtype": "float32", "context_tokens": 512, "images": 1, "kv_cache_gib": 1 / 16, "memory": "resident"}
-    build_llm(path, **common, eager=True, seed=0, options={})
+    build_llm(path, **common, enforce_eager=True, seed=0)
 
 
 def test_model_that_vllm_cannot_load_is_refused_with_a_remedy() -> None:
