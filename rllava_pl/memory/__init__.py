@@ -1,17 +1,4 @@
-"""How much memory a run will need, before it needs any.
-
-================ ===================================================================================================
-``settings``     what the memory of a run depends on
-``placement``    where a strategy keeps weights, gradients and optimizer states
-``sizes``        sizes of a model from its config, and of an optimizer from one step
-``fake_memory``  counts the memory of computations on fake tensors
-``fake_policy``  a policy and a batch of fake tensors
-``micro_step``   peaks of one forward and backward of that policy
-``budget``       bytes of every phase
-``plan``         all of it together; the largest micro-batch and KV cache that fit
-``advice``       what to change
-================ ===================================================================================================
-"""
+"""The memory that a run will need in each phase, computed before it starts, and what to change if it does not fit."""
 
 from rllava_pl.memory.advice import Advice, advise
 from rllava_pl.memory.budget import MemoryItem, PhaseMemory

@@ -7,7 +7,6 @@ separately so that a measurement can replace them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rllava_pl.memory.micro_step import StepBytes
@@ -28,8 +27,6 @@ STAGING_BYTES = 2 * 64 * 2**20
 SAMPLER_BYTES = 24
 """Per row and vocabulary entry while a token is sampled: logits, and scores, log-probs and probabilities in fp32, their
 sum in fp64."""
-OPTIONAL = ("logprobs", "sync")
-"""Phases that some runs do not have."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +92,7 @@ class OptimizerCost:
 def phases(
     size: ModelSize, settings: PlanSettings, step: StepBytes, prefill_bytes: int, optimizer: OptimizerCost
 ) -> list[PhaseMemory]:
-    """All phases, in the order in which they run.
-
-    Args:
-        size: Of the policy.
-        settings: Of the run.
-        step: Peaks of a micro-step.
-        prefill_bytes: Peak of the embedded engine's forward over the prompts of a rollout.
-        optimizer: States and temporaries of the optimizer.
-    """
+    """All phases, in the order in which they run; ``prefill_bytes``: of the embedded engine's forward over prompts."""
     budget = _Budget(size, settings, step, prefill_bytes, optimizer)
     own = {
         "load": budget.load(),
@@ -118,12 +107,13 @@ def phases(
 
     def all_items(name: str, items: list[MemoryItem]) -> tuple[MemoryItem, ...]:
         kept = weights if name == "load" else [*weights, *states]  # the first step creates the states
-        found = [item for item in [*kept, *items, *assumed] if item.gpu or item.host]
+        found = [*kept, *items, *budget.vllm(sampling=name == "rollout"), *assumed]
         if settings.device == "cpu":  # one memory for everything
             found = [MemoryItem(item.what, host=item.gpu + item.host, assumed=item.assumed) for item in found]
-        return tuple(found)
+        return tuple(item for item in found if item.gpu or item.host)
 
-    return [PhaseMemory(name, all_items(name, items)) for name, items in own.items() if items or name not in OPTIONAL]
+    optional = ("logprobs", "sync")  # some runs do not have these phases
+    return [PhaseMemory(name, all_items(name, items)) for name, items in own.items() if items or name not in optional]
 
 
 def kv_cache_bytes(rows: int, tokens: int, kv_bytes: int) -> int:
@@ -163,10 +153,8 @@ class _Budget:
         """Weights of the policy, a separate critic and a reference."""
         place, size = self.placement, self.size
         one = self._shard("weights", size.parameters * size.weight_bytes + size.buffer_bytes)
-        names = ["weights"]
-        names += ["critic"] if self.settings.critic == "separate" else []
-        names += ["reference policy"] if self.settings.reference else []
-        return [self._in(place.weights, name, one) for name in names]
+        names = {"weights": True, "critic": self.trunks == 2, "reference policy": self.settings.reference}
+        return [self._in(place.weights, name, one) for name, held in names.items() if held]
 
     def states(self) -> list[MemoryItem]:
         """What the first optimizer step adds."""
@@ -197,28 +185,27 @@ class _Budget:
             items.append(MemoryItem("vLLM's workspace and graphs", gpu=ENGINE_BYTES, assumed=True))
         return items
 
-    def _gathered(self) -> Iterable[MemoryItem]:
+    def _gathered(self) -> MemoryItem:
         """Weights that are gathered while they are used."""
         place, size = self.placement, self.size
-        if "weights" not in place.sharded and place.weights == "gpu":
-            return []
-        whole = place.gathered_parameters or 2 * size.layer + size.root
-        return [MemoryItem("gathered weights", gpu=min(whole, size.parameters * self.trunks) * size.weight_bytes)]
+        whole = min(place.gathered_parameters or 2 * size.layer + size.root, size.parameters * self.trunks)
+        kept_on_gpu = place.weights == "gpu" and "weights" not in place.sharded
+        return MemoryItem("gathered weights", gpu=0 if kept_on_gpu else whole * size.weight_bytes)
 
     # -- the engine --------------------------------------------------------------------------------------------------
 
-    def _vllm(self, *, sampling: bool) -> list[MemoryItem]:
-        """VLLM during and between rollouts."""
+    def vllm(self, *, sampling: bool) -> list[MemoryItem]:
+        """What vLLM holds during a rollout, or between rollouts."""
         engine = self.engine
         if engine.kind != "vllm":
             return []
         resident = sampling or engine.memory in ("resident", "release_kv")
-        items = [MemoryItem("vLLM's weights", gpu=self.engine_weights)] if resident else []
-        if sampling or engine.memory == "resident":
-            items.append(MemoryItem("vLLM's KV cache", gpu=engine.kv_bytes))
-        if engine.memory == "sleep":
-            items.append(MemoryItem("vLLM's sleeping weights", host=self.engine_weights))
-        return items
+        cached = sampling or engine.memory == "resident"
+        return [
+            MemoryItem("vLLM's weights", gpu=self.engine_weights if resident else 0),
+            MemoryItem("vLLM's KV cache", gpu=engine.kv_bytes if cached else 0),
+            MemoryItem("vLLM's sleeping weights", host=self.engine_weights if engine.memory == "sleep" else 0),
+        ]
 
     def _embedded(self) -> list[MemoryItem]:
         """The embedded engine at its peak: the forward over the prompts, or sampling with one layer's cache twice."""
@@ -242,45 +229,35 @@ class _Budget:
     def load(self) -> list[MemoryItem]:
         """Weights are read on the host, one copy in every process that reads them."""
         whole = self.size.parameters * self.size.weight_bytes
-        return [MemoryItem("weights being loaded", host=whole if self.on_gpu else 0), *self._vllm(sampling=False)]
+        return [MemoryItem("weights being loaded", host=whole if self.on_gpu else 0)]
 
     def rollout(self) -> list[MemoryItem]:
-        """The engine samples."""
-        if self.engine.kind == "embedded":
-            return [*self._embedded(), *self._gathered()]
-        return self._vllm(sampling=True)
+        """The embedded engine samples."""
+        return [*self._embedded(), self._gathered()] if self.engine.kind == "embedded" else []
 
     def logprobs(self) -> list[MemoryItem]:
         """Log-probs and values without gradients, of old policy and reference."""
-        return [MemoryItem("activations", gpu=self.step.logprobs), *self._gathered(), *self._vllm(sampling=False)]
+        return [MemoryItem("activations", gpu=self.step.logprobs), self._gathered()]
 
     def update(self) -> list[MemoryItem]:
         """Forward and backward of one micro-batch, after others if there are several."""
-        place, on_gpu = self.placement, self.placement.gradients == "gpu"
-        if place.streams_gradients or self.settings.accumulates:
-            gradients = self._shard("gradients", self.gradient_bytes) if on_gpu else 0
-            activations = MemoryItem("activations and temporaries", gpu=self.step.update)
+        if self.placement.streams_gradients or self.settings.accumulates:
+            activations = [self._gradients(), MemoryItem("activations and temporaries", gpu=self.step.update)]
         else:  # gradients appear while activations are freed
-            gradients = 0
-            activations = MemoryItem("activations and gradients", gpu=self.step.update_with_gradients)
-        return [
-            MemoryItem("gradients", gpu=gradients),
-            activations,
-            MemoryItem("gradients in buckets", gpu=round(place.gradient_copies * self.gradient_bytes)),
-            *self._gathered(),
-            *self._vllm(sampling=False),
-        ]
+            activations = [MemoryItem("activations and gradients", gpu=self.step.update_with_gradients)]
+        return [*activations, self._buckets(), self._gathered()]
 
     def optimizer_step(self) -> list[MemoryItem]:
         """The optimizer step; temporaries of a step on the host are negligible."""
-        gradients = self._shard("gradients", self.gradient_bytes) if self.placement.gradients == "gpu" else 0
         scratch = self._shard("states", self.optimizer.scratch_bytes) if self.placement.states == "gpu" else 0
-        return [
-            MemoryItem("gradients", gpu=gradients),
-            MemoryItem("gradients in buckets", gpu=round(self.placement.gradient_copies * self.gradient_bytes)),
-            MemoryItem("temporaries of the step", gpu=scratch),
-            *self._vllm(sampling=False),
-        ]
+        return [self._gradients(), self._buckets(), MemoryItem("temporaries of the step", gpu=scratch)]
+
+    def _gradients(self) -> MemoryItem:
+        held = self._shard("gradients", self.gradient_bytes) if self.placement.gradients == "gpu" else 0
+        return MemoryItem("gradients", gpu=held)
+
+    def _buckets(self) -> MemoryItem:
+        return MemoryItem("gradients in buckets", gpu=round(self.placement.gradient_copies * self.gradient_bytes))
 
     def sync(self) -> list[MemoryItem]:
         """Weights are sent to the engine: one tensor at a time, and one layer that the engine repacks."""
@@ -290,13 +267,11 @@ class _Budget:
         items = [MemoryItem("tensor being sent", gpu=largest)]
         if self.engine.kind == "server":
             return [*items, MemoryItem("tensor as bytes", host=2 * largest)]
+        woken = self.engine_weights if self.engine.memory in ("sleep", "discard") else 0
         layer = max(self.size.layer * self.size.weight_bytes, largest)
-        items += [MemoryItem("layer that vLLM repacks", gpu=layer), *self._vllm(sampling=False)]
-        if self.engine.memory in ("sleep", "discard"):
-            items.append(MemoryItem("vLLM's weights", gpu=self.engine_weights))
-        return items
+        return [*items, MemoryItem("layer that vLLM repacks", gpu=layer), MemoryItem("vLLM's weights", gpu=woken)]
 
     def save(self) -> list[MemoryItem]:
         """Tensors are written to disk one at a time."""
         largest = self.size.largest * max(4, self.size.weight_bytes)
-        return [MemoryItem("tensor being written", host=largest if self.on_gpu else 0), *self._vllm(sampling=False)]
+        return [MemoryItem("tensor being written", host=largest if self.on_gpu else 0)]

@@ -8,7 +8,7 @@ the package's own forward and backward run unchanged, images included, for a mod
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ class FakeMemory(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.peaks: list[tuple[int, int]] = [(0, 0)]
         self._sizes: dict[int, int] = {}
-        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        """Bytes of every living storage by its address; 0: not counted."""
         self._gradients: set[int] = set()
         self._live_bytes = 0
         self._gradient_bytes = 0
@@ -48,8 +48,8 @@ class FakeMemory(TorchDispatchMode):
         for tensor in (*model.parameters(), *model.buffers()):
             self._track(tensor, count=False)
 
-    def mark(self, *_: object) -> None:
-        """Begin an interval of ``peaks``; also serves as a hook of modules and tensors."""
+    def mark(self) -> None:
+        """Begin an interval of ``peaks``."""
         self.peaks.append((self._live_bytes, self._live_bytes + self._gradient_bytes))
 
     @contextmanager
@@ -72,13 +72,7 @@ class FakeMemory(TorchDispatchMode):
             self._live_bytes -= self._sizes[key]
             self._gradient_bytes += self._sizes[key]
 
-    def __torch_dispatch__(
-        self,
-        func: Any,  # noqa: ANN401 - any operator
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - any result
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         """Run one operator, as a fake one if any of its tensors is fake, and count its results."""
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -99,28 +93,22 @@ class FakeMemory(TorchDispatchMode):
 
     def _track(self, tensor: Tensor, *, count: bool = True) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._storages:
+        if (key := storage._cdata) in self._sizes:
             return
-        self._storages[key] = weakref.ref(storage, self._on_free(key))
-        if count:
-            self._sizes[key] = storage.nbytes()
-            self._live_bytes += storage.nbytes()
-            alone, with_gradients = self.peaks[-1]
-            live = self._live_bytes
-            self.peaks[-1] = (max(alone, live), max(with_gradients, live + self._gradient_bytes))
+        self._sizes[key] = storage.nbytes() if count else 0
+        weakref.finalize(storage, self._free, key).atexit = False
+        self._live_bytes += self._sizes[key]
+        alone, with_gradients = self.peaks[-1]
+        live = self._live_bytes
+        self.peaks[-1] = (max(alone, live), max(with_gradients, live + self._gradient_bytes))
 
-    def _on_free(self, key: int) -> Callable[[object], None]:
-        def free(_: object) -> None:
-            del self._storages[key]
-            size = self._sizes.pop(key, 0)
-            if key in self._gradients:
-                self._gradients.remove(key)
-                self._gradient_bytes -= size
-            else:
-                self._live_bytes -= size
-
-        return free
+    def _free(self, key: int) -> None:
+        size = self._sizes.pop(key)
+        if key in self._gradients:
+            self._gradients.remove(key)
+            self._gradient_bytes -= size
+        else:
+            self._live_bytes -= size
 
 
 def _as_positions(index: Tensor | None) -> list[Tensor | None]:

@@ -17,7 +17,7 @@ from rllava_pl.types import PolicyBatch, PromptInputs
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def meta_model(planned: PlannedModel) -> PreTrainedModel:
@@ -49,6 +49,9 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
 
 def fake_policy(planned: PlannedModel, fake: FakeTensorMode) -> Policy:
     """A policy whose weights and buffers are fake CPU tensors; tied ones stay tied."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     model = meta_model(planned)
     made: dict[int, Tensor] = {}
 
@@ -62,17 +65,10 @@ def fake_policy(planned: PlannedModel, fake: FakeTensorMode) -> Policy:
     for module in list(model.modules()):
         for tensors in (cast("dict[str, Tensor | None]", module._parameters), module._buffers):
             tensors.update({name: fake_of(x) for name, x in tensors.items() if x is not None})
-    policy = Policy(model, _fake_tokenizer(), share_prompt=planned.share_prompt)
-    return policy.train(planned.gradient_checkpointing)
-
-
-def _fake_tokenizer() -> PreTrainedTokenizerBase:
-    """Two tokens: the policy needs an end token and a pad token, and tokenizes nothing here."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    # The policy needs an end token and a pad token, and tokenizes nothing here.
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
+    return Policy(model, tokenizer, share_prompt=planned.share_prompt).train(planned.gradient_checkpointing)
 
 
 def fake_batch(
@@ -87,41 +83,33 @@ def fake_batch(
 
 def fake_prompt(config: PreTrainedConfig, family: Family, prompt: PromptSize, fake: FakeTensorMode) -> PromptInputs:
     """A prompt of images, each after one text token, and then text; longer than wanted if the images need it."""
-    image_id = getattr(config, "image_token_id", None)
-    image_id = getattr(config, "image_token_index", None) if image_id is None else image_id
-    images: dict[str, Tensor] = {}
-    image_tokens = 0
-    if prompt.images and image_id is not None and family.causal:
-        images, image_tokens = _fake_image(config, family, prompt.image_tokens, fake)
-    count = prompt.images if images else 0
+    image_id = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    count = prompt.images if image_id is not None and family.causal else 0
+    images, image_tokens = _fake_images(config, family, prompt.image_tokens, count, fake) if count else ({}, 0)
     length = max(prompt.tokens, count * (image_tokens + 1) + 1)
     ids_S = torch.full((length,), next(i for i in range(2, 4) if i != image_id))
     for k in range(count):
         start = 1 + k * (image_tokens + 1)
         ids_S[start : start + image_tokens] = image_id
     tokens = {"mm_token_type_ids": (ids_S == image_id).long()} if count and family.image_axis == "patch" else {}
-    with fake:
-        joined = {n: torch.cat([x] * count) if x.is_floating_point() else x for n, x in images.items()}
-    joined |= {n: torch.cat([x] * count) for n, x in images.items() if not x.is_floating_point()}
-    return PromptInputs(ids_S, tokens, joined)
+    return PromptInputs(ids_S, tokens, images)
 
 
-def _fake_image(
-    config: PreTrainedConfig, family: Family, tokens: int, fake: FakeTensorMode
+def _fake_images(
+    config: PreTrainedConfig, family: Family, tokens: int, count: int, fake: FakeTensorMode
 ) -> tuple[dict[str, Tensor], int]:
-    """Vision inputs of one image of at least ``tokens`` tokens, and its number of tokens."""
-    vision = config.vision_config
-    shape: tuple[int, ...]
+    """Vision inputs of ``count`` images of at least ``tokens`` tokens each, and the number of tokens of one."""
+    vision, inputs = config.vision_config, {}
     channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", 3)
+    shape: tuple[int, ...]
     if family.image_axis == "patch":
         merge, height = vision.spatial_merge_size, max(1, math.isqrt(tokens))
         width = math.ceil(tokens / height)
-        grid = torch.tensor([[1, height * merge, width * merge]])
-        shape = (int(grid.prod()), channels * vision.temporal_patch_size * vision.patch_size**2)
-        inputs = {"image_grid_thw": grid}
+        inputs = {"image_grid_thw": torch.tensor([[1, height * merge, width * merge]] * count)}
+        shape = (count * height * width * merge**2, channels * vision.temporal_patch_size * vision.patch_size**2)
     else:
         width = (vision.image_size // vision.patch_size) ** 2 // getattr(config, "scale_factor", 1) ** 2
-        height, inputs = max(1, math.ceil(tokens / width)), {}
-        shape = (height, channels, vision.image_size, vision.image_size)
+        height = max(1, math.ceil(tokens / width))
+        shape = (count * height, channels, vision.image_size, vision.image_size)
     with fake:
         return {"pixel_values": torch.empty(shape), **inputs}, height * width

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from rllava_pl.memory.budget import ModelSize, OptimizerCost, PhaseMemory, phases
-from rllava_pl.memory.micro_step import MicroStep, StepBytes, StepPeaks, logprobs_bytes, step_peaks
+from rllava_pl.memory.micro_step import MicroStep, StepBytes, logprobs_bytes, step_bytes
 from rllava_pl.memory.settings import PlanSettings
-from rllava_pl.memory.sizes import model_size, optimizer_cost
-
-if TYPE_CHECKING:
-    from rllava_pl.memory.sizes import MakeOptimizer
+from rllava_pl.memory.sizes import MakeOptimizer, model_size, optimizer_cost
 
 
 def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -79,37 +76,26 @@ def plan(
         OSError: The model's config is neither shipped, nor on disk, nor on the hub.
     """
     if step is None:
-        step = step_peaks(_micro_step(settings)).bytes
+        rows, group_rows = settings.micro_batch_rows, settings.group_rows
+        micro_step = MicroStep(
+            settings.loaded_model,
+            prompts=max(1, rows // group_rows),  # whole groups, or a part of one
+            responses_per_prompt=min(rows, group_rows),
+            response_tokens=settings.max_tokens,
+            prompt=settings.prompt,
+            second_trunk=settings.critic == "separate",
+            entropy_loss=settings.entropy_loss,
+            autocast=settings.autocast,
+        )
+        step = step_bytes(micro_step)
     if prefill_bytes is None:
-        prefill_bytes = _prefill_bytes(settings) if settings.engine.kind == "embedded" else 0
+        prompts, model = min(settings.engine.batch_prompts, settings.batch_prompts), settings.loaded_model
+        prefill = MicroStep(model, prompts, 1, 1, settings.prompt, autocast=settings.autocast)
+        prefill_bytes = logprobs_bytes(prefill) if settings.engine.kind == "embedded" else 0
     size = model_size(settings.loaded_model)
     dtype = getattr(torch, settings.loaded_model.dtype)
     optimizer = optimizer_cost(make_optimizer, dtype, size, on_gpu=settings.device == "cuda")
     return MemoryPlan(settings, size, optimizer, tuple(phases(size, settings, step, prefill_bytes, optimizer)))
-
-
-def _micro_step(settings: PlanSettings) -> MicroStep:
-    """The rows of a micro-batch: whole groups, or a part of one."""
-    rows, group_rows = settings.micro_batch_rows, settings.group_rows
-    return MicroStep(
-        settings.loaded_model,
-        prompts=max(1, rows // group_rows),
-        responses_per_prompt=min(rows, group_rows),
-        response_tokens=settings.max_tokens,
-        prompt=settings.prompt,
-        second_trunk=settings.critic == "separate",
-        entropy_loss=settings.entropy_loss,
-        autocast=settings.autocast,
-    )
-
-
-def _prefill_bytes(settings: PlanSettings) -> int:
-    """The embedded engine's forward over the prompts of a rollout."""
-    prompts = min(settings.engine.batch_prompts, settings.batch_prompts)
-    return logprobs_bytes(MicroStep(settings.loaded_model, prompts, 1, 1, settings.prompt, autocast=settings.autocast))
-
-
-# -- what else would fit ---------------------------------------------------------------------------------------------
 
 
 def micro_batch_sizes(settings: PlanSettings) -> list[int]:
@@ -128,25 +114,15 @@ def micro_batch_sizes(settings: PlanSettings) -> list[int]:
 
 
 def largest_micro_batch(found: MemoryPlan, limits: MemoryLimits, make_optimizer: MakeOptimizer = adamw) -> int:
-    """The largest micro-batch whose plan fits, 0 if none does; two or three sizes are traced."""
-    settings, sizes = found.settings, micro_batch_sizes(found.settings)
+    """The largest micro-batch whose plan fits, 0 if none does; up to five sizes are traced."""
 
-    def fits(rows: int, peaks: StepPeaks) -> bool:
-        return plan(settings.replace(micro_batch_size=rows), make_optimizer, step=peaks.bytes).fits(limits)
+    def fits(rows: int) -> bool:
+        return plan(found.settings.replace(micro_batch_size=rows), make_optimizer).fits(limits)
 
-    def traced(rows: int) -> StepPeaks:
-        return step_peaks(_micro_step(settings.replace(micro_batch_size=rows)))
-
-    group = min(settings.group_rows, settings.minibatch_rows)
-    whole = traced(group)
-    if not fits(group, whole):
-        one = traced(1)
-        parts = [rows for rows in sizes if rows < group]
-        return max((n for n in parts if fits(n, one.along(whole, (n - 1) / (group - 1)))), default=0)
-    if group == settings.minibatch_rows:
-        return group
-    two = traced(2 * group)
-    return max(n for n in sizes if n >= group and fits(n, whole.along(two, n / group - 1)))
+    *parts, whole = micro_batch_sizes(found.settings)
+    if fits(whole):  # with one micro-batch a step, gradients appear while activations are freed
+        return whole
+    return max(parts[: bisect_left(parts, True, key=lambda rows: not fits(rows))], default=0)
 
 
 def largest_kv_cache(found: MemoryPlan, limits: MemoryLimits) -> int:

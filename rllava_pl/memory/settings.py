@@ -6,13 +6,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from rllava_pl.memory.placement import Placement, single
+from rllava_pl.memory.placement import Placement
 from rllava_pl.models.trainable import LoRA
 
 if TYPE_CHECKING:
     from rllava_pl.models.vlm import VLM
 
-SINGLE = single()
 EngineKind = Literal["embedded", "vllm", "server"]
 EngineMemory = Literal["resident", "release_kv", "sleep", "discard"]
 
@@ -84,7 +83,7 @@ class PlanSettings:
     computes_logprobs: bool = False
     """Whether log-probs or values are computed before the update."""
     entropy_loss: bool = False
-    placement: Placement = SINGLE
+    placement: Placement = field(default_factory=Placement)
     ranks: int = 1
     engine: PlannedEngine = PlannedEngine()
     device: Literal["cuda", "cpu"] = "cuda"

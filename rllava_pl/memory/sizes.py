@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,7 @@ from rllava_pl.memory.budget import ModelSize, OptimizerCost
 from rllava_pl.memory.fake_policy import layers_of, meta_model
 from rllava_pl.memory.settings import PlannedModel
 
-if TYPE_CHECKING:
-    MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
-
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 PROBE_ELEMENTS = 1 << 16
 
 
@@ -26,13 +23,13 @@ def model_size(planned: PlannedModel) -> ModelSize:
     """Sizes of the model with its adapters and frozen parts; it is built without memory, tied weights count once."""
     model = meta_model(planned)
     parameters, text = list(model.parameters()), model.config.get_text_config()
-    layers = [_count(layer.parameters()) for layer in layers_of(model)]
-    total, weight_bytes = _count(parameters), parameters[0].element_size()
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
+    total, weight_bytes = sum(p.numel() for p in parameters), parameters[0].element_size()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return ModelSize(
         parameters=total,
-        trained=_count(p for p in parameters if p.requires_grad),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
         largest=max(p.numel() for p in parameters),
         layer=max(layers),
         root=total - sum(layers),
@@ -60,7 +57,3 @@ def optimizer_cost(make: MakeOptimizer, dtype: torch.dtype, size: ModelSize, *, 
     scratch = size.trained if together else min(2 * size.largest, 2 * size.trained)
     moment_bytes = sum(x.nbytes for x in states) / PROBE_ELEMENTS
     return OptimizerCost(moment_bytes, 0.0 if fused else scratch * float(probe.element_size()))
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)

@@ -5,10 +5,6 @@ from __future__ import annotations
 import re
 
 GIB = 2**30
-PREFIXES = {"k": 1, "m": 2, "g": 3, "t": 4}
-UNITS = {"": 1, "b": 1} | {
-    f"{prefix}{unit}": base**power for prefix, power in PREFIXES.items() for unit, base in (("b", 1000), ("ib", 1024))
-}
 
 
 def parse_bytes(text: str) -> int:
@@ -20,10 +16,10 @@ def parse_bytes(text: str) -> int:
     >>> parse_bytes("24GiB"), parse_bytes("64 GB")
     (25769803776, 64000000000)
     """
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
-    if found is None or found[2] not in UNITS:
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(?:([kmgt])(i?)b|b?)\s*", text.lower())
+    if found is None:
         raise ValueError(f"{text!r} is not a size; write a number and a unit, e.g. 24GiB or 64GB")
-    return round(float(found[1]) * UNITS[found[2]])
+    return round(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
 
 
 def gib(size: float) -> float:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 
 from rllava_pl.memory import (
+    MemoryLimits,
     PhaseMemory,
     Placement,
     PlannedEngine,
     PlannedModel,
     PlanSettings,
     PromptSize,
+    largest_micro_batch,
     parse_bytes,
+    plan,
 )
 from rllava_pl.memory.budget import (
     CONTEXT_BYTES,
@@ -25,8 +29,10 @@ from rllava_pl.memory.budget import (
     kv_cache_bytes,
     phases,
 )
-from rllava_pl.memory.micro_step import StepBytes
+from rllava_pl.memory.micro_step import MicroStep, StepBytes
 from rllava_pl.memory.placement import ddp, deepspeed, fsdp, host_adamw, placement_of, single
+from rllava_pl.memory.plan import micro_batch_sizes
+from rllava_pl.memory.units import GIB
 
 SIZE = ModelSize(
     parameters=1000,
@@ -187,3 +193,24 @@ def test_sizes_are_parsed(text, size):
 def test_text_that_is_not_a_size_is_refused(text):
     with pytest.raises(ValueError, match="is not a size; write a number and a unit"):
         parse_bytes(text)
+
+
+def test_largest_micro_batch_equals_a_search_over_all_sizes(monkeypatch):
+    """Also where the whole mini-batch needs less than a part of it, since its gradients replace activations."""
+
+    def traced(step: MicroStep) -> StepBytes:
+        rows = step.prompts * step.responses_per_prompt
+        return StepBytes(update=rows * 16 * GIB, update_with_gradients=rows * 10 * GIB, logprobs=0)
+
+    module = sys.modules["rllava_pl.memory.plan"]
+    monkeypatch.setattr(module, "step_bytes", traced)
+    monkeypatch.setattr(module, "model_size", lambda _: SIZE)
+    settings = PlanSettings(PlannedModel("none"), group_rows=6, batch_prompts=5, engine=SERVER)
+    sizes = {rows: plan(settings.replace(micro_batch_size=rows)) for rows in micro_batch_sizes(settings)}
+    largest = []
+    for gib in (10, 20, 40, 100, 200, 350):
+        limits = MemoryLimits(gpu=gib * GIB, host=100 * GIB)
+        largest.append(max((rows for rows, found in sizes.items() if found.fits(limits)), default=0))
+        assert largest_micro_batch(sizes[30], limits) == largest[-1]
+    assert largest == [0, 1, 2, 6, 12, 30]
+    assert sizes[30].gpu < sizes[24].gpu

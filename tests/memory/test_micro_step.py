@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -13,11 +12,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from rllava_pl.memory import PlannedModel, PromptSize
 from rllava_pl.memory.fake_memory import FakeMemory
-from rllava_pl.memory.micro_step import MicroStep, StepBytes, StepPeaks, logprobs_bytes, step_peaks
+from rllava_pl.memory.micro_step import MicroStep, StepBytes, logprobs_bytes, step_bytes
 from rllava_pl.memory.sizes import model_size, optimizer_cost
 from rllava_pl.models import LoRA, tiny
-
-PROMPT = PromptSize(tokens=12, images=1, image_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -94,29 +91,9 @@ def test_the_peak_equals_torchs_tracker():
     assert memory.peaks[-1][1] == pytest.approx(peak - weights, abs=16)  # theirs counts the root of the loss
 
 
-@pytest.mark.slow
-def test_peaks_of_two_sizes_give_the_peaks_of_a_third(directory):
-    """Exact for billions of parameters; in a tiny model the largest tensor of an interval changes with the size."""
-    step = MicroStep(PlannedModel(directory("qwen3_vl"), gradient_checkpointing=True), 1, 2, 6, PROMPT)
-    one, two, five = (step_peaks(dataclasses.replace(step, prompts=prompts)) for prompts in (1, 2, 5))
-    found, traced = dataclasses.asdict(one.along(two, 4).bytes), dataclasses.asdict(five.bytes)
-    assert found == pytest.approx(traced, rel=0.05)
-    assert all(found[name] <= traced[name] for name in traced)  # a maximum of affine functions is convex
-
-
-def test_along_extrapolates_each_interval():
-    first, second = StepPeaks(((1, 1),), ((10, 20), (5, 5))), StepPeaks(((2, 2),), ((14, 20), (5, 6)))
-    assert first.along(second, 3) == StepPeaks(((4, 4),), ((22, 20), (5, 8)))
-
-
-def test_step_bytes_are_the_largest_of_all_intervals():
-    peaks = StepPeaks(logprobs=((5.0, 5.0), (3.0, 3.0)), update=((9.0, 9.0), (7.0, 30.0)))
-    assert peaks.bytes == StepBytes(update=9, update_with_gradients=30, logprobs=5)
-
-
 def step_of(model: PlannedModel, group_size: int = 2) -> StepBytes:
     """A step of the tiny model."""
-    return step_peaks(MicroStep(model, 2, group_size, 32, PromptSize(48, 1, 4))).bytes
+    return step_bytes(MicroStep(model, 2, group_size, 32, PromptSize(48, 1, 4)))
 
 
 def test_options_that_save_memory_reduce_the_peak(directory):
