@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rllava_pl.optim.transfer import Transfer, spans
@@ -40,9 +39,15 @@ class HostGradients:
 
     def watch(self, parameter: Parameter) -> None:
         """Take this parameter's gradients from now on, in place of an earlier optimizer."""
+        owner = weakref.ref(self)  # parameters outlive their optimizer
+
+        def take(p: Tensor) -> None:
+            if (gradients := owner()) is not None:
+                gradients.take(p)
+
         if parameter in _HOOKS:
             _HOOKS[parameter].remove()
-        _HOOKS[parameter] = _hook(parameter, self)
+        _HOOKS[parameter] = parameter.register_post_accumulate_grad_hook(take)
 
     def take(self, parameter: Tensor) -> None:
         """Add ``parameter.grad`` to its sum and set it to None."""
@@ -69,11 +74,7 @@ class HostGradients:
         self._wait()
 
     def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-        """Scale the gradients to a global L2 norm of at most ``max_norm``; the arithmetic of torch's clipping.
-
-        Returns:
-            The norm before, fp32, 0-dim.
-        """
+        """Scale the gradients to a global L2 norm of at most ``max_norm``, as torch does; returns the norm before."""
         sums = [self._sums[p] for p in parameters if p in self._present]
         norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in sums] or [torch.zeros((), device="cpu")]
         norm = self._scale * torch.linalg.vector_norm(torch.stack(norms))
@@ -102,14 +103,3 @@ class HostGradients:
     def _wait(self) -> None:
         for device in {parameter.device for parameter in self._present}:
             self._transfer(device).wait()
-
-
-def _hook(parameter: Parameter, gradients: HostGradients) -> RemovableHandle:
-    """A hook that holds a weak reference to the sums, since parameters outlive their optimizer."""
-    owner = weakref.ref(gradients)
-
-    def take(p: Tensor) -> None:
-        if (current := owner()) is not None:
-            current.take(p)
-
-    return parameter.register_post_accumulate_grad_hook(take)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from rllava_pl.functional.rounding import TABLE_SIZE, noise_table, on_bfloat16_grid, sample_noise
 from rllava_pl.optim.gradients import HostGradients
-from rllava_pl.optim.states import BFloat16, Float8, Float32, Int8, StateTensor
+from rllava_pl.optim.states import BFloat16, BlockQuantized, Float32, StateTensor
 from rllava_pl.optim.transfer import spans, transfer_for
 
 CHUNK = TABLE_SIZE
@@ -22,7 +22,7 @@ Precision = Literal["float32", "bfloat16", "int8"]
 _MOMENTS: dict[str, tuple[Callable[[int], StateTensor], Callable[[int], StateTensor]]] = {
     "float32": (Float32.zeros, Float32.zeros),
     "bfloat16": (BFloat16, BFloat16),
-    "int8": (Int8, Float8),
+    "int8": (partial(BlockQuantized, signed=True), partial(BlockQuantized, signed=False)),
 }
 
 
@@ -42,11 +42,7 @@ class HostState:
         return {"step": self.step, **named}
 
     def restore(self, tensors: dict[str, Tensor], states: str) -> None:
-        """Restore what ``tensors()`` returned.
-
-        Raises:
-            ValueError: It has another precision, or belongs to another model.
-        """
+        """Restore what ``tensors()`` returned; another precision or model raises ``ValueError``."""
         kept = {name: (x.dtype, x.shape) for name, x in self.tensors().items()}
         found = {name: (x.dtype, x.shape) for name, x in tensors.items()}
         if kept != found:
@@ -114,7 +110,11 @@ class HostAdamW(Optimizer):
         """Add parameters, and take their gradients from now on."""
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
-            _check(p)
+            shape = tuple(p.shape)
+            if p.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"HostAdamW updates weights in float32 or bfloat16; one of shape {shape} is {p.dtype}")
+            if not p.is_contiguous():
+                raise ValueError(f"HostAdamW needs contiguous weights; one of shape {shape} has strides {p.stride()}")
             if p.requires_grad:
                 self._gradients.watch(p)
 
@@ -151,25 +151,15 @@ class HostAdamW(Optimizer):
         state.step = state.step + 1
         seed = (index, int(state.step))
         weights, transfer = p.detach().view(-1), self._transfer(p.device)
-        rates = {name: group[name] for name in ("lr", "weight_decay", "eps")}
-        beta1, beta2 = group["betas"]
+        options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        options |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "amsgrad": False, "maximize": False}
         for span in spans(p.numel(), CHUNK):
             target = weights[span]
             parts = {name: part.read(span) for name, part in state.parts.items()}
             weight = parts["master"] if "master" in parts else transfer.read(target).float()
-            torch._fused_adamw_(
-                [weight],
-                [self._gradients.scaled(gradient[span])],
-                [parts["exp_avg"]],
-                [parts["exp_avg_sq"]],
-                [],
-                [state.step],
-                **rates,
-                beta1=beta1,
-                beta2=beta2,
-                amsgrad=False,
-                maximize=False,
-            )
+            scaled = self._gradients.scaled(gradient[span])
+            moments = [parts["exp_avg"]], [parts["exp_avg_sq"]]
+            torch._fused_adamw_([weight], [scaled], *moments, [], [state.step], **options)
             for name, part in state.parts.items():
                 part.write(span, parts[name], (name, *seed))
             if "master" not in parts and p.dtype == torch.bfloat16:
@@ -203,21 +193,11 @@ class HostAdamW(Optimizer):
         Raises:
             ValueError: The checkpoint has other ``states``, another dtype of the weights, or another model.
         """
-        super().load_state_dict(
-            {**state_dict, "state": {}}
-        )  # with it, torch would cast the state to the weights' dtype
+        # Without the state, which torch would cast to the dtype of the weights.
+        super().load_state_dict({**state_dict, "state": {}})
         for index, p in enumerate(self._parameters()):
             if index in state_dict["state"]:
                 self._state(p).restore(state_dict["state"][index], self.precisions["states"])
-
-
-def _check(p: Tensor) -> None:
-    if p.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"HostAdamW updates weights in float32 or bfloat16; one of shape {tuple(p.shape)} is {p.dtype}"
-        )
-    if not p.is_contiguous():
-        raise ValueError(f"HostAdamW needs contiguous weights; one of shape {tuple(p.shape)} has strides {p.stride()}")
 
 
 def _described(kind: tuple[torch.dtype, torch.Size] | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -63,62 +62,42 @@ class BFloat16(StateTensor):
 
     def write(self, span: slice, x: Tensor, seed: Seed) -> None:
         """Round stochastically."""
-        self.tensors[""][span] = rounding.on_bfloat16_grid(
-            x, rounding.sample_noise(rounding.noise_table(16), span.start, len(x), *seed)
-        )
+        noise = rounding.sample_noise(rounding.noise_table(16), span.start, len(x), *seed)
+        self.tensors[""][span] = rounding.on_bfloat16_grid(x, noise)
 
 
 class BlockQuantized(StateTensor):
-    """8-bit codes, and an fp32 scale per block of 256."""
+    """8-bit codes, and an fp32 scale per block of 256.
 
-    def __init__(self, n: int, codes: torch.dtype) -> None:
+    Args:
+        n: Numbers.
+        signed: Integers for numbers of both signs, the first moment; otherwise floats for numbers that are at least 0,
+            the second moment.
+    """
+
+    def __init__(self, n: int, *, signed: bool) -> None:
         padded = rounding.padded(n)
+        self.signed = signed
         self.tensors = {
-            "": torch.zeros(padded, dtype=codes, device="cpu"),
+            "": torch.zeros(padded, dtype=torch.int8 if signed else torch.uint8, device="cpu"),
             "_scale": torch.zeros(padded // rounding.BLOCK, device="cpu"),
         }
+
+    def read(self, span: slice) -> Tensor:
+        """Decode."""
+        codes, scales = self._parts(span)
+        decode = rounding.from_int8 if self.signed else rounding.from_float8
+        return decode(self.tensors[""][codes], self.tensors["_scale"][scales])[: span.stop - span.start]
+
+    def write(self, span: slice, x: Tensor, seed: Seed) -> None:
+        """Encode with new scales."""
+        codes, scales = self._parts(span)
+        table = rounding.unit_noise_table() if self.signed else rounding.noise_table(19)
+        noise = rounding.sample_noise(table, span.start, codes.stop - codes.start, *seed)
+        encode = rounding.to_int8 if self.signed else rounding.to_float8
+        self.tensors[""][codes], self.tensors["_scale"][scales] = encode(x, noise)
 
     def _parts(self, span: slice) -> tuple[slice, slice]:
         """Where the codes and the scales of a span are; a span begins with a block."""
         codes = slice(span.start, span.start + rounding.padded(span.stop - span.start))
         return codes, slice(codes.start // rounding.BLOCK, codes.stop // rounding.BLOCK)
-
-    def _decoded(self, span: slice, decode: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        codes, scales = self._parts(span)
-        return decode(self.tensors[""][codes], self.tensors["_scale"][scales])[: span.stop - span.start]
-
-    def _store(self, span: slice, coded: tuple[Tensor, Tensor]) -> None:
-        codes, scales = self._parts(span)
-        self.tensors[""][codes], self.tensors["_scale"][scales] = coded
-
-
-class Int8(BlockQuantized):
-    """For numbers of both signs: the first moment."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__(n, torch.int8)
-
-    def read(self, span: slice) -> Tensor:
-        """Decode."""
-        return self._decoded(span, rounding.from_int8)
-
-    def write(self, span: slice, x: Tensor, seed: Seed) -> None:
-        """Encode with new scales."""
-        noise = rounding.sample_noise(rounding.unit_noise_table(), span.start, rounding.padded(len(x)), *seed)
-        self._store(span, rounding.to_int8(x, noise))
-
-
-class Float8(BlockQuantized):
-    """For numbers that are at least 0: the second moment."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__(n, torch.uint8)
-
-    def read(self, span: slice) -> Tensor:
-        """Decode."""
-        return self._decoded(span, rounding.from_float8)
-
-    def write(self, span: slice, x: Tensor, seed: Seed) -> None:
-        """Encode with new scales."""
-        noise = rounding.sample_noise(rounding.noise_table(19), span.start, rounding.padded(len(x)), *seed)
-        self._store(span, rounding.to_float8(x, noise))
