@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -53,13 +53,11 @@ class RolloutCheckpoint(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove unfinished files of a killed process."""
-        directory = self.directory(trainer)
+        directory = self.directory(trainer)  # collective
         if stage == "fit" and trainer.is_global_zero:
             remove_leftovers(directory, NAME)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Save every n rollouts."""
         module = cast(PolicyModule, pl_module)
         rollouts = module.state.rollouts
@@ -78,14 +76,12 @@ class RolloutCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save a run that a signal ends; after an error the state in memory may be inconsistent."""
-        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if not isinstance(exception, SIGTERMException) or not training:
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if not fitting or not isinstance(exception, SIGTERMException):
             return
         try:
             self._save(trainer, cast(PolicyModule, pl_module))
-        except (
-            OSError
-        ) as error:  # raising it would skip the callbacks behind, which set the exit code and requeue a SLURM job
+        except OSError as error:  # raising it would skip later callbacks, which set the exit code and requeue the job
             kept = f"the last checkpoint is {shown(self.last_path)}" if self.last_path else "there is no checkpoint"
             log.error("stopped by a signal, not saved: %s; %s", error, kept)
         else:
@@ -104,20 +100,15 @@ class RolloutCheckpoint(Callback):
         Raises:
             DamagedCheckpoint: There are checkpoints, but none is complete.
         """
-        directories = list(self._directories(trainer))
+        directories = [self.directory(trainer)]
+        run = directories[0].parent
+        if not self.dirpath and re.fullmatch(r"version_\d+", run.name):
+            directories = [version / "checkpoints" for version in sorted(run.parent.glob("version_*"))]
         if trainer.is_global_zero:
             for directory in directories:
                 remove_leftovers(directory, NAME)
         path = manifest.newest(path for directory in directories for path in _checkpoints(directory))
         return None if path is None else str(path)
-
-    def _directories(self, trainer: Trainer) -> Iterator[Path]:
-        directory = self.directory(trainer)
-        run = directory.parent
-        if not self.dirpath and re.fullmatch(r"version_\d+", run.name):
-            yield from (version / directory.name for version in sorted(run.parent.glob("version_*")))
-        else:
-            yield directory
 
     def _save(self, trainer: Trainer, module: PolicyModule) -> None:
         directory = self.directory(trainer)
@@ -128,17 +119,12 @@ class RolloutCheckpoint(Callback):
             with module.phases("save"):
                 trainer.save_checkpoint(path)
             self._saved, self.last_path = state, str(path)
-        if trainer.is_global_zero and self.keep:
-            self._prune(directory)
-
-    def _prune(self, directory: Path) -> None:
-        """Delete all but the newest; damaged checkpoints are neither counted nor deleted."""
+        if not trainer.is_global_zero or not self.keep:
+            return
         ages: dict[Path, int] = {}
         for path in _checkpoints(directory):
-            try:
+            with suppress(manifest.DamagedCheckpoint):  # these are neither counted nor deleted
                 ages[path] = manifest.read(path).saved_at_ns
-            except manifest.DamagedCheckpoint:
-                continue
         for path in sorted(ages, key=ages.__getitem__)[: -self.keep]:
             renamed = temporary_beside(path)  # a half-deleted directory must not look like a damaged checkpoint
             remove(renamed)
@@ -147,6 +133,4 @@ class RolloutCheckpoint(Callback):
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        return []
-    return sorted(path for path in directory.iterdir() if re.fullmatch(NAME, path.name))
+    return sorted(path for path in directory.glob("*") if re.fullmatch(NAME, path.name))

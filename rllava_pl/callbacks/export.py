@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,14 +17,10 @@ from torch import Tensor
 import rllava_pl
 from rllava_pl.callbacks.files import run_directory
 from rllava_pl.checkpoint.atomic import replace_directory, temporary_beside
+from rllava_pl.models.policy import Policy
 from rllava_pl.models.quiet import no_progress_bar
+from rllava_pl.modules import PolicyModule
 from rllava_pl.strategies.adapter import adapter_for
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from rllava_pl.models.policy import Policy
-    from rllava_pl.modules import PolicyModule
 
 log = logging.getLogger(__name__)
 
@@ -63,17 +59,15 @@ class ExportHF(Callback):
         """Reset what was exported."""
         self._exported = -1
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Export every n rollouts."""
-        module = cast("PolicyModule", pl_module)
+        module = cast(PolicyModule, pl_module)
         if self.every_n_rollouts and module.state.rollouts % self.every_n_rollouts == 0:
             self._export(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the end of the run."""
-        self._export(trainer, cast("PolicyModule", pl_module))
+        self._export(trainer, cast(PolicyModule, pl_module))
 
     def _export(self, trainer: Trainer, module: PolicyModule) -> None:
         state = module.state
@@ -108,8 +102,11 @@ def export(
     temporary = temporary_beside(directory)
     try:
         with no_progress_bar():
-            _save_model(policy.model, dict(weights), temporary)
-        _save_processor(policy, temporary)
+            _save_model(policy, dict(weights), temporary)
+        if (tokenizer := getattr(policy.tokenizer, "backend_tokenizer", None)) is not None:
+            tokenizer.no_padding()  # transformers sets both in every call, and would save them
+            tokenizer.no_truncation()
+        policy.processor.save_pretrained(temporary)
         record = {"rllava_pl": rllava_pl.__version__, **(note or {})}
         (temporary / NOTE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         replace_directory(temporary, directory)
@@ -133,37 +130,21 @@ def check_replaceable(directory: Path) -> None:
         )
 
 
-def _save_model(model: PreTrainedModel, weights: dict[str, Tensor], directory: Path) -> None:
+def _save_model(policy: Policy, weights: dict[str, Tensor], directory: Path) -> None:
     """Save weights and configs through a copy without weights, since the model may be sharded or have adapters.
 
     ``save_pretrained`` of a model with adapters would write the adapters alone.
     """
+    model = policy.model
     weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
     config = copy.deepcopy(model.config)
-    if not _drop_tied(model, weights):
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    with torch.device("meta"):
-        copied = type(model)._from_config(config, dtype=model.dtype)
-    copied.generation_config = model.generation_config
-    copied.save_pretrained(directory, state_dict=weights)
-
-
-def _save_processor(policy: Policy, directory: Path) -> None:
-    """Chat template, tokenizer and image processor, without the padding and truncation of the last call."""
-    backend = getattr(policy.tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # transformers sets both in every call, and would save them
-        backend.no_padding()
-        backend.no_truncation()
-    policy.processor.save_pretrained(directory)
-
-
-def _drop_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> bool:
-    """Remove the second name of tied weights; False if an adapter on one of the two made them differ."""
-    tied = True
     for name, source in model.all_tied_weights_keys.items():
         if name in weights and source in weights:
             if torch.equal(weights[name], weights[source]):
                 del weights[name]
-            else:
-                tied = False
-    return tied
+            else:  # an adapter on one of the two made them differ
+                config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    with torch.device("meta"):
+        copied = type(model)._from_config(config, dtype=model.dtype)
+    copied.generation_config = model.generation_config
+    copied.save_pretrained(directory, state_dict=weights)

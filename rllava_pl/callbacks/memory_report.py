@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich import get_console
+from rich.table import Column, Table
 from torch import nn
 
 from rllava_pl.callbacks.plan_settings import placement_with, settings_of
 from rllava_pl.memory import MemoryPlan, PromptSize, placement_of, plan
 from rllava_pl.memory.units import gib
-
-if TYPE_CHECKING:
-    from rllava_pl.modules import PolicyModule
-    from rllava_pl.types import PromptBatch
+from rllava_pl.modules import PolicyModule
+from rllava_pl.types import PromptBatch
 
 PLANNED = {"rollout": ("rollout",), "logprobs": ("logprobs",), "update": ("update", "optimizer"), "save": ("save",)}
 """Phases of a run, and the phases of the plan that belong to them."""
@@ -45,14 +44,14 @@ class MemoryReport(Callback):
         self.measured: dict[str, float] = {}
         """Largest GiB by phase, of the whole run."""
         self._reports = False
-        self._meter: Meter | None = None
+        self._meter: CUDAMeter | ProcessMeter | None = None
         self._peaks: list[int] = []
         """Bytes of the phases that are running, outermost first."""
         self._recent: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the phases."""
-        observers = cast("PolicyModule", pl_module).phases.observers
+        observers = cast(PolicyModule, pl_module).phases.observers
         self._reports = trainer.is_global_zero and not any(isinstance(x, MemoryReport) for x in observers)
         if self._reports:
             observers.append(self)
@@ -61,9 +60,9 @@ class MemoryReport(Callback):
         """Before the first rollout, make the plan and start to measure."""
         if self._meter is not None or not self._reports:
             return
-        module = cast("PolicyModule", pl_module)
+        module = cast(PolicyModule, pl_module)
         if self.predict:
-            self.predicted = self._plan(trainer, module, cast("PromptBatch", batch))
+            self.predicted = self._plan(trainer, module, cast(PromptBatch, batch))
         self._meter = meter(module)
 
     def phase_begins(self, name: str) -> None:
@@ -82,15 +81,13 @@ class MemoryReport(Callback):
         if self._peaks:
             self._peaks[-1] = max(self._peaks[-1], peak)
 
-    def _read(self, meter: Meter) -> None:
+    def _read(self, meter: CUDAMeter | ProcessMeter) -> None:
         """Add the peak since the last reading to the innermost phase."""
         if self._peaks:
             self._peaks[-1] = max(self._peaks[-1], meter.peak())
         meter.restart()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Log the peaks of the rollout that has ended."""
         if not self._reports:
             return
@@ -99,17 +96,22 @@ class MemoryReport(Callback):
         metrics = {f"memory/{name}_gib": size for name, size in recent.items()}
         metrics |= {f"memory/predicted_{name}_gib": self.predicted[name] for name in recent if name in self.predicted}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=cast("PolicyModule", pl_module).state.rollouts)
+            logger.log_metrics(metrics, step=cast(PolicyModule, pl_module).state.rollouts)
         trainer.callback_metrics.update({name: torch.tensor(size) for name, size in metrics.items()})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print a table of all phases."""
-        if self._reports and self.measured:
-            _print(self.measured, self.predicted)
+        if not self._reports or not self.measured:
+            return
+        columns = (Column(name, justify="right") for name in ("measured", "predicted"))
+        table = Table("phase", *columns, title="peak memory, GiB", title_justify="left")
+        for name, size in self.measured.items():
+            table.add_row(name, f"{size:.3f}", f"{self.predicted[name]:.3f}" if name in self.predicted else "")
+        get_console().print(table)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop observing, also after an error."""
-        observers = cast("PolicyModule", pl_module).phases.observers
+        observers = cast(PolicyModule, pl_module).phases.observers
         if self in observers:
             observers.remove(self)
 
@@ -121,17 +123,14 @@ class MemoryReport(Callback):
             log.warning("no memory plan: %s", error)
             return {}
         peaks = {phase.name: phase.gpu if found.settings.device == "cuda" else phase.host for phase in found.phases}
-        return {
-            name: gib(max(peaks[part] for part in parts if part in peaks))
-            for name, parts in PLANNED.items()
-            if any(part in peaks for part in parts)
-        }
+        planned_peaks = {name: [peaks[part] for part in parts if part in peaks] for name, parts in PLANNED.items()}
+        return {name: gib(max(sizes)) for name, sizes in planned_peaks.items() if sizes}
 
 
 def planned(trainer: Trainer, module: PolicyModule, batch: PromptBatch) -> MemoryPlan:
     """The plan of a run, from its Trainer, module and first batch."""
     strategy = trainer.strategy
-    zero = getattr(strategy, "config", {}).get("zero_optimization", {}) if hasattr(strategy, "config") else {}
+    zero = getattr(strategy, "config", {}).get("zero_optimization", {})
     options = {
         "stage": zero.get("stage", 3),
         "offload_optimizer": "offload_optimizer" in zero,
@@ -166,36 +165,20 @@ def prompt_size(module: PolicyModule, batch: PromptBatch) -> PromptSize:
 # -- meters ----------------------------------------------------------------------------------------------------------
 
 
-class Meter(Protocol):
-    """Peak memory since the last restart."""
-
-    def restart(self) -> None:
-        """Forget the peak."""
-
-    def peak(self) -> int:
-        """Bytes."""
-
-
-def meter(module: nn.Module) -> Meter:
+def meter(module: nn.Module) -> CUDAMeter | ProcessMeter:
     """The meter of the device that trains."""
-    parameters = {id(p): p for p in module.parameters()}.values()
-    if any(p.is_cuda for p in parameters):
+    if any(p.is_cuda for p in module.parameters()):
         return CUDAMeter()
-    files = _mapped_files()
-    own = (p for p in parameters if not (p.requires_grad and any(p.data_ptr() in places for places in files)))
-    return ProcessMeter(loaded=sum(p.nbytes for p in own))
-
-
-def _mapped_files() -> list[range]:
-    """Addresses of the files that are mapped into this process (Linux)."""
     maps = Path("/proc/self/maps")
     lines = [line.split() for line in maps.read_text().splitlines()] if maps.exists() else []
     ends = (line[0].split("-") for line in lines if line[4] != "0")
-    return [range(int(start, 16), int(end, 16)) for start, end in ends]
+    files = [range(int(start, 16), int(end, 16)) for start, end in ends]  # addresses of mapped files
+    own = (p for p in module.parameters() if not (p.requires_grad and any(p.data_ptr() in file for file in files)))
+    return ProcessMeter(loaded=sum(p.nbytes for p in own))
 
 
 class CUDAMeter:
-    """Peak of torch's allocator, and all other memory in use on the GPU."""
+    """Peak since the last restart of torch's allocator, and all other memory in use on the GPU."""
 
     def restart(self) -> None:
         """Forget the peak."""
@@ -209,7 +192,7 @@ class CUDAMeter:
 
 
 class ProcessMeter:
-    """Growth of this process (Linux) since the meter was made, without pages of files.
+    """Peak since the last restart of the growth of this process (Linux), without pages of files.
 
     Freed memory that the C library keeps is returned to the system at every restart, since later phases would reuse it.
 
@@ -242,15 +225,3 @@ class ProcessMeter:
             return 0
         sizes = dict(line.split(":", 1) for line in self.STATUS.read_text().splitlines())
         return 1024 * (int(sizes[total].split()[0]) - int(sizes["RssFile"].split()[0]))
-
-
-def _print(measured: Mapping[str, float], predicted: Mapping[str, float]) -> None:
-    from rich import get_console
-    from rich.table import Table
-
-    table = Table("phase", title="peak memory, GiB", title_justify="left")
-    table.add_column("measured", justify="right")
-    table.add_column("predicted", justify="right")
-    for name, size in measured.items():
-        table.add_row(name, f"{size:.3f}", f"{predicted[name]:.3f}" if name in predicted else "")
-    get_console().print(table)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, cast
+from collections.abc import Sequence
+from typing import Literal, cast
 
-from rllava_pl.callbacks.vllm import VLLMRollout
-from rllava_pl.callbacks.vllm_server import VLLMServerRollout
+from torch.optim import Optimizer
+
+from rllava_pl.callbacks.vllm import VLLMRollout, VLLMServerRollout
 from rllava_pl.memory.placement import Placement, host_adamw
 from rllava_pl.memory.settings import EngineMemory, PlannedEngine, PlannedModel, PlanSettings, PromptSize
 from rllava_pl.memory.units import GIB
+from rllava_pl.modules import PolicyModule
 from rllava_pl.optim import HostAdamW
 from rllava_pl.rollout.callbacks import RolloutCallback, TransformersRollout
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch.optim import Optimizer
-
-    from rllava_pl.loop.options import Batching
-    from rllava_pl.modules import PolicyModule
 
 
 def settings_of(
@@ -32,32 +27,25 @@ def settings_of(
     prompt: PromptSize,
     device: Literal["cuda", "cpu"],
 ) -> PlanSettings:
-    """The inputs of the plan of a run.
-
-    Args:
-        module: The algorithm; its policy need not be loaded.
-        callbacks: Of the Trainer.
-        placement: Of the strategy and the optimizer.
-        precision: Of the Trainer.
-        ranks: Processes of the run.
-        batch_prompts: Prompts of a rollout on each rank.
-        prompt: Size of every prompt.
-        device: Where the policy is trained.
-    """
-    policy, max_tokens = module.policy, module.sampling.max_tokens
+    """The inputs of the plan of a run; the policy need not be loaded, ``batch_prompts`` are those of one rank."""
+    policy, max_tokens, batching = module.policy, module.sampling.max_tokens, module.batching
     rollout = next((x for x in callbacks if isinstance(x, RolloutCallback)), TransformersRollout())
     engine = planned_engine(rollout, device=device, precision=precision, dtype=policy.dtype)
     exact = engine.kind == "embedded" and policy.dtype == "float32" and precision == "32-true"
     old_logp = getattr(module, "computes_old_logp", False) and not exact
-    group_rows = module.group_size + module.extra_rows
+    group_rows, micro_batch_size = module.group_size + module.extra_rows, batching.micro_batch_size
+    if batching.micro_batch_tokens:  # rows when every response is of full length
+        groups = batching.micro_batch_tokens // (prompt.tokens + group_rows * max_tokens)
+        rows = groups * group_rows or max(1, (batching.micro_batch_tokens - prompt.tokens) // max_tokens)
+        micro_batch_size = min(rows, micro_batch_size or rows)
     return PlanSettings(
         model=PlannedModel.of(policy),
         precision=precision,
         group_rows=group_rows,
         max_tokens=max_tokens,
         batch_prompts=batch_prompts,
-        num_minibatches=module.batching.num_minibatches,
-        micro_batch_size=_micro_batch_rows(module.batching, group_rows, prompt.tokens, max_tokens),
+        num_minibatches=batching.num_minibatches,
+        micro_batch_size=micro_batch_size,
         prompt=prompt,
         critic=getattr(module, "critic", "none"),
         reference=module.needs_reference and policy.lora is None,
@@ -68,15 +56,6 @@ def settings_of(
         engine=engine,
         device=device,
     )
-
-
-def _micro_batch_rows(batching: Batching, group_rows: int, prompt_tokens: int, max_tokens: int) -> int:
-    """Rows of a micro-batch when every response is of full length; 0: no limit."""
-    if not batching.micro_batch_tokens:
-        return batching.micro_batch_size
-    groups = batching.micro_batch_tokens // (prompt_tokens + group_rows * max_tokens)
-    rows = groups * group_rows or max(1, (batching.micro_batch_tokens - prompt_tokens) // max_tokens)
-    return min(rows, batching.micro_batch_size or rows)
 
 
 def planned_engine(callback: RolloutCallback, *, device: str, precision: str, dtype: str) -> PlannedEngine:

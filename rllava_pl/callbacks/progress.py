@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from time import monotonic
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
@@ -17,8 +17,7 @@ from rich.table import Column
 from rich.text import Text
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rllava_pl.modules import PolicyModule
+from rllava_pl.modules import PolicyModule
 
 RECENT = 20
 """Rollouts over which ``s/rollout`` is averaged."""
@@ -123,7 +122,7 @@ class RolloutProgressBar(RichProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show how many rollouts are done, which after a resume are not 0."""
-        module = cast("PolicyModule", pl_module)
+        module = cast(PolicyModule, pl_module)
         self.pace = Pace(module.max_rollouts or math.inf, module.state.rollouts, monotonic())
         super().on_train_start(trainer, pl_module)
         if self.is_enabled:
@@ -133,16 +132,14 @@ class RolloutProgressBar(RichProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One bar covers all epochs."""
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Start the clock at the first rollout, after what other callbacks do in ``on_train_start``."""
         if math.isnan(self.pace.seconds):
             self.pace = Pace(self.pace.total, self.pace.done, monotonic())
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Advance by one rollout."""
-        self.pace.tick(cast("PolicyModule", pl_module).state.rollouts, monotonic())
+        self.pace.tick(cast(PolicyModule, pl_module).state.rollouts, monotonic())
         self.metrics = describe(trainer.callback_metrics)
         self._update(self.train_progress_bar_id, self.pace.done)
         if self.every_n_rollouts and self.pace.done % self.every_n_rollouts == 0:

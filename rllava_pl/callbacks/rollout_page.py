@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+from PIL.Image import Image
 
 from rllava_pl.types import FinishReason, ImageSlot, Prompt
-
-if TYPE_CHECKING:
-    from jinja2 import Template
-    from PIL.Image import Image
 
 IMAGE_SIDE_PIXELS = 320
 """Larger images are reduced to this."""
@@ -85,9 +84,6 @@ def mean_reward(answers: Sequence[Answer]) -> float:
 
 @cache
 def _template() -> Template:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -100,14 +96,7 @@ def _template() -> Template:
 
 
 def render(title: str, prompts: Sequence[Prompt], images: Sequence[Sequence[str]], moments: Sequence[Moment]) -> str:
-    """The page: one row a prompt, one column a moment.
-
-    Args:
-        title: Heading.
-        prompts: P, shown in the first column.
-        images: P lists of data URIs.
-        moments: Columns, in order.
-    """
+    """The page: one row for each of P prompts with their P lists of images as data URIs, one column a moment."""
     groups = [group for moment in moments for group in (moment.greedy, *moment.sampled)]
     rewards = [answer.reward for group in groups for answer in group if answer.reward is not None]
     low, high = min(rewards, default=0.0), max(rewards, default=1.0)

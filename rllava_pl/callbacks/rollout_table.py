@@ -7,22 +7,23 @@ import logging
 from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich import get_console
+from rich.table import Table
+from rich.text import Text
 
 from rllava_pl.callbacks import rollout_page as page
 from rllava_pl.callbacks.files import run_directory, shown
 from rllava_pl.callbacks.rollout_page import Answer, Moment
 from rllava_pl.callbacks.splits import batches, split_loaders
 from rllava_pl.checkpoint.atomic import write_text
+from rllava_pl.modules import PolicyModule
 from rllava_pl.rewards import RewardOutput
 from rllava_pl.types import Prompt, Rollout
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-    from rllava_pl.modules import PolicyModule
 
 log = logging.getLogger(__name__)
 
@@ -62,109 +63,91 @@ class RolloutTable(Callback):
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Restore the columns."""
         self._uids = list(cast("list[str]", state_dict["uids"]))
-        self.moments = [_moment(**record) for record in cast("list[dict[str, Any]]", state_dict["moments"])]
+        self.moments = [
+            Moment(
+                record["rollout"],
+                [Answer(**answer) for answer in record["greedy"]],
+                [[Answer(**answer) for answer in answers] for answers in record["sampled"]],
+            )
+            for record in cast("list[dict[str, Any]]", state_dict["moments"])
+        ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the prompts and answer them before the first rollout."""
-        module = cast("PolicyModule", pl_module)
+        module = cast(PolicyModule, pl_module)
         loaders = split_loaders(trainer.datamodule, "val")  # type: ignore[attr-defined]
         first = list(islice(chain.from_iterable(batches(loaders)), self.num_prompts))
         prompts = trainer.strategy.broadcast(first)  # every rank answers the same prompts
         directory = run_directory(trainer)  # collective
         self.path = directory / "rollouts.html" if prompts else None
         if self.path is None:
-            log.warning(
-                "RolloutTable: no table is written, because the data has no validation split to take prompts from"
-            )
+            missing = "the data has no validation split to take prompts from"
+            log.warning("RolloutTable: no table is written, because %s", missing)
             return
-        self._use(prompts)
+        uids = [prompt.uid for prompt in prompts]
+        if self.moments and uids != self._uids:
+            changed = "the validation prompts are not those of the checkpoint"
+            log.warning("RolloutTable: %s; earlier columns are dropped", changed)
+            self.moments = []
+        self._prompts, self._uids = prompts, uids
+        self._images = [[page.data_uri(image) for image in prompt.images] for prompt in prompts]
         if self.moments:
             self._write(trainer, module)
         else:
             self._add_column(trainer, module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Add a column every n rollouts."""
-        module = cast("PolicyModule", pl_module)
+        module = cast(PolicyModule, pl_module)
         if self.every_n_rollouts and module.state.rollouts % self.every_n_rollouts == 0:
             self._add_column(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the last column, and print before and after."""
-        self._add_column(trainer, cast("PolicyModule", pl_module))
+        self._add_column(trainer, cast(PolicyModule, pl_module))
         if self.path is not None and self.moments and trainer.is_global_zero:
             print_before_and_after(self._prompts, self.moments, self.path)
-
-    def _use(self, prompts: list[Prompt]) -> None:
-        """Use these prompts; restored columns are kept only if they belong to the same ones."""
-        uids = [prompt.uid for prompt in prompts]
-        if self.moments and uids != self._uids:
-            log.warning(
-                "RolloutTable: the validation prompts are not those of the checkpoint; earlier columns are dropped"
-            )
-            self.moments = []
-        self._prompts, self._uids = prompts, uids
-        self._images = [[page.data_uri(image) for image in prompt.images] for prompt in prompts]
 
     def _add_column(self, trainer: Trainer, module: PolicyModule) -> None:
         """Answer all prompts, on every rank because weights may have to be gathered, and write them on rank zero."""
         if self.path is None or any(moment.rollout == module.state.rollouts for moment in self.moments):
             return
-        greedy = _answers(*module.evaluator.evaluate(self._prompts, stream="table"))
-        drawn = (
-            _answers(*module.evaluator.evaluate(self._prompts, samples=self.samples, stream="table"))
-            if self.samples
-            else []
-        )
-        sampled = [drawn[p * self.samples : (p + 1) * self.samples] for p in range(len(greedy))]
+        evaluate, prompts, samples = module.evaluator.evaluate, self._prompts, self.samples
+        greedy = _answers(*evaluate(prompts, stream="table"))
+        drawn = _answers(*evaluate(prompts, samples=samples, stream="table")) if samples else []
+        sampled = [drawn[p * samples : (p + 1) * samples] for p in range(len(greedy))]
         self.moments.append(Moment(module.state.rollouts, greedy, sampled))
         self._write(trainer, module)
-        self._log(trainer)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
+                log_moment(logger, prompts, self.moments[-1], images=len(self.moments) == 1)
 
     def _write(self, trainer: Trainer, module: PolicyModule) -> None:
         if trainer.is_global_zero and self.path is not None:
-            title = f"{type(module).__name__}: answers over {module.state.rollouts} rollouts"
-            text = page.render(title, self._prompts, self._images, self.moments)
+            rollouts = module.state.rollouts
+            title = f"{type(module).__name__}: answers over {rollouts} rollouts"
             try:
-                write_text(self.path, text)
+                write_text(self.path, page.render(title, self._prompts, self._images, self.moments))
             except OSError as error:  # the table is not worth ending the run; the next column is written again
-                log.warning(
-                    "RolloutTable: %s was not written after %d rollouts: %s", self.path, module.state.rollouts, error
-                )
-
-    def _log(self, trainer: Trainer) -> None:
-        """The newest column to TensorBoard, images with the first one."""
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        for logger in trainer.loggers if trainer.is_global_zero else ():
-            if isinstance(logger, TensorBoardLogger):
-                log_moment(logger.experiment, self._prompts, self.moments[-1], images=len(self.moments) == 1)
+                log.warning("RolloutTable: %s was not written after %d rollouts: %s", self.path, rollouts, error)
 
 
-def log_moment(writer: SummaryWriter, prompts: Sequence[Prompt], moment: Moment, *, images: bool) -> None:
+def log_moment(logger: TensorBoardLogger, prompts: Sequence[Prompt], moment: Moment, *, images: bool) -> None:
     """One text a prompt, indented as a code block, so that TensorBoard does not read answers as Markdown."""
-    import numpy as np
-
     for p, prompt in enumerate(prompts):
         answers = [moment.greedy[p], *moment.sampled[p]]
         lines = [page.prompt_text(prompt), f"expected: {prompt.answer_text}"]
         for k, answer in enumerate(answers):
-            lines += ["", f"{'sampled' if k else 'greedy'}, {_reward(answer)}:", answer.text]
+            lines += ["", f"{'sampled' if k else 'greedy'}, reward {_reward(answer)}:", answer.text]
         block = "\n".join("    " + line for line in page.printable("\n".join(lines)).splitlines())
-        writer.add_text(f"table/prompt_{p}", block, moment.rollout)
+        logger.experiment.add_text(f"table/prompt_{p}", block, moment.rollout)
         for k, image in enumerate(prompt.images if images else ()):
             pixels = np.asarray(page.thumbnail(image))
-            writer.add_image(f"table/prompt_{p}/image_{k}", pixels, moment.rollout, dataformats="HWC")
+            logger.experiment.add_image(f"table/prompt_{p}/image_{k}", pixels, moment.rollout, dataformats="HWC")
 
 
 def print_before_and_after(prompts: Sequence[Prompt], moments: Sequence[Moment], path: Path) -> None:
     """First and last column as text, without markup and control characters of the model."""
-    from rich import get_console
-    from rich.table import Table
-    from rich.text import Text
-
     first, last = moments[0], moments[-1]
     table = Table(title=f"Most likely answers, rollout {first.rollout} and {last.rollout}", title_justify="left")
     table.add_column("expected", max_width=16)
@@ -172,38 +155,21 @@ def print_before_and_after(prompts: Sequence[Prompt], moments: Sequence[Moment],
         table.add_column(f"rollout {moment.rollout}", ratio=1)
         table.add_column("reward", justify="right")
     for prompt, before, after in zip(prompts, first.greedy, last.greedy, strict=True):
-        cells = [prompt.answer_text, before.text, _number(before), after.text, _number(after)]
-        table.add_row(*(Text(_one_line(cell), no_wrap=True, overflow="ellipsis") for cell in cells))
+        cells = [prompt.answer_text, before.text, _reward(before), after.text, _reward(after)]
+        one_line = (" ".join(page.printable(cell).split()) for cell in cells)
+        table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in one_line))
     console = get_console()
     console.print(table)
     console.print(Text(f"with images and all columns: {shown(path)}"), soft_wrap=True)
 
 
 def _answers(rollouts: Sequence[Rollout], output: RewardOutput) -> list[Answer]:
+    components = [{name: values[n] for name, values in output.components.items()} for n in range(len(rollouts))]
     return [
-        Answer(
-            rollout.text,
-            rollout.finish_reason,
-            output.rewards[n],
-            {name: values[n] for name, values in output.components.items()},
-        )
-        for n, rollout in enumerate(rollouts)
+        Answer(rollout.text, rollout.finish_reason, reward, parts)
+        for rollout, reward, parts in zip(rollouts, output.rewards, components, strict=True)
     ]
 
 
-def _moment(rollout: int, greedy: list[dict[str, Any]], sampled: list[list[dict[str, Any]]]) -> Moment:
-    """Read the state of a checkpoint."""
-    drawn = [[Answer(**answer) for answer in answers] for answers in sampled]
-    return Moment(rollout, [Answer(**answer) for answer in greedy], drawn)
-
-
-def _number(answer: Answer) -> str:
-    return "–" if answer.reward is None else f"{answer.reward:.2f}"
-
-
 def _reward(answer: Answer) -> str:
-    return "not scored" if answer.reward is None else f"reward {answer.reward:.2f}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(page.printable(text).split())
+    return "not scored" if answer.reward is None else f"{answer.reward:.2f}"

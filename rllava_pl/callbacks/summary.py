@@ -8,47 +8,28 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from platform import python_version
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich import get_console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
+import rllava_pl
 from rllava_pl.callbacks.export import ExportHF
 from rllava_pl.callbacks.files import run_directory, shown
 from rllava_pl.callbacks.rollout_table import RolloutTable
 from rllava_pl.callbacks.splits import batches, split_loaders
 from rllava_pl.checkpoint.atomic import write_text
 from rllava_pl.loop.evaluation import Scores
-
-if TYPE_CHECKING:
-    from rllava_pl.modules import PolicyModule
+from rllava_pl.modules import PolicyModule
 
 _IMPORTED = time.monotonic()
-
-
-@dataclass(frozen=True)
-class Record:
-    """The content of ``summary.json``."""
-
-    accuracy_before: float | None
-    """Greedy, over the test split; None without a test split or a reward component ``accuracy``."""
-    accuracy_after: float | None
-    reward_before: float | None
-    reward_after: float | None
-    seconds: float
-    """From the start of the process to this summary; after a resume that of the last process."""
-    peak_rss_gb: float | None
-    """Largest resident memory of the process in 10^9 bytes; None on systems that do not report it."""
-    rollouts: int
-    updates: int
-    test_before: Mapping[str, float]
-    """Every mean over the test split, by name."""
-    test_after: Mapping[str, float]
-    versions: Mapping[str, str]
-    paths: Mapping[str, str]
-    """Files of the run, by kind; only those that exist."""
-    config: Mapping[str, object]
 
 
 class RunSummary(Callback):
@@ -73,38 +54,41 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the untrained policy."""
-        module = cast("PolicyModule", pl_module)
+        module = cast(PolicyModule, pl_module)
         if module.state.rollouts == 0:
             self.before = score_test_split(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the trained policy."""
-        self.after = score_test_split(trainer, cast("PolicyModule", pl_module))
+        self.after = score_test_split(trainer, cast(PolicyModule, pl_module))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print, after all other callbacks have written their files."""
-        directory = run_directory(trainer)
-        if trainer.is_global_zero:
-            record = self._record(trainer, cast("PolicyModule", pl_module), directory)
-            write_text(directory / "summary.json", json.dumps(asdict(record), indent=2, default=str) + "\n")
-            print_summary(record)
-
-    def _record(self, trainer: Trainer, module: PolicyModule, directory: Path) -> Record:
-        return Record(
-            accuracy_before=self.before.get("accuracy"),
-            accuracy_after=self.after.get("accuracy"),
-            reward_before=self.before.get("reward"),
-            reward_after=self.after.get("reward"),
-            seconds=round(process_seconds(), 3),
-            peak_rss_gb=peak_rss_gb(),
-            rollouts=module.state.rollouts,
-            updates=module.state.updates,
-            test_before=self.before,
-            test_after=self.after,
-            versions=versions(),
-            paths=paths(trainer, directory),
-            config=config(trainer, module),
-        )
+        directory = run_directory(trainer)  # collective
+        if not trainer.is_global_zero:
+            return
+        module, before, after = cast(PolicyModule, pl_module), self.before, self.after
+        record = {
+            "accuracy_before": before.get("accuracy"),  # none without a test split or a reward component accuracy
+            "accuracy_after": after.get("accuracy"),
+            "reward_before": before.get("reward"),
+            "reward_after": after.get("reward"),
+            "seconds": round(process_seconds(), 3),  # of the last process, if the run was resumed
+            "peak_rss_gb": peak_rss_gb(),
+            "rollouts": module.state.rollouts,
+            "updates": module.state.updates,
+            "test_before": before,
+            "test_after": after,
+            "versions": {
+                "python": python_version(),
+                **{name: version(name) for name in ("torch", "transformers", "lightning")},
+                "rllava_pl": rllava_pl.__version__,
+            },
+            "paths": paths(trainer, directory),
+            "config": config(trainer, module),
+        }
+        write_text(directory / "summary.json", json.dumps(record, indent=2, default=str) + "\n")
+        print_summary(record)
 
 
 def score_test_split(trainer: Trainer, module: PolicyModule) -> dict[str, float]:
@@ -135,21 +119,6 @@ def peak_rss_gb() -> float | None:
         return None
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / 1e9, 3)
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that results depend on."""
-    from importlib.metadata import version
-    from platform import python_version
-
-    import rllava_pl
-
-    packages = ("torch", "transformers", "lightning")
-    return {
-        "python": python_version(),
-        **{name: version(name) for name in packages},
-        "rllava_pl": rllava_pl.__version__,
-    }
 
 
 def paths(trainer: Trainer, directory: Path) -> dict[str, str]:
@@ -184,39 +153,27 @@ def config(trainer: Trainer, module: PolicyModule) -> dict[str, object]:
     }
 
 
-def print_summary(record: Record) -> None:
+def print_summary(record: Mapping[str, Any]) -> None:
     """Print the panel, and below it the next commands, unwrapped so that they can be copied."""
-    from rich import get_console
-    from rich.panel import Panel
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table.grid(padding=(0, 2))
-    for label, value in _facts(record).items():
-        grid.add_row(Text(label, style="dim"), Text(value, overflow="fold"))
-    console = get_console()
-    console.print(Panel(grid, title=f"{record.config['algorithm']} is done", title_align="left", expand=False))
-    for label, command in next_commands(record.paths).items():
-        console.print(Text.assemble((f"{label}: ", "dim"), command), soft_wrap=True)
-
-
-def _facts(record: Record) -> dict[str, str]:
-    """Lines of the panel."""
+    folder, peak = record["paths"]["folder"], record["peak_rss_gb"]
     facts = {
-        "test accuracy": _change(record.accuracy_before, record.accuracy_after),
-        "test reward": _change(record.reward_before, record.reward_after),
-        "rollouts": f"{record.rollouts}, {record.updates} updates",
-        "time": f"{record.seconds:.0f} s from command to summary",
-        "peak memory": "" if record.peak_rss_gb is None else f"{record.peak_rss_gb:.2f} GB",
+        "test accuracy": _change(record["accuracy_before"], record["accuracy_after"]),
+        "test reward": _change(record["reward_before"], record["reward_after"]),
+        "rollouts": f"{record['rollouts']}, {record['updates']} updates",
+        "time": f"{record['seconds']:.0f} s from command to summary",
+        "peak memory": "" if peak is None else f"{peak:.2f} GB",
     }
-    facts |= {kind: _inside(record.paths["folder"], path) for kind, path in record.paths.items()}
-    return {label: value for label, value in facts.items() if value}
-
-
-def _inside(folder: str, path: str) -> str:
-    """A path relative to the run's folder if it lies below it."""
-    lies_below = path != folder and Path(path).is_relative_to(folder)
-    return str(Path(path).relative_to(folder)) if lies_below else shown(path)
+    for kind, path in record["paths"].items():
+        inside = path != folder and Path(path).is_relative_to(folder)
+        facts[kind] = str(Path(path).relative_to(folder)) if inside else shown(path)
+    grid = Table.grid(padding=(0, 2))
+    for label, value in facts.items():
+        if value:
+            grid.add_row(Text(label, style="dim"), Text(value, overflow="fold"))
+    console = get_console()
+    console.print(Panel(grid, title=f"{record['config']['algorithm']} is done", title_align="left", expand=False))
+    for label, command in next_commands(record["paths"]).items():
+        console.print(Text.assemble((f"{label}: ", "dim"), command), soft_wrap=True)
 
 
 def _change(before: float | None, after: float | None) -> str:

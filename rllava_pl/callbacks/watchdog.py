@@ -24,16 +24,7 @@ from rllava_pl.redaction import escaped, redact
 log = logging.getLogger(__name__)
 
 EXIT_CODES = MappingProxyType(
-    {
-        "between": 80,
-        "rollout": 81,
-        "reward": 82,
-        "logprobs": 83,
-        "update": 84,
-        "sync": 85,
-        "save": 86,
-        "validate": 87,
-    }
+    {"between": 80, "rollout": 81, "reward": 82, "logprobs": 83, "update": 84, "sync": 85, "save": 86, "validate": 87}
 )
 """Of a phase that took too long; ``between``: outside of all phases, e.g. in the data loader."""
 OTHER_PHASE = 89
@@ -79,10 +70,8 @@ class Watchdog(Callback):
         deadlines: dict[str, float] | None = None,
     ) -> None:
         if min(factor, floor_seconds, first_seconds) <= 0:
-            raise ValueError(
-                f"factor ({factor}), floor_seconds ({floor_seconds}) and first_seconds ({first_seconds}) must be "
-                "positive"
-            )
+            limits = f"factor ({factor}), floor_seconds ({floor_seconds}) and first_seconds ({first_seconds})"
+            raise ValueError(f"{limits} must be positive")
         if unknown := sorted(set(deadlines or {}) - set(EXIT_CODES)):
             raise ValueError(f"deadlines: there is no phase {unknown[0]!r}; the phases are {', '.join(EXIT_CODES)}")
         self.factor = factor
@@ -94,8 +83,6 @@ class Watchdog(Callback):
         self._failure_detector: FailureDetector | None = None
         self._lost = threading.Event()
         self._stopped = threading.Event()
-
-    # -- the run ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Connect to the other ranks. Collective."""
@@ -143,8 +130,6 @@ class Watchdog(Callback):
             self._phases = []
             self._module.phases.observers.remove(self)
 
-    # -- phases -------------------------------------------------------------------------------------------------------
-
     def phase_begins(self, name: str) -> None:
         """Start the clock of a phase."""
         self._phases = [*self._phases, self._phase(name)]
@@ -187,11 +172,10 @@ class Watchdog(Callback):
         if waiting := self._module.engine.pending:
             text += f"; the engine has not answered for {', '.join(waiting[:8])}" + (", ..." if waiting[8:] else "")
         _report(f"rank {rank()}: {text}", stacks=True)
+        code = EXIT_CODES.get(phase.name, OTHER_PHASE)
         if self._failure_detector is not None:
-            self._failure_detector.send(Message("stalled", rank(), text, EXIT_CODES.get(phase.name, OTHER_PHASE)))
-        _exit(EXIT_CODES.get(phase.name, OTHER_PHASE))
-
-    # -- other ranks --------------------------------------------------------------------------------------------------
+            self._failure_detector.send(Message("stalled", rank(), text, code))
+        _exit(code)
 
     def _on_message(self, message: Message) -> None:
         """Exit after a failure of another rank; called in the thread of the failure detector."""
@@ -229,9 +213,5 @@ def _exit(code: int) -> None:
 
 
 def _in_debugger() -> bool:
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame is not None:
-        if frame.f_globals.get("__name__") in ("bdb", "pdb"):
-            return True
-        frame = frame.f_back
-    return False
+    main = sys._current_frames().get(threading.main_thread().ident or 0)
+    return any(frame.f_globals.get("__name__") in ("bdb", "pdb") for frame, _ in traceback.walk_stack(main))

@@ -15,8 +15,6 @@ from rllava_pl.checkpoint.atomic import write_text
 from rllava_pl.distributed.collectives import world_size
 from rllava_pl.types import Json, Rollout
 
-Row = dict[str, Json]
-
 
 class RolloutWriter(Callback):
     """Writes the answers of ``predict`` as JSON lines, in the order of the data set on any number of ranks.
@@ -30,47 +28,35 @@ class RolloutWriter(Callback):
 
     def __init__(self, path: str = "") -> None:
         self.path = path
-        self._rows: list[Row] = []
+        self._rows: list[dict[str, Json]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with no rows."""
         self._rows = []
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Iterable[Rollout],
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Iterable[Rollout], *_: object
     ) -> None:
         """Keep the rows of the file, without tensors and images."""
-        self._rows += [_row(rollout) for rollout in outputs]
+        self._rows += [
+            {
+                "uid": rollout.prompt.uid,
+                "text": rollout.text,
+                "answer": rollout.prompt.answer,
+                "finish_reason": rollout.finish_reason,
+                "response_tokens": len(rollout.response_ids),
+            }
+            for rollout in outputs
+        ]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the rows of all ranks and write them."""
         path = Path(self.path) if self.path else run_directory(trainer) / "predictions.jsonl"
-        rows = _of_all_ranks(self._rows)
+        parts = [self._rows] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(parts, self._rows)
+        # Rank r of W has rows r, r + W, r + 2W, ... of the split.
+        rows = [row for row in chain.from_iterable(zip_longest(*parts)) if row is not None]
         if trainer.is_global_zero:
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             print(f"{len(rows)} predictions: {shown(path)}")
-
-
-def _row(rollout: Rollout) -> Row:
-    return {
-        "uid": rollout.prompt.uid,
-        "text": rollout.text,
-        "answer": rollout.prompt.answer,
-        "finish_reason": rollout.finish_reason,
-        "response_tokens": len(rollout.response_ids),
-    }
-
-
-def _of_all_ranks(rows: list[Row]) -> list[Row]:
-    """Interleave the rows: rank r of W has rows r, r + W, r + 2W, ... of the split."""
-    if world_size() == 1:
-        return rows
-    parts: list[list[Row]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(parts, rows)
-    return [row for row in chain.from_iterable(zip_longest(*parts)) if row is not None]
