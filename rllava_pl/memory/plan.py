@@ -119,10 +119,10 @@ def largest_micro_batch(found: MemoryPlan, limits: MemoryLimits, make_optimizer:
     def fits(rows: int) -> bool:
         return plan(found.settings.replace(micro_batch_size=rows), make_optimizer).fits(limits)
 
-    *parts, whole = micro_batch_sizes(found.settings)
-    if fits(whole):  # with one micro-batch a step, gradients appear while activations are freed
-        return whole
-    return max(parts[: bisect_left(parts, True, key=lambda rows: not fits(rows))], default=0)
+    sizes = micro_batch_sizes(found.settings)
+    if not found.settings.placement.streams_gradients and fits(sizes[-1]):
+        return sizes[-1]  # with one micro-batch a step, gradients appear while activations are freed
+    return max(sizes[: bisect_left(sizes, True, key=lambda rows: not fits(rows))], default=0)
 
 
 def largest_kv_cache(found: MemoryPlan, limits: MemoryLimits) -> int:
