@@ -162,9 +162,6 @@ def prompt_size(module: PolicyModule, batch: PromptBatch) -> PromptSize:
     return PromptSize(max(len(x) for x in inputs), max(images), max(1, round(max(image_tokens))))
 
 
-# -- meters ----------------------------------------------------------------------------------------------------------
-
-
 def meter(module: nn.Module) -> CUDAMeter | ProcessMeter:
     """The meter of the device that trains."""
     if any(p.is_cuda for p in module.parameters()):

@@ -12,11 +12,10 @@ from torch.utils.data import DataLoader
 
 from rllava_pl.types import Prompt, PromptBatch
 
-Split = Literal["val", "test"]
 Loader = DataLoader[Prompt | None]
 
 
-def split_loaders(datamodule: LightningDataModule | None, split: Split) -> list[Loader]:
+def split_loaders(datamodule: LightningDataModule | None, split: Literal["val", "test"]) -> list[Loader]:
     """Loaders of this rank's part of a split; empty without a data module or without this split."""
     if datamodule is None or not is_overridden(f"{split}_dataloader", datamodule):
         return []
