@@ -1,19 +1,13 @@
 """Losses that treat the few tokens of highest covariance separately; public through ``functional.losses``.
 
 Entropy falls by about the covariance of log-prob and advantage (arXiv 2505.22617), and few tokens carry most of it.
-They are selected in the whole mini-batch, before it is split into micro-batches, which then pass slices. All functions
-take (N, T) tensors:
+They are selected in the whole mini-batch, before it is split into micro-batches, which then pass slices. The selections
+return bool, take no gradient through ``logp``, and take ``old_logp`` in its place before the first update, without a
+forward. All tensors are (N, T); beside the arguments of ``losses``:
 
 =============== ====================================================================================================
-``logp``        log-probs under the policy being trained. The selections take no gradient through it: before the first
-                update of a mini-batch ``old_logp`` serves, without a forward
-``old_logp``    log-probs under the policy that sampled
-``advantages``  credit of every token
-``mask``        bool, True at trainable tokens
 ``ratio``       share of the trainable tokens to select, 0 to 1; never fewer than one token
 ``selected_NT`` bool: the slice of what the selection chose in the whole mini-batch; None: select among these tokens
-returned        losses in at least fp32, 0 where masked; selections as bool, False where masked
-raised          ValueError: an option out of its range, a mask that is not boolean or of another shape
 =============== ====================================================================================================
 
 The covariance of a token is ``(A - mean A) * (logp - mean logp)``, means over all trainable tokens.
@@ -24,8 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rllava_pl.functional._numerics import bounded_exp, check_mask, raised
-from rllava_pl.functional._surrogate import log_ratio, pessimistic, plain_and_bounded
+from rllava_pl.functional._numerics import bounded_exp, check_mask, log_ratio, pessimistic, plain_and_bounded, raised
 from rllava_pl.functional.reduce import masked_mean
 
 
@@ -45,10 +38,7 @@ def clip_cov(
 ) -> Tensor:
     """Clip-Cov: the clipped surrogate, with 0 at a few random tokens of high covariance (arXiv 2505.22617).
 
-    Options:
-        clip_low: How far the ratio may fall below 1.
-        clip_high: How far it may rise above 1.
-        ratio: As ``lower``, ``upper`` and ``generator`` for :func:`clip_cov_select`; unused if tokens are given.
+    ``ratio``, ``lower``, ``upper`` and ``generator`` are those of :func:`clip_cov_select`, unused with ``selected_NT``.
 
     >>> logp, mask = torch.tensor([[0.5, -0.5]]), torch.ones(1, 2, dtype=torch.bool)
     >>> selected_NT = torch.tensor([[False, True]])
@@ -94,8 +84,6 @@ def clip_cov_select(
     1 / ratio trainable tokens (5,000 by default) the one token is a larger share than ``ratio``.
 
     Options:
-        clip_low: How far the ratio may fall below 1 before the surrogate clips.
-        clip_high: How far it may rise above 1.
         lower: Covariance above which a token can be selected.
         upper: Covariance below which it can: the extremes are excluded.
         generator: Source of the draw, on any device; equal states select equal tokens. None: torch's global one.
@@ -104,15 +92,16 @@ def clip_cov_select(
     >>> clip_cov_select(logp, logp, advantages, torch.ones(1, 4, dtype=torch.bool), ratio=0.25)  # cov 3, 1, 0, 0
     tensor([[ True, False, False, False]])
     """
-    _check_ratio(ratio)
+    budget = _budget(ratio, mask)
     if not lower < upper:
         raise ValueError(f"lower is {lower}, upper is {upper}; no covariance lies between, lower must be below upper")
     covariance = _covariance(logp, advantages, mask)
     plain, bounded = plain_and_bounded(bounded_exp(log_ratio(logp.detach(), old_logp)), advantages, clip_low, clip_high)
-    eligible = _positions(mask & (covariance > lower) & (covariance < upper) & ~(bounded > plain))
+    eligible = mask & (covariance > lower) & (covariance < upper) & ~(bounded > plain)
+    positions = eligible.flatten().nonzero().squeeze(1)
     device = None if generator is None else generator.device
-    drawn = torch.randperm(len(eligible), generator=generator, device=device)[: _budget(ratio, mask)]
-    return _selection(eligible[drawn.to(eligible.device)], mask)
+    drawn = torch.randperm(len(positions), generator=generator, device=device)[:budget]
+    return _selection(positions[drawn.to(positions.device)], mask)
 
 
 def kl_cov(
@@ -145,9 +134,8 @@ def kl_cov(
         selected_NT = kl_cov_select(logp, advantages, mask, ratio=ratio)
     _check_selected(selected_NT, mask)
     x = log_ratio(logp, old_logp)
-    loss = -raised(advantages) * bounded_exp(x)
     penalty = (beta * x.abs()).masked_fill(~selected_NT, 0.0)
-    return (loss + penalty).masked_fill(~mask, 0.0)
+    return (penalty - raised(advantages) * bounded_exp(x)).masked_fill(~mask, 0.0)
 
 
 def kl_cov_select(logp: Tensor, advantages: Tensor, mask: Tensor, *, ratio: float = 2e-3) -> Tensor:
@@ -159,11 +147,10 @@ def kl_cov_select(logp: Tensor, advantages: Tensor, mask: Tensor, *, ratio: floa
     >>> kl_cov_select(logp, advantages, torch.ones(1, 4, dtype=torch.bool), ratio=0.5)  # cov 3, 1, 0, 0
     tensor([[ True,  True, False, False]])
     """
-    _check_ratio(ratio)
-    covariance = _covariance(logp, advantages, mask)
-    trainable = _positions(mask)
-    order = covariance.flatten()[trainable].sort(descending=True, stable=True).indices
-    return _selection(trainable[order[: _budget(ratio, mask)]], mask)
+    budget = _budget(ratio, mask)
+    trainable = mask.flatten().nonzero().squeeze(1)
+    order = _covariance(logp, advantages, mask).flatten()[trainable].sort(descending=True, stable=True).indices
+    return _selection(trainable[order[:budget]], mask)
 
 
 def _covariance(logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -174,22 +161,14 @@ def _covariance(logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
 
 def _budget(ratio: float, mask: Tensor) -> int:
     """How many tokens to select: at least one."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio is {ratio}; the share of trainable tokens to select must be between 0 and 1")
     return max(1, int(ratio * int(mask.sum())))
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """int64: where the flattened mask is True, in order."""
-    return mask.flatten().nonzero().squeeze(1)
 
 
 def _selection(positions: Tensor, mask: Tensor) -> Tensor:
     """bool, shape of ``mask``: True at the positions of the flattened mask."""
     return torch.zeros_like(mask).flatten().index_fill(0, positions, True).view(mask.shape)
-
-
-def _check_ratio(ratio: float) -> None:
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"ratio is {ratio}; the share of trainable tokens to select must be between 0 and 1")
 
 
 def _check_selected(selected_NT: Tensor, mask: Tensor) -> None:

@@ -24,11 +24,7 @@ class Groups:
 
     @classmethod
     def of(cls, group_N: Tensor, values_N: Tensor) -> Groups:
-        """Number the groups; ids are arbitrary, unordered, and groups may be unequal.
-
-        Raises:
-            ValueError: ``group_N`` and ``values_N`` are not two vectors of one length.
-        """
+        """Number the groups; ids are arbitrary, unordered, and groups may be unequal."""
         if group_N.ndim != 1 or group_N.shape != values_N.shape:
             raise ValueError(
                 f"group_N has shape {tuple(group_N.shape)}, the values have {tuple(values_N.shape)}; "
@@ -52,8 +48,8 @@ class Groups:
 
     def max(self, values_N: Tensor) -> Tensor:
         """(N,): largest value of each sample's group."""
-        highest_K = values_N.new_zeros(len(self.sizes_K))
-        return highest_K.scatter_reduce(0, self.index_N, values_N, "amax", include_self=False)[self.index_N]
+        zeros_K = values_N.new_zeros(len(self.sizes_K))
+        return zeros_K.scatter_reduce(0, self.index_N, values_N, "amax", include_self=False)[self.index_N]
 
     def max_of_others(self, values_N: Tensor) -> Tensor:
         """(N,): largest value among the other samples of each sample's group; -inf for a group of one."""

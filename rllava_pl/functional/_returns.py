@@ -2,6 +2,17 @@
 
 Only trainable tokens are time steps. Tokens of a tool or an environment between them are skipped: the return is carried
 over them without a discount, and rewards and values there are ignored.
+
+==================== ===============================================================================================
+``rewards_N``        one reward a sample
+``group_N``          int64; equal for samples of one prompt instance
+``token_rewards_NT`` reward of every token
+``values_NT``        the critic's value of the state in which each token was drawn
+``mask_NT``          bool, True at trainable tokens
+``gamma``            discount of one trainable token, 0 to 1
+returned             (N, T), in at least fp32, 0 where masked, without gradient history
+raised               ValueError: shapes that do not match, a mask that is not boolean, an option out of its range
+==================== ===============================================================================================
 """
 
 from __future__ import annotations
@@ -18,19 +29,8 @@ from rllava_pl.functional.reduce import masked_whiten
 def reinforce_pp(token_rewards_NT: Tensor, mask_NT: Tensor, *, gamma: float = 1.0) -> tuple[Tensor, Tensor]:
     """Discounted returns ``R_t = r_t + gamma * R_next``, whitened over the trainable tokens of the whole batch.
 
-    REINFORCE++ (arXiv 2501.03262), which needs neither a critic nor groups.
-
-    Args:
-        token_rewards_NT: Reward of every token; ignored at masked tokens.
-        mask_NT: bool, True at trainable tokens.
-        gamma: Discount of one trainable token, 0 to 1.
-
-    Returns:
-        Advantages and returns, both (N, T), in at least fp32 and 0 where masked. Advantages are all 0 for a single
-        trainable token.
-
-    Raises:
-        ValueError: ``mask_NT`` is not boolean, the two are not (N, T), or ``gamma`` lies outside of 0 to 1.
+    REINFORCE++ (arXiv 2501.03262), which needs neither a critic nor groups. Returns advantages, all 0 for a single
+    trainable token, and returns.
 
     >>> rewards_NT = torch.tensor([[0.0, 5.0, 0.0, 1.0]])
     >>> advantages_NT, returns_NT = reinforce_pp(rewards_NT, torch.tensor([[True, False, True, True]]), gamma=0.5)
@@ -39,12 +39,9 @@ def reinforce_pp(token_rewards_NT: Tensor, mask_NT: Tensor, *, gamma: float = 1.
     """
     _check_tokens("token_rewards_NT", token_rewards_NT, mask_NT)
     step_NT = _steps(mask_NT)
-    returns_NT = _spread(
-        _discounted_sums(_gather(token_rewards_NT, step_NT), _discount("gamma", gamma, mask_NT)), step_NT
-    )
-    advantages_NT = masked_whiten(returns_NT, mask_NT)
-    dtype = raised(token_rewards_NT).dtype
-    return advantages_NT.to(dtype), returns_NT.to(dtype)
+    returns = _discounted_sums(_gather(token_rewards_NT, step_NT), _discount("gamma", gamma, mask_NT))
+    returns_NT, dtype = _spread(returns, step_NT), raised(token_rewards_NT).dtype
+    return masked_whiten(returns_NT, mask_NT).to(dtype), returns_NT.to(dtype)
 
 
 def reinforce_pp_baseline(rewards_N: Tensor, group_N: Tensor, mask_NT: Tensor) -> Tensor:
@@ -52,17 +49,6 @@ def reinforce_pp_baseline(rewards_N: Tensor, group_N: Tensor, mask_NT: Tensor) -
 
     REINFORCE++ with baseline (arXiv 2501.03262): the scale comes from the batch, not from the few samples of a group.
     A group of one, or of equal rewards, enters the whitening with 0.
-
-    Args:
-        rewards_N: One reward a sample.
-        group_N: int64; equal for samples of one prompt instance.
-        mask_NT: bool, True at trainable tokens.
-
-    Returns:
-        (N, T), in at least fp32, 0 where masked; all 0 if no group has unequal rewards.
-
-    Raises:
-        ValueError: rewards and groups are not vectors of one length, or ``mask_NT`` is not boolean or not (N, T).
 
     >>> mask_NT = torch.tensor([[True, True], [True, True], [True, False]])
     >>> reinforce_pp_baseline(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0, 0, 1]), mask_NT)
@@ -93,23 +79,11 @@ def gae(
 
     ``delta_t = r_t + gamma * V_next - V_t``, with V and A of 0 after the last trainable token: the end of a response,
     cut off or not, is the end of the episode (arXiv 1506.02438). ``lam=1`` is the return minus the value, ``lam=0`` the
-    error of one step.
+    error of one step. Returns advantages and returns ``A + V``: targets of the critic, from A before it is whitened.
 
-    Args:
-        token_rewards_NT: Reward of every token; ignored at masked tokens, as the values are.
-        values_NT: The critic's value of the state in which each token was drawn.
-        mask_NT: bool, True at trainable tokens.
-        gamma: Discount of one trainable token, 0 to 1.
+    Options:
         lam: Share of the longer returns, 0 to 1; a tensor (N,) gives every sample its own.
         whiten: Whiten the advantages over the trainable tokens of the whole batch.
-
-    Returns:
-        Advantages and returns ``A + V`` (targets of the critic, from A before it is whitened), both (N, T), in at least
-        fp32, 0 where masked, without gradient history.
-
-    Raises:
-        ValueError: ``mask_NT`` is not boolean, the three are not (N, T), ``gamma`` or ``lam`` lies outside of 0 to 1,
-            or ``lam`` is a tensor of another shape.
 
     >>> rewards_NT, values_NT = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.9, 0.25]])
     >>> gae(rewards_NT, values_NT, torch.tensor([[True, False, True]]), lam=0.0, whiten=False)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -35,49 +34,28 @@ def kl_estimate(logp_NT: Tensor, ref_logp_NT: Tensor, estimator: KLEstimator = "
 
     k3 continues linearly for -d > 80, with a gradient that stays finite and does not vanish.
 
-    Args:
-        logp_NT: Log-probs under the policy.
-        ref_logp_NT: Log-probs of the same tokens under the reference.
-        estimator: One of the above.
-
-    Returns:
-        The shape of the inputs, in at least fp32.
-
-    Raises:
-        ValueError: unknown ``estimator``.
+    ``ref_logp_NT`` are the log-probs of the same tokens under the reference. The result has the shape of the inputs, in
+    at least fp32. An unknown ``estimator`` raises ValueError.
 
     >>> kl_estimate(torch.tensor([-5.0, -1.0]), torch.tensor([0.0, -1.0]), "k3")
     tensor([142.4132,   0.0000])
     """
     check_choice("estimator", estimator, get_args(KLEstimator))
-    difference = raised(logp_NT) - raised(ref_logp_NT)
+    d = raised(logp_NT) - raised(ref_logp_NT)
+    k2 = d.square() / 2
     if estimator == "k2":
-        return _k2(difference)
-    value = _VALUES[estimator.removesuffix("+")](difference)
-    if not estimator.endswith("+"):
-        return value
-    k2 = _k2(difference)
+        return k2
+    name = estimator.removesuffix("+")
+    value = d if name == "k1" else d.abs() if name == "abs" else _k3(d)
     # The bracket is exactly 0: adding it last keeps the value free of rounding.
-    return value.detach() + (k2 - k2.detach())
+    return value if name == estimator else value.detach() + (k2 - k2.detach())
 
 
-def _k1(difference: Tensor) -> Tensor:
-    return difference
-
-
-def _k2(difference: Tensor) -> Tensor:
-    return difference.square() / 2
-
-
-def _k3(difference: Tensor) -> Tensor:
-    u = -difference
+def _k3(d: Tensor) -> Tensor:
     # Both branches see a clamped argument: the one not taken must not overflow, or its backward is 0 * inf.
-    exact = torch.expm1(u.clamp(max=_K3_LINEAR_FROM)) - u
-    linear = math.exp(_K3_LINEAR_FROM) * (u.clamp(min=_K3_LINEAR_FROM) - (_K3_LINEAR_FROM - 1)) - 1 - u
-    return torch.where(u <= _K3_LINEAR_FROM, exact, linear)
-
-
-_VALUES: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "abs": torch.abs, "k3": _k3}
+    exact = torch.expm1((-d).clamp(max=_K3_LINEAR_FROM)) + d
+    linear = math.exp(_K3_LINEAR_FROM) * ((-d).clamp(min=_K3_LINEAR_FROM) - (_K3_LINEAR_FROM - 1)) - 1 + d
+    return torch.where(-d <= _K3_LINEAR_FROM, exact, linear)
 
 
 class AdaptiveKLController:
@@ -86,12 +64,9 @@ class AdaptiveKLController:
     ``coef <- coef * (1 + clip(observed / target - 1, -0.2, 0.2) * n / horizon)``. ``coef`` is its whole state.
 
     Args:
-        init_coef: Coefficient at the start.
-        target: KL per token to hold, in nats; 0.1 is usual.
-        horizon: Samples over which the coefficient may change by a fifth; 10,000 is usual.
-
-    Raises:
-        ValueError: ``init_coef`` negative, ``target`` or ``horizon`` not positive.
+        init_coef: Coefficient at the start, 0 or positive.
+        target: KL per token to hold, in nats, positive; 0.1 is usual.
+        horizon: Samples over which the coefficient may change by a fifth, positive; 10,000 is usual.
 
     >>> controller = AdaptiveKLController(0.001, target=0.1, horizon=10_000)
     >>> controller.update(0.3, 512)
@@ -106,19 +81,14 @@ class AdaptiveKLController:
             raise ValueError(f"target is {target}; the KL to hold must be positive, e.g. 0.1")
         if not horizon > 0:
             raise ValueError(f"horizon is {horizon}; it must be a positive number of samples, e.g. 10000")
-        self.coef = init_coef
-        self.target = target
-        self.horizon = horizon
+        self.coef, self.target, self.horizon = init_coef, target, horizon
 
     def update(self, observed_kl: float, n: int) -> None:
         """Move the coefficient after a rollout batch.
 
         Args:
-            observed_kl: Token mean of k1 over the rollout batch of all ranks.
-            n: Samples in that batch.
-
-        Raises:
-            ValueError: ``observed_kl`` is NaN, or ``n`` so large that the coefficient could reach 0.
+            observed_kl: Token mean of k1 over the rollout batch of all ranks; NaN raises ValueError.
+            n: Samples in that batch, below 5 * horizon: the coefficient could reach 0 otherwise.
         """
         if math.isnan(observed_kl):
             raise ValueError("observed_kl is NaN; the KL coefficient would stay NaN for the rest of the run")
@@ -134,10 +104,7 @@ class FixedKLController:
     """A constant KL coefficient behind the interface of :class:`AdaptiveKLController`.
 
     Args:
-        coef: The coefficient.
-
-    Raises:
-        ValueError: ``coef`` negative.
+        coef: The coefficient, 0 or positive.
 
     >>> controller = FixedKLController(0.04)
     >>> controller.update(0.3, 512)

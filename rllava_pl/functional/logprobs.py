@@ -2,6 +2,16 @@
 
 That distribution is the softmax of logits / temperature over the allowed tokens; engine and trainer must use the
 same one, hence temperature and bans are arguments here.
+
+=============== ====================================================================================================
+``ids_NT``      int64; at padding any id of the vocabulary. The caller shifts: logits or states at t predict the id at t
+``temperature`` divides the logits; positive
+``banned_ids``  ids that are never sampled
+``entropy``     False skips the entropies; they are then 0
+returned        ``(logp_NT, entropy_NT)`` in at least fp32, entropy in nats, both differentiable. A banned target has
+                logp -100 and no gradient
+raised          ValueError: an option out of its range, shapes that do not fit
+=============== ====================================================================================================
 """
 
 from __future__ import annotations
@@ -29,23 +39,10 @@ def token_log_probs(
     banned_ids: Sequence[int] | Tensor | None = None,
     entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each given token and entropy of the distribution it was drawn from, both differentiable.
+    """Log-prob of each given token and entropy of the distribution it was drawn from, from finite logits.
 
     With ``z = logits / temperature`` and banned columns at -inf: ``logp = z[id] - logsumexp(z)`` and
     ``entropy = -sum_v p_v * (z_v - logsumexp(z))``.
-
-    Args:
-        logits_NTV: Finite logits; ``logits_NTV[:, t]`` predict ``ids_NT[:, t]`` (the caller shifts).
-        ids_NT: int64; at padding any id of the vocabulary.
-        temperature: Divides the logits; positive.
-        banned_ids: Ids that are never sampled.
-        entropy: False skips the entropies; they are then 0.
-
-    Returns:
-        ``(logp_NT, entropy_NT)`` in at least fp32, entropy in nats. A banned target has logp -100 and no gradient.
-
-    Raises:
-        ValueError: ``temperature`` not positive; shapes that do not fit.
 
     >>> logp_NT, entropy_NT = token_log_probs(torch.tensor([[[1.0, 2.0, 5.0]]]).log(), torch.tensor([[1]]))
     >>> round(logp_NT.item(), 4), round(entropy_NT.item(), 4)  # ln(2 / 8)
@@ -56,9 +53,7 @@ def token_log_probs(
         raise ValueError(
             f"logits have shape {tuple(logits_NTV.shape)}, ids {tuple(ids_NT.shape)}; they must be (N, T, V) and (N, T)"
         )
-    scaled_NTV = raised(logits_NTV)
-    if temperature != 1.0:
-        scaled_NTV = scaled_NTV / temperature
+    scaled_NTV = raised(logits_NTV) if temperature == 1.0 else raised(logits_NTV) / temperature
     banned = _as_index(banned_ids, ids_NT.device)
     if banned is not None:
         scaled_NTV = scaled_NTV.index_fill(-1, banned, BANNED_LOGIT)
@@ -85,25 +80,14 @@ def chunked_token_log_probs(
 
     The vocabulary is processed in tiles, all rows at once, and the backward recomputes each tile's probabilities
     (``_tiles.py``): memory does not grow with the vocabulary, at the cost of one more multiplication with the head. A
-    head without gradient needs no second pass. Heads with a bias, a logit scale or a soft-cap do not fit; give their
-    logits to :func:`token_log_probs`.
+    head without gradient needs no second pass, and an entropy without gradient costs nothing in the backward. Heads
+    with a bias, a logit scale or a soft-cap do not fit; give their logits to :func:`token_log_probs`.
 
-    Args:
-        hidden_NTH: Last hidden states; ``hidden_NTH[:, t]`` predict ``ids_NT[:, t]``. Half precision gives logits of
-            half precision; everything behind them is in fp32.
-        head_weight_VH: Weight of the language-model head.
-        ids_NT: int64; at padding any id of the vocabulary.
-        temperature: Divides the logits; positive.
-        banned_ids: Ids that are never sampled.
+    Last hidden states in half precision give logits of half precision; everything behind them is in fp32. Gradients
+    reach the hidden states and the weight of the head.
+
+    Options:
         chunk_tokens: A tile has at most as many logits as this many tokens have in all, ``chunk_tokens * V``.
-        entropy: False skips the entropies; they are then 0.
-
-    Returns:
-        ``(logp_NT, entropy_NT)`` as :func:`token_log_probs`; gradients reach hidden states and weight. An entropy
-        without gradient costs nothing in the backward.
-
-    Raises:
-        ValueError: ``temperature`` or ``chunk_tokens`` not positive; shapes that do not fit.
 
     >>> head_weight_VH = torch.tensor([[1.0, 2.0, 5.0]]).log().T
     >>> logp_NT, entropy_NT = chunked_token_log_probs(torch.ones(1, 1, 1), head_weight_VH, torch.tensor([[1]]))

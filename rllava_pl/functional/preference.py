@@ -51,19 +51,16 @@ def dpo(
         raise ValueError(
             f"label_smoothing is {label_smoothing}; it must lie between 0 and 0.5, above it the rejected one would win"
         )
-    _check_pairs(chosen_logp_N, rejected_logp_N, ref_chosen_logp_N, ref_rejected_logp_N)
+    logps = {"chosen": chosen_logp_N, "rejected": rejected_logp_N}
+    logps |= {"ref_chosen": ref_chosen_logp_N, "ref_rejected": ref_rejected_logp_N}
+    if len({x.shape for x in logps.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in logps.items())
+        raise ValueError(f"log-probs have the shapes {shapes}; all four must be (N,), one sum a response")
     chosen_reward_N = beta * (raised(chosen_logp_N) - raised(ref_chosen_logp_N))
     rejected_reward_N = beta * (raised(rejected_logp_N) - raised(ref_rejected_logp_N))
     margin_N = chosen_reward_N - rejected_reward_N
     loss_N = -(1 - label_smoothing) * logsigmoid(margin_N) - label_smoothing * logsigmoid(-margin_N)
     return loss_N, chosen_reward_N.detach(), rejected_reward_N.detach()
-
-
-def _check_pairs(*logps: Tensor) -> None:
-    if len({x.shape for x in logps}) > 1:
-        names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip(names, logps, strict=True))
-        raise ValueError(f"log-probs have the shapes {shapes}; all four must be (N,), one sum a response")
 
 
 def pair_metrics(chosen_P: Tensor, rejected_P: Tensor) -> dict[str, Tensor]:

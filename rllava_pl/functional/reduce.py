@@ -2,7 +2,8 @@
 
 Losses are divided by counts of the whole mini-batch over all ranks, never of a micro-batch: only then is the gradient
 independent of micro-batch size, packing and number of ranks. Values at masked-out positions, NaN and infinities
-included, influence neither value nor gradient.
+included, influence neither value nor gradient. Masks are bool of the shape of the values, True where they count; any
+other raises ValueError, as an unknown mode does. Results are in at least fp32.
 """
 
 from __future__ import annotations
@@ -18,18 +19,7 @@ ReduceMode = Literal["token-mean", "sequence-mean-token-mean", "sequence-mean-to
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of ``x`` where ``mask`` is True, over everything or over ``dim``.
-
-    Args:
-        x: Values of any shape.
-        mask: bool, shape of ``x``.
-        dim: The dimension to reduce; None: all.
-
-    Returns:
-        Scalar, or the shape of ``x`` without ``dim``; 0 where nothing is selected.
-
-    Raises:
-        ValueError: ``mask`` is not boolean or has another shape.
+    """Mean of ``x`` where ``mask`` is True, over everything or over ``dim``; 0 where nothing is selected.
 
     >>> masked_mean(torch.tensor([[1.0, 3.0], [8.0, 9.0]]), torch.tensor([[True, True], [False, False]]), dim=1)
     tensor([2., 0.])
@@ -41,18 +31,8 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 def masked_whiten(x_NT: Tensor, mask_NT: Tensor, *, eps: float = 1e-8) -> Tensor:
     """``(x - mean) / sqrt(var + eps)`` over the selected tokens, with the unbiased (n - 1) variance.
 
-    Mean and variance are taken in fp64: in fp32 a constant input would come out as 6e-4.
-
-    Args:
-        x_NT: Values.
-        mask_NT: bool, shape of ``x_NT``.
-        eps: Added to the variance.
-
-    Returns:
-        (N, T), 0 where masked; all 0 for a single selected token.
-
-    Raises:
-        ValueError: ``mask_NT`` is not boolean or has another shape.
+    Mean and variance are taken in fp64: in fp32 a constant input would come out as 6e-4. The result is 0 where masked,
+    and all 0 for a single selected token.
 
     >>> masked_whiten(torch.tensor([[1.0, 2.0, 3.0, 99.0]]), torch.tensor([[True, True, True, False]]))
     tensor([[-1.,  0.,  1.,  0.]])
@@ -74,16 +54,13 @@ def loss_denominator(mask_NT: Tensor, mode: ReduceMode, *, max_tokens: int | Non
     ==================================================== ==========================================
 
     Args:
-        mask_NT: bool mask of the rank's whole mini-batch. Rows added only as padding must be removed before mode
+        mask_NT: Mask of the rank's whole mini-batch. Rows added only as padding must be removed before mode
             ``"constant"``, which counts every row.
         mode: How losses are aggregated.
-        max_tokens: Response budget in tokens; needed by ``"constant"`` alone.
+        max_tokens: Response budget in tokens, positive; needed by ``"constant"`` alone.
 
     Returns:
         fp32 scalar tensor; 0 where there is nothing to train on.
-
-    Raises:
-        ValueError: unknown ``mode``; ``"constant"`` without a positive ``max_tokens``; a mask that is not boolean.
 
     >>> mask_NT = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
     >>> [loss_denominator(mask_NT, mode, max_tokens=5).item() for mode in get_args(ReduceMode)]
@@ -96,7 +73,7 @@ def loss_denominator(mask_NT: Tensor, mode: ReduceMode, *, max_tokens: int | Non
             raise ValueError(
                 f"max_tokens is {max_tokens}; mode 'constant' divides by it, give the response budget in tokens"
             )
-        return torch.tensor(mask_NT.shape[0] * max_tokens, dtype=torch.float32, device=mask_NT.device)
+        return torch.tensor(len(mask_NT) * max_tokens, dtype=torch.float32, device=mask_NT.device)
     counted = mask_NT if mode == "token-mean" else mask_NT.any(dim=1)
     return counted.sum().to(torch.float32)
 
@@ -114,20 +91,12 @@ def reduce_loss(
     The numerator is the sum over selected tokens; for ``"sequence-mean-token-mean"`` the sum over rows of the row's
     mean (rows must then stay whole when a mini-batch is split). For a micro-batch pass the ``denominator`` of the whole
     mini-batch summed over all ranks, and multiply the result by the number of ranks: data-parallel strategies
-    average gradients.
+    average gradients. The scalar is connected to the graph even if no token is selected.
 
-    Args:
-        loss_NT: Loss of every token.
-        mask_NT: bool, shape of ``loss_NT``.
+    Options:
         mode: How losses are aggregated, see :func:`loss_denominator`.
         denominator: Number or scalar tensor; 0 divides by 1, a fraction is taken as it is. None: that of ``mask_NT``.
         max_tokens: Response budget in tokens, for ``"constant"`` without a ``denominator``.
-
-    Returns:
-        Scalar in the dtype of the loss (at least fp32), connected to the graph even if no token is selected.
-
-    Raises:
-        ValueError: as :func:`loss_denominator`, or a mask of another shape.
 
     >>> loss_NT = torch.tensor([[1.0, 1, 1, 1, 1], [10, 10, 0, 0, 0]])
     >>> mask_NT = torch.tensor([[True] * 5, [True, True, False, False, False]])

@@ -1,4 +1,8 @@
-"""Rewards before they become advantages: placed on tokens, penalised for length, and which groups are informative."""
+"""Rewards before they become advantages: placed on tokens, penalised for length, and which groups are informative.
+
+``rewards_N`` is one reward a sample, before shaping. Inputs that do not fit together, and options out of their range,
+raise ValueError.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,9 @@ from rllava_pl.functional._numerics import check_mask, raised
 
 
 def place_rewards(rewards_N: Tensor, mask_NT: Tensor) -> Tensor:
-    """Put the reward of each sample on its last trainable token.
+    """Put the reward of each sample on its last trainable token, and 0 on all others.
 
-    Args:
-        rewards_N: One reward a sample.
-        mask_NT: bool, True at trainable tokens.
-
-    Returns:
-        (N, T), 0 everywhere else; a row without trainable tokens is all 0.
-
-    Raises:
-        ValueError: ``mask_NT`` is not boolean, or not one row a reward.
+    ``mask_NT`` is bool (N, T), True at trainable tokens; a row without any is all 0.
 
     >>> import torch
     >>> place_rewards(torch.tensor([1.0, 2.0]), torch.tensor([[True, False, True, False], [False] * 4]))
@@ -46,15 +42,12 @@ def overlong_penalty(lengths_N: Tensor, *, max_tokens: int, buffer_tokens: int, 
 
     Args:
         lengths_N: int64, trainable tokens of each sample.
-        max_tokens: Response budget in tokens.
+        max_tokens: Response budget in tokens, positive.
         buffer_tokens: Last part of the budget; 0: only what is longer than the budget is punished.
-        scale: Size of the full penalty.
+        scale: Size of the full penalty, 0 or positive.
 
     Returns:
         fp32 (N,), between ``-scale`` and 0.
-
-    Raises:
-        ValueError: ``max_tokens`` not positive, ``buffer_tokens`` outside of 0..max_tokens, ``scale`` negative.
 
     >>> import torch
     >>> overlong_penalty(torch.tensor([6, 8, 10, 11]), max_tokens=10, buffer_tokens=4)
@@ -77,15 +70,8 @@ def overlong_penalty(lengths_N: Tensor, *, max_tokens: int, buffer_tokens: int, 
 def informative_groups(rewards_N: Tensor, group_N: Tensor) -> Tensor:
     """Samples whose group has unequal rewards: all that a group-relative advantage can learn from.
 
-    Args:
-        rewards_N: One reward a sample, before shaping.
-        group_N: int64; equal for samples of one prompt instance.
-
-    Returns:
-        bool (N,): True where the sample's group has max > min; False for groups of one.
-
-    Raises:
-        ValueError: the two are not vectors of one length.
+    The result is bool (N,): True where the sample's group has max > min; False for groups of one. ``group_N``, int64,
+    is equal for samples of one prompt instance.
 
     >>> import torch
     >>> informative_groups(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([5, 5, 2, 2]))

@@ -46,13 +46,9 @@ def unit_noise_table() -> Tensor:
 
 
 def sample_noise(table: Tensor, start: int, count: int, *counters: int | str) -> Tensor:
-    """Noise for consecutive numbers of a tensor: a function of the counters and of their positions only.
+    """Noise for ``count`` numbers of a tensor from position ``start`` on: a function of counters and positions only.
 
-    Args:
-        table: A noise table.
-        start: Position of the first number in its tensor.
-        count: Of numbers; they must not cross a multiple of ``TABLE_SIZE``.
-        *counters: What the noise depends on.
+    The numbers must not cross a multiple of ``TABLE_SIZE``.
     """
     page, inside = divmod(start, TABLE_SIZE)
     first = seed_from(*counters, page) % TABLE_SIZE + inside
@@ -62,12 +58,8 @@ def sample_noise(table: Tensor, start: int, count: int, *counters: int | str) ->
 def on_bfloat16_grid(x: Tensor, noise: Tensor) -> Tensor:
     """Round fp32 to one of the two bf16 neighbours: noise is added to the 16 bits that are dropped, and may carry.
 
-    Args:
-        x: fp32 (n,), contiguous, finite.
-        noise: int32 (n,), of ``noise_table(16)``.
-
-    Returns:
-        bf16 numbers, as fp32, with mean ``x`` over the noise; bf16 numbers are unchanged.
+    ``x`` is contiguous and finite, the noise int32 (n,) of ``noise_table(16)``. Returns bf16 numbers, as fp32, with
+    mean ``x`` over the noise; bf16 numbers are unchanged.
 
     >>> x = torch.full((4,), 1.0 + 2**-8)  # half-way: bf16 has 1 and 1 + 2**-7 there
     >>> on_bfloat16_grid(x, torch.tensor([0, 0x7FFF, 0x8000, 0xFFFF], dtype=torch.int32)).tolist()
@@ -79,12 +71,8 @@ def on_bfloat16_grid(x: Tensor, noise: Tensor) -> Tensor:
 def to_int8(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Signed numbers as 8-bit integers: in a block of 256 the largest magnitude is 127, steps are even.
 
-    Args:
-        x: fp32 (n,), finite.
-        noise: fp32 (n padded to whole blocks,), of ``unit_noise_table()``.
-
-    Returns:
-        Codes int8 (blocks * 256,) and scales fp32 (blocks,); ``from_int8`` has mean ``x`` over the noise.
+    ``x`` is fp32 (n,), finite, the noise fp32 (n padded to whole blocks,) of ``unit_noise_table()``. Returns codes int8
+    (blocks * 256,) and scales fp32 (blocks,); ``from_int8`` has mean ``x`` over the noise.
 
     >>> codes, scales = to_int8(torch.tensor([-254.0, 1.0, 0.0]), torch.tensor([0.9, 0.4, 0.9] + 253 * [0.0]))
     >>> codes[:3].tolist(), scales.tolist()  # a step is 2: 1 is half a step, and 0.5 + 0.4 < 1
@@ -108,13 +96,8 @@ def to_float8(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     Steps are 3 to 6 % of the value over a range of 2**16; even steps would round small values to 0. Still smaller ones
     are raised to the lowest code: a second moment of 0 would turn a small gradient into a huge update.
 
-    Args:
-        x: fp32 (n,), finite, >= 0.
-        noise: int32 (n padded to whole blocks,), of ``noise_table(19)``.
-
-    Returns:
-        Codes uint8 (blocks * 256,) and scales fp32 (blocks,); ``from_float8`` has mean ``x`` over the noise, within
-        the range.
+    ``x`` is fp32 (n,), finite, >= 0, the noise int32 (n padded to whole blocks,) of ``noise_table(19)``. Returns codes
+    uint8 (blocks * 256,) and scales fp32 (blocks,); ``from_float8`` has mean ``x`` over the noise, within the range.
 
     >>> codes, scales = to_float8(torch.tensor([8.0, 4.0, 0.0]), torch.zeros(256, dtype=torch.int32))
     >>> codes[:3].tolist(), scales.tolist()  # half of the largest is one exponent, so 16 codes, lower

@@ -10,14 +10,7 @@ from rllava_pl.functional._numerics import check_choice
 Schedule = Literal["constant", "linear", "cosine"]
 
 
-def lr_factor(
-    step: int,
-    *,
-    schedule: Schedule,
-    warmup_steps: int,
-    total_steps: int,
-    final_ratio: float = 0.0,
-) -> float:
+def lr_factor(step: int, *, schedule: Schedule, warmup_steps: int, total_steps: int, final_ratio: float = 0.0) -> float:
     """Factor on the learning rate at an optimizer step: linear warm-up to 1, then constant or a decay.
 
     Warm-up gives ``(step + 1) / warmup_steps``, so the first step already moves. The decay runs from 1 at
@@ -29,10 +22,7 @@ def lr_factor(
         schedule: ``"constant"``, ``"linear"`` or ``"cosine"``.
         warmup_steps: Steps of warm-up; 0: none.
         total_steps: Step at which the decay ends; ``"constant"`` does not use it.
-        final_ratio: Factor at the end of the decay.
-
-    Returns:
-        A number in (0, 1], or in [final_ratio, 1] while decaying.
+        final_ratio: Factor at the end of the decay, 0 to 1.
 
     Raises:
         ValueError: unknown schedule, negative steps, ``final_ratio`` outside of [0, 1], or no steps left for the decay.
@@ -41,17 +31,6 @@ def lr_factor(
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     check_choice("schedule", schedule, get_args(Schedule))
-    _check_steps(step, schedule, warmup_steps, total_steps, final_ratio)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    progress = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
-    remaining = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return final_ratio + (1 - final_ratio) * remaining
-
-
-def _check_steps(step: int, schedule: Schedule, warmup_steps: int, total_steps: int, final_ratio: float) -> None:
     if step < 0:
         raise ValueError(f"step is {step}; steps count from 0")
     if warmup_steps < 0:
@@ -64,3 +43,10 @@ def _check_steps(step: int, schedule: Schedule, warmup_steps: int, total_steps: 
             f"{total_steps} - {warmup_steps} = {total_steps - warmup_steps} steps for it; "
             "raise total_steps, lower warmup_steps or use 'constant'"
         )
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
+    remaining = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return final_ratio + (1 - final_ratio) * remaining

@@ -20,16 +20,8 @@ def seed_from(*counters: int | str) -> int:
     """Hash counters to a seed: ``seed_from(run_seed, "sampling", step, prompt_uid, sample)``.
 
     Every counter is hashed with its type and its length, so ``("a", "b")`` differs from ``("ab",)``, and ``1`` from
-    ``"1"``.
-
-    Args:
-        *counters: What the random numbers depend on.
-
-    Returns:
-        0 <= seed < 2**63, the same on every machine.
-
-    Raises:
-        TypeError: a counter is neither int nor str (True and False included: say 0 or 1).
+    ``"1"``. Returns 0 <= seed < 2**63, the same on every machine. A counter that is neither int nor str raises
+    TypeError (True and False included: say 0 or 1).
 
     >>> seed_from(0, "sampling", 3) == seed_from(0, "sampling", 3), seed_from("a", "b") == seed_from("ab")
     (True, False)
@@ -47,17 +39,9 @@ def seed_from(*counters: int | str) -> int:
 def uniforms(seeds_N: Tensor, counter: int) -> Tensor:
     """One uniform number a seed: number ``counter`` of the SplitMix64 stream that starts at the seed.
 
-    Each entry depends on its own seed and the counter alone, not on its neighbours, and is the same on every device.
-
-    Args:
-        seeds_N: int64, e.g. of :func:`seed_from`.
-        counter: Position in the stream, e.g. the index of the token to draw.
-
-    Returns:
-        fp64 (N,), multiples of 2**-53 in [0, 1).
-
-    Raises:
-        ValueError: ``seeds_N`` is not int64.
+    Each entry depends on its own seed and the counter alone, not on its neighbours, and is the same on every device:
+    fp64 (N,), multiples of 2**-53 in [0, 1). Seeds must be int64, e.g. of :func:`seed_from`; the counter is e.g. the
+    index of the token to draw.
 
     >>> uniforms(torch.tensor([1234567]), 0)  # 6457827717110365317 / 2**64
     tensor([0.3501], dtype=torch.float64)
@@ -72,25 +56,15 @@ def uniforms(seeds_N: Tensor, counter: int) -> Tensor:
 
 
 def permutation(seed: int, n: int) -> list[int]:
-    """A random order of ``range(n)``, a function of the seed.
-
-    Args:
-        seed: E.g. of :func:`seed_from`.
-        n: Number of items.
-
-    Returns:
-        The items in their new order.
-
-    Raises:
-        ValueError: ``n`` is negative.
+    """A random order of ``range(n)``, n >= 0, as a function of the seed.
 
     >>> sorted(permutation(17, 5))
     [0, 1, 2, 3, 4]
     """
     if n < 0:
         raise ValueError(f"n is {n}; a permutation has 0 or more items")
-    generator = torch.Generator().manual_seed(seed)
-    return [int(item) for item in torch.randperm(n, generator=generator).tolist()]
+    order: list[int] = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
 
 
 def _signed(value: int) -> int:
