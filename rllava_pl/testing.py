@@ -61,9 +61,6 @@ class Schedule:
         rate: Part of the calls that have a fault.
         seed: Of the draws.
         known: All kinds there are.
-
-    Raises:
-        ValueError: An unknown kind, no kind, or a rate outside of 0 to 1.
     """
 
     def __init__(self, kinds: Sequence[str], rate: float, seed: int = 0, known: Sequence[str] = ()) -> None:
@@ -204,10 +201,8 @@ class FaultyReward(BaseReward):
         match self.fault(rollout):
             case "":
                 return Score(0.0)
-            case "nan":
-                return Score(math.nan)
-            case "inf":
-                return Score(math.inf)
+            case "nan" | "inf" as value:
+                return Score(float(value))
             case "wrong_type":
                 return Score(cast(float, "1.0"))
             case "raises":

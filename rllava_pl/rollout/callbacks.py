@@ -130,12 +130,12 @@ class SyncCheckedRollout(RolloutCallback):
         """Compare engine and trainer, if it is due."""
         if not self.sync_check_every:
             return
-        if self._sync_check is None:  # only after the first sync is it known how long a prompt a server takes
-            engine = cast(BatchEngine, managed.engine)
-            full = self.engine_dtype(engine.policy) == torch.float32
-            limit = FULL_PRECISION if full else HALF_PRECISION
+        if self._sync_check is None:  # the context of a server is unknown before the first sync
+            engine, limit = cast(BatchEngine, managed.engine), HALF_PRECISION
             if self.sync_check_limit:
                 limit = GapLimit(largest=self.sync_check_limit, mean=self.sync_check_limit)
+            elif self.engine_dtype(engine.policy) == torch.float32:
+                limit = FULL_PRECISION
             self._sync_check = SyncCheck(
                 engine.policy,
                 limit=limit,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
@@ -78,20 +78,30 @@ class ManagedEngine:
             Interrupted: The run was asked to end; no rank waits for samples that will not be used.
         """
         rollouts: list[Rollout] = []
-        with self._sampling(requests), suppress(signals.Aborted):
+        self.engine.wake()
+        self.pending = tuple(dict.fromkeys(request.prompt.uid for request in requests))
+        try:
             if self.engine.version != self._version():
                 self.synchronise()
                 self._after_sync(self)
-            for retry in range(self.retries + 1):
+            for retry in range(1, self.retries + 2):
                 try:
                     rollouts = run_episodes(self.engine, self._policy, requests, sampling)
                     break
                 except FAULTS as error:
-                    if retry == self.retries:
+                    if retry > self.retries:
                         raise
                     self._faults += 1
                     message = str(error)  # the error itself would keep the samples alive in handlers that keep records
-                    log.warning("the engine failed, retry %d of %d: %s", retry + 1, self.retries, message)
+                    log.warning("the engine failed, retry %d of %d: %s", retry, self.retries, message)
+        except signals.Aborted:
+            pass  # all ranks stop below
+        except FAULTS as error:
+            error.add_note(f"the engine was asked for {len(requests)} prompts at update {self._version()}")
+            raise
+        finally:
+            self.pending = ()
+            self.engine.sleep()
         signals.stop_if_signalled()
         return rollouts
 
@@ -110,17 +120,3 @@ class ManagedEngine:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-
-    @contextmanager
-    def _sampling(self, requests: Sequence[Request]) -> Iterator[None]:
-        """The engine is awake and ``pending`` names its prompts; errors say what was requested."""
-        self.engine.wake()
-        self.pending = tuple(dict.fromkeys(request.prompt.uid for request in requests))
-        try:
-            yield
-        except FAULTS as error:
-            error.add_note(f"the engine was asked for {len(requests)} prompts at update {self._version()}")
-            raise
-        finally:
-            self.pending = ()
-            self.engine.sleep()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -22,10 +22,7 @@ from rllava_pl.models.policy import Policy
 from rllava_pl.rollout.common import BatchEngine
 from rllava_pl.rollout.engine import ManagedEngine
 from rllava_pl.rollout.episodes import run_episodes
-from rllava_pl.types import IMAGE, Message, PolicyBatch, Prompt, Request, RolloutEngine, Sampling
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from rllava_pl.types import IMAGE, Message, PolicyBatch, Prompt, Request, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +37,12 @@ TEXT, LONG_TEXT, IMAGE_PROBE, LONG = "a text", "a long text", "an image", "image
 
 @dataclass(frozen=True)
 class GapLimit:
-    """How far the log-probs of engine and trainer may differ.
-
-    Args:
-        largest: Of one token, in nats.
-        mean: Over the tokens of a probe, in nats.
-    """
+    """How far the log-probs of engine and trainer may differ, in nats."""
 
     largest: float
+    """Of one token."""
     mean: float
+    """Over the tokens of a probe."""
 
     def exceeded_by(self, gap: Gap) -> bool:
         """Whether a gap is too large, or not a number."""
@@ -91,17 +85,13 @@ class SyncCheck:
         context_tokens: Of the engine; a probe that does not fit is left out.
         images: Most images a prompt that the engine takes.
         recover: Before giving up, push all weights again, and if that does not help leave a risky memory mode.
+
+    Raises:
+        SyncCheckError: From a call: the gap is too large on some rank, and stayed so.
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        *,
-        limit: GapLimit,
-        every: int = 50,
-        context_tokens: int = 4096,
-        images: int = 1,
-        recover: bool = False,
+        self, policy: Policy, *, limit: GapLimit, every: int, context_tokens: int, images: int, recover: bool = False
     ) -> None:
         if every < 1:
             raise ValueError(f"sync check: every is {every}; use at least 1 (after every sync), or no sync check")
@@ -113,21 +103,13 @@ class SyncCheck:
         self.syncs = 0
 
     def __call__(self, managed: ManagedEngine) -> None:
-        """Count a sync, and measure if it is due.
-
-        Raises:
-            SyncCheckError: The gap is too large on some rank, and stayed so.
-        """
+        """Count a sync, and measure if it is due."""
         self.syncs += 1
         if (self.syncs - 1) % self.every == 0:
             self.check(managed)
 
     def check(self, managed: ManagedEngine) -> None:
-        """Measure now; all ranks together.
-
-        Raises:
-            SyncCheckError: As above.
-        """
+        """Measure now; all ranks together."""
         gaps, exceeded = self._measure(managed)
         if not exceeded:
             return
@@ -135,22 +117,35 @@ class SyncCheck:
         cast(BatchEngine, managed.engine).reset_caches()
         if not self._measure(managed)[1]:
             cause = "caches: without them the gap is gone, so they were not emptied when the weights changed"
-        if self.recover and self._recovers(managed, gaps):
+        differences = "; ".join(map(str, gaps))
+        if self.recover and self._recovers(managed, differences):
             return
         raise SyncCheckError(
             f"after a sync the engine's log-probs differ from the trainer's by more than {self.limit} nats: "
-            f"{'; '.join(map(str, gaps))}. It would sample from another policy than the one that is trained. Likely "
+            f"{differences}. It would sample from another policy than the one that is trained. Likely "
             f"cause: {cause}"
         )
 
+    @torch.no_grad()
     def _measure(self, managed: ManagedEngine) -> tuple[list[Gap], bool]:
-        """The gaps on this rank, and whether one is too large on any rank: all must stop together."""
-        gaps = measure(self.policy, managed.engine, self.requests)
-        exceeded = torch.tensor(float(any(map(self.limit.exceeded_by, gaps))), device=self.policy.device)
+        """The gaps of new samples on this rank, and whether one is too large on any rank: all must stop together."""
+        policy, requests, samples = self.policy, self.requests, len(self.requests[0].seeds)
+        sampling = Sampling(max_tokens=RESPONSE_TOKENS, temperature=policy.temperature)
+        rollouts = run_episodes(managed.engine, policy, requests, sampling)
+        ids_NT, mask_NT, engine_NT = (
+            pad_sequence([getattr(rollout, name) for rollout in rollouts], batch_first=True).to(policy.device)
+            for name in ("response_ids", "sampled_mask", "engine_logprobs")
+        )
+        batch = PolicyBatch(tuple(request.inputs for request in requests), samples, ids_NT, mask_NT)
+        gap_NT = (policy(batch).logp_NT - engine_NT).abs().masked_fill(~mask_NT, 0.0)
+        gap_P, tokens_P = (x.unflatten(0, (-1, samples)).flatten(1) for x in (gap_NT, mask_NT))
+        rows = zip(requests, gap_P.amax(1).tolist(), (gap_P.sum(1) / tokens_P.sum(1)).tolist(), strict=True)
+        gaps = [Gap(request.prompt.uid, largest, mean) for request, largest, mean in rows]
+        exceeded = torch.tensor(float(any(map(self.limit.exceeded_by, gaps))), device=policy.device)
         return gaps, bool(max_over_ranks(exceeded))
 
-    def _recovers(self, managed: ManagedEngine, gaps: Sequence[Gap]) -> bool:
-        log.warning("engine and trainer differ (%s); all weights are pushed again", "; ".join(map(str, gaps)))
+    def _recovers(self, managed: ManagedEngine, differences: str) -> bool:
+        log.warning("engine and trainer differ (%s); all weights are pushed again", differences)
         managed.synchronise()
         if not self._measure(managed)[1]:
             return True
@@ -185,34 +180,12 @@ def probes(policy: Policy, *, context_tokens: int, images: int) -> list[Request]
 
 
 def _prompt(uid: str, text: str, images: int) -> Prompt:
-    return Prompt(uid, (Message("user", (*([IMAGE] * images), text)),), tuple(_noise(k) for k in range(images)))
-
-
-def _noise(seed: int) -> Image:
-    """Coloured noise: no two regions are equal, so a wrong position or resolution changes log-probs."""
+    """With images of coloured noise: no two regions are equal, so a wrong position or resolution changes log-probs."""
     from PIL import Image
 
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (SIDE_PIXELS, SIDE_PIXELS, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
-@torch.no_grad()
-def measure(policy: Policy, engine: RolloutEngine, requests: Sequence[Request]) -> list[Gap]:
-    """How far engine and trainer differ, request by request, on samples that the engine draws now."""
-    sampling = Sampling(max_tokens=RESPONSE_TOKENS, temperature=policy.temperature)
-    rollouts = run_episodes(engine, policy, requests, sampling)
-    samples = len(requests[0].seeds)
-    ids_NT, mask_NT, engine_NT = (
-        pad_sequence([getattr(rollout, name) for rollout in rollouts], batch_first=True).to(policy.device)
-        for name in ("response_ids", "sampled_mask", "engine_logprobs")
-    )
-    batch = PolicyBatch(tuple(request.inputs for request in requests), samples, ids_NT, mask_NT)
-    gap_NT = (policy(batch).logp_NT - engine_NT).abs().masked_fill(~mask_NT, 0.0)
-    tokens_P = mask_NT.sum(1).unflatten(0, (-1, samples)).sum(1)
-    gap_P = gap_NT.unflatten(0, (-1, samples)).flatten(1)
-    rows = zip(requests, gap_P.amax(1).tolist(), (gap_P.sum(1) / tokens_P).tolist(), strict=True)
-    return [Gap(request.prompt.uid, largest, mean) for request, largest, mean in rows]
+    draw, shape = torch.Generator().manual_seed(0), (images, SIDE_PIXELS, SIDE_PIXELS, 3)
+    noise = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8).numpy()
+    return Prompt(uid, (Message("user", (*([IMAGE] * images), text)),), tuple(map(Image.fromarray, noise)))
 
 
 def likely_cause(gaps: Sequence[Gap], limit: GapLimit) -> str:

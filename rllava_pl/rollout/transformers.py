@@ -11,9 +11,8 @@ a request (``prefix_ids``) are read with the prompt and draw no number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import count
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -61,24 +60,28 @@ class TransformersEngine(BatchEngine):
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
         """Complete every request once a seed; see ``BatchEngine``."""
         generations: list[Generation] = []
-        with _evaluating(self.policy), self.unsharded(), torch.no_grad():
-            for batch in self._batches(requests):
-                generations += self._complete(batch, sampling, count(len(generations)))
+        policy, size = self.policy, self.batch_prompts
+        training = policy.training
+        if training:
+            policy.eval()  # gradient checkpointing would switch the cache off
+        try:
+            with self.unsharded(), torch.no_grad():
+                batches = -(-len(requests) // size)
+                if self.lockstep:  # as many batches on every rank, the last ones empty
+                    batches = int(max_over_ranks(torch.tensor(batches, device=policy.device)))
+                for start in range(0, batches * size, size):
+                    generations += self._complete(requests[start : start + size], sampling, len(generations))
+        finally:
+            if training:
+                policy.train()
         return generations
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Nothing to copy: the engine reads the trained weights themselves."""
         self.version = version
 
-    def _batches(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
-        """``batch_prompts`` requests at a time; in lockstep, as many batches on every rank, the last ones empty."""
-        batches = -(-len(requests) // self.batch_prompts)
-        if self.lockstep:
-            batches = int(max_over_ranks(torch.tensor(batches, device=self.policy.device)))
-        for start in range(0, batches * self.batch_prompts, self.batch_prompts):
-            yield requests[start : start + self.batch_prompts]
-
-    def _complete(self, requests: Sequence[Request], sampling: Sampling, handles: Iterator[int]) -> list[Generation]:
+    def _complete(self, requests: Sequence[Request], sampling: Sampling, handle: int) -> list[Generation]:
+        """One batch; a rank without requests computes a row that is not used."""
         row_of_N = [p for p, request in enumerate(requests) for _ in request.seeds] or [0]
         seeds = [seed for request in requests for seed in request.seeds] or [0]
         sampler = _Sampler(self.policy, sampling, torch.tensor(seeds, device=self.policy.device), self.lockstep)
@@ -92,14 +95,14 @@ class TransformersEngine(BatchEngine):
             return []
         return [
             Generation(
-                handle=next(handles),
+                handle=handle + n,
                 prompt_ids=requests[p].inputs.input_ids_S,
                 ids_T=ids,
                 logprobs_T=logp,
                 finish_reason="stop" if stopped else "length",
                 weight_version=self.version,
             )
-            for p, ids, logp, stopped in zip(row_of_N, *sampler.result(), strict=True)
+            for n, (p, ids, logp, stopped) in enumerate(zip(row_of_N, *sampler.result(), strict=True))
         ]
 
     def _decode(self, contexts: Sequence[PromptInputs], row_of_N: Tensor, sampler: _Sampler) -> None:
@@ -158,12 +161,11 @@ class _Sampler:
         self.banned = torch.tensor(policy.banned_ids, dtype=torch.int64, device=policy.device)
         self.stops = torch.tensor(policy.stop_ids, device=policy.device)
         self.pad_id = policy.pad_id
-        rows = len(seeds_N)
-        self.ids_NT = torch.zeros(rows, sampling.max_tokens, dtype=torch.int64, device=policy.device)
-        self.logp_NT = torch.zeros(rows, sampling.max_tokens, dtype=torch.float32, device=policy.device)
-        self.length_N = torch.zeros(rows, dtype=torch.int64, device=policy.device)
-        self.stopped_N = torch.zeros(rows, dtype=torch.bool, device=policy.device)
-        self.alive = torch.arange(rows, device=policy.device)
+        self.ids_NT = torch.zeros(len(seeds_N), sampling.max_tokens, dtype=torch.int64, device=policy.device)
+        self.logp_NT = torch.zeros_like(self.ids_NT, dtype=torch.float32)
+        self.length_N = torch.zeros_like(self.ids_NT[:, 0])
+        self.stopped_N = torch.zeros_like(self.length_N, dtype=torch.bool)
+        self.alive = torch.arange(len(seeds_N), device=policy.device)
         """Rows that are still in the batch; some of them may have ended."""
         self.step = 0
 
@@ -181,24 +183,20 @@ class _Sampler:
             abort_if_signalled()
         scores = (logits_NV.float() / self.temperature).index_fill(1, self.banned, float("-inf"))
         logp_NV = scores.log_softmax(-1)
-        token = logp_NV.argmax(-1) if self.sampling.temperature == 0 else self._invert(logp_NV)
+        if self.sampling.temperature == 0:
+            token = logp_NV.argmax(-1)
+        else:  # the first token whose cumulative probability exceeds u; in float64, so that every token can be drawn
+            cumulative = logp_NV.exp().cumsum(-1, dtype=torch.float64)
+            u = uniforms(self.seeds_N[self.alive], self.step)[:, None] * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, u, right=True).clamp(max=logp_NV.shape[1] - 1)[:, 0]
         ended = self.stopped_N[self.alive]
         token = token.masked_fill(ended, self.pad_id)
-        self._record(token, logp_NV.gather(1, token[:, None])[:, 0].masked_fill(ended, 0.0), ended)
-        return token
-
-    def _invert(self, logp_NV: Tensor) -> Tensor:
-        """The first token whose cumulative probability exceeds u; in float64, so that no token is out of reach."""
-        cumulative = logp_NV.exp().cumsum(-1, dtype=torch.float64)
-        u = uniforms(self.seeds_N[self.alive], self.step)[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, u, right=True).clamp(max=logp_NV.shape[1] - 1)[:, 0]
-
-    def _record(self, token: Tensor, logp: Tensor, ended: Tensor) -> None:
         self.ids_NT[self.alive, self.step] = token
-        self.logp_NT[self.alive, self.step] = logp
+        self.logp_NT[self.alive, self.step] = logp_NV.gather(1, token[:, None])[:, 0].masked_fill(ended, 0.0)
         self.length_N[self.alive] += (~ended).long()
         self.stopped_N[self.alive] = ended | torch.isin(token, self.stops)
         self.step += 1
+        return token
 
     def drop_finished(self) -> Tensor | None:
         """Positions of the rows to keep once half of them have ended; None while shrinking the batch does not pay."""
@@ -219,16 +217,3 @@ class _Sampler:
         drawn_NT = torch.arange(self.sampling.max_tokens, device=self.length_N.device) < self.length_N[:, None]
         ids, logp = self.ids_NT[drawn_NT].cpu(), self.logp_NT[drawn_NT].cpu()
         return ids.split(lengths), logp.split(lengths), self.stopped_N.tolist()
-
-
-@contextmanager
-def _evaluating(policy: Policy) -> Iterator[None]:
-    """Evaluation mode for the time of a rollout: gradient checkpointing would switch the cache off."""
-    was_training = policy.training
-    if was_training:  # else the walk over all modules is for nothing
-        policy.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            policy.train()

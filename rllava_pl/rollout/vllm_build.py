@@ -29,11 +29,7 @@ MemoryMode = Literal["auto", "resident", "release_kv", "sleep", "discard"]
 
 
 def require_vllm() -> None:
-    """Check that vLLM is installed.
-
-    Raises:
-        ModuleNotFoundError: Saying how to install it.
-    """
+    """Raise a ModuleNotFoundError that says how to install vLLM, if it is missing."""
     if importlib.util.find_spec("vllm") is None:
         raise ModuleNotFoundError(
             "rollouts with vLLM need vLLM, which is not installed: pip install 'rllava-pl[vllm]' with CUDA, "
@@ -172,8 +168,7 @@ def _same_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads = setter
-        if torch.get_num_threads() != threads:
-            setter(threads)
+        setter(threads)
 
 
 def _forget_world() -> None:

@@ -62,11 +62,7 @@ class RequestLimits:
 
 
 def require_client() -> None:
-    """Check that the HTTP client is installed.
-
-    Raises:
-        ModuleNotFoundError: Saying how to install it.
-    """
+    """Raise a ModuleNotFoundError that says how to install the HTTP client, if it is missing."""
     try:
         import httpx  # noqa: F401
         import tenacity  # noqa: F401
@@ -76,11 +72,7 @@ def require_client() -> None:
 
 
 def base_url(url: str) -> str:
-    """The address of a server without a slash at its end.
-
-    Raises:
-        ValueError: It is not of the form ``http://host:port``.
-    """
+    """The address of a server without a slash at its end; a ValueError if it is not ``http://host:port``."""
     parts = urlsplit(url)
     plain = not (parts.username or parts.password or parts.query or parts.fragment)
     if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
@@ -179,6 +171,7 @@ class Server:
         headers = {"Content-Type": "application/json"} if content else {}
         send = _retrying(1 + self._limits.max_retries if repeatable or method == "GET" else 1)
         server = f"vLLM server {self.url}"
+        response: httpx.Response
         self._open.append(purpose)
         try:
             response = await send(self._client.request, method, self.url + path, content=content, headers=headers)

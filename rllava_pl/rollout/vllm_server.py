@@ -24,19 +24,10 @@ from torch import Tensor
 
 from rllava_pl.distributed.collectives import max_over_ranks, rank
 from rllava_pl.models.policy import Policy
+from rllava_pl.rollout import vllm_http as http
 from rllava_pl.rollout import vllm_routes as routes
 from rllava_pl.rollout.common import VLLMBase
-from rllava_pl.rollout.vllm_http import (
-    EventLoop,
-    RequestLimits,
-    Server,
-    ServerError,
-    base_url,
-    check_host,
-    new_client,
-    require_client,
-    run_while_healthy,
-)
+from rllava_pl.rollout.vllm_http import Server, ServerError
 from rllava_pl.rollout.vllm_transfer import buckets, to_text
 from rllava_pl.types import Generation, Request, Sampling
 
@@ -60,22 +51,22 @@ class VLLMServerEngine(VLLMBase):
         model: str = "",
         images: int = 4,
         concurrency: int = 64,
-        limits: RequestLimits = RequestLimits(),  # noqa: B008  frozen
+        limits: http.RequestLimits = http.RequestLimits(),  # noqa: B008  frozen
         allow_remote: bool = False,
     ) -> None:
-        require_client()
+        http.require_client()
         for url in urls:
-            check_host(base_url(url), allow_remote=allow_remote)
+            http.check_host(http.base_url(url), allow_remote=allow_remote)
         super().__init__(policy)
         self.model = model
         self.images = images
         self._label = ""
         self._probed = False
-        self._client = new_client(limits)
-        self.servers = [Server(base_url(url), self._client, limits, concurrency=concurrency) for url in urls]
+        self._client = http.new_client(limits)
+        self.servers = [Server(http.base_url(url), self._client, limits, concurrency=concurrency) for url in urls]
         first = rank() % len(urls)  # ranks begin with different servers
         self._next_server = cycle(self.servers[first:] + self.servers[:first])
-        self._loop: EventLoop | None = EventLoop()
+        self._loop: http.EventLoop | None = http.EventLoop()
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
         """Complete every request once a seed; see ``BatchEngine``.
@@ -87,7 +78,7 @@ class VLLMServerEngine(VLLMBase):
             return []
         handles = accumulate((len(request.seeds) for request in requests[:-1]), initial=0)
         work = [self._exchange(*pair, sampling) for pair in zip(requests, handles, strict=True)]
-        answers = self._loop.run(run_while_healthy(self.servers, work, sampling=True))
+        answers = self._loop.run(http.run_while_healthy(self.servers, work, sampling=True))
         return [generation for answer in answers for generation in answer]
 
     def _exchange(
@@ -180,7 +171,7 @@ class VLLMServerEngine(VLLMBase):
 
     def _on_all(self, action: Callable[[Server], Coroutine[object, object, object]]) -> None:
         """Run the same action on all servers at once."""
-        self._loop.run(run_while_healthy(self.servers, [action(server) for server in self.servers]))
+        self._loop.run(http.run_while_healthy(self.servers, [action(server) for server in self.servers]))
 
     def close(self) -> None:
         """Close the client; the servers keep running. Idempotent."""

@@ -17,8 +17,6 @@ BACKEND = "rllava_pl"
 """Name of the backend in vLLM: ``--weight-transfer-config '{"backend": "rllava_pl"}'``."""
 BUCKET_BYTES = 64 << 20
 
-Bucket = Sequence[tuple[str, Tensor]]
-
 
 def buckets(
     named_tensors: Iterable[tuple[str, Tensor]], limit_bytes: int = BUCKET_BYTES
@@ -39,7 +37,7 @@ def buckets(
         yield bucket
 
 
-def to_text(bucket: Bucket) -> str:
+def to_text(bucket: Sequence[tuple[str, Tensor]]) -> str:
     """A bucket as base64 of safetensors, for JSON."""
     from safetensors.torch import save
 

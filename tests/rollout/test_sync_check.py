@@ -47,7 +47,7 @@ class Copy(TransformersEngine):
 class Run:
     def __init__(self, load: Callable[..., Policy], family: str = "idefics3", **options: object) -> None:
         self.policy, self.engine, self.version = load(family), Copy(load(family)), 0
-        settings = {"limit": FULL_PRECISION, "every": 1, "context_tokens": 512}
+        settings = {"limit": FULL_PRECISION, "every": 1, "context_tokens": 512, "images": 1}
         self.check = SyncCheck(self.policy, **(settings | options))
         self.managed = ManagedEngine(
             build=lambda: self.engine,

@@ -149,7 +149,7 @@ def test_missing_http_client_says_what_to_install(
 def test_overlay_adds_the_callback_to_those_of_the_config_below(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(RLCLI, "fit", lambda self, **kwargs: None)
+    monkeypatch.setattr(RLCLI, "_run_subcommand", lambda self, subcommand: None)
     cli = main(["fit", *OVERLAID, f"--trainer.default_root_dir={tmp_path}"])
     (callback,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback))
     assert isinstance(callback, VLLMServerRollout) and callback.urls == ["http://127.0.0.1:8000"]
