@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -77,8 +78,10 @@ def gradient(model: nn.Module) -> dict[str, Tensor]:
 class Listed(BaseReward):
     """The rewards of the table above."""
 
+    components = ("accuracy",)
+
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        return [Score(value) for value, _ in zip(REWARDS, rollouts, strict=True)]
+        return [Score(value, {"accuracy": value}) for value, _ in zip(REWARDS, rollouts, strict=True)]
 
     def score(self, rollout: Rollout) -> Score:
         raise NotImplementedError
@@ -104,7 +107,8 @@ class Ours:
         )
         self.module.trainer = runs.trainer(Path(tempfile.gettempdir()))  # for its strategy; it never runs
         self.module.configure_model()
-        self.module.trainer.strategy.model = self.module
+        self.module.trainer.strategy.connect(self.module)
+        self.module.engine = SimpleNamespace(exact=False)  # nothing is sampled
         self.module.updater.connect(adapter_for(self.module.trainer.strategy), Path(tempfile.gettempdir()))
         for policy in filter(None, (self.module.policy, self.module.reference)):
             policy.banned_ids = []  # TRL's log-probs are over all of the vocabulary
