@@ -38,7 +38,8 @@ def assert_correct(rows: PromptRows, cases: list[Case]) -> None:
     ]
     assert not wrong, f"{len(wrong)} of {len(cases)} results differ: (row, expected, got, line) {wrong[:5]}"
     assert len(rows) + len(rows.rejections) == rows.total == len(cases)
-    assert rows.repairs == Counter(code for case in cases if not case.code for code in case.repairs)
+    repairs = Counter(code for case in cases if not case.code for code in case.repairs)
+    assert rows.repairs == repairs, f"results differ in repairs: {rows.repairs}, expected {repairs}"
     for rejection in rows.rejections:
         assert rejection.line == rejection.row + 1 and rejection.field and rejection.message
 
