@@ -59,7 +59,9 @@ def committed_directory(target: Path, facts: Mapping[str, object] | None = None)
                 yield temporary
             with raise_on_all_ranks():
                 names = manifest.names_in(temporary)[rank() :: world_size()]
-                own = {name: _content(temporary / name) for name in names}
+                for name in names:
+                    flush(temporary / name)
+                own = {name: manifest.content_of(temporary / name) for name in names}
             files = {name: content for part in gather_objects(own) for name, content in part.items()}
             with raise_on_all_ranks():
                 if rank() == 0:
@@ -71,11 +73,6 @@ def committed_directory(target: Path, facts: Mapping[str, object] | None = None)
             remove(temporary)
 
 
-def _content(path: Path) -> manifest.Content:
-    flush(path)
-    return manifest.Content(path.stat().st_size, manifest.digest_of(path))
-
-
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
     """Make an error on one rank an error on all of them, when all have reached the end of the block; collective.
@@ -83,15 +80,12 @@ def raise_on_all_ranks() -> Iterator[None]:
     Raises:
         OSError: On ranks without an error, naming the rank that has one. That rank raises its error itself.
     """
-    failure: Exception | None = None
     try:
         yield
     except Exception as error:
-        failure = error
-    messages = gather_objects("" if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    for k, message in enumerate(messages):
+        gather_objects(f"{type(error).__name__}: {error}")
+        raise
+    for k, message in enumerate(gather_objects("")):
         if message:
             raise OSError(f"rank {k}: {message}")
 
@@ -170,10 +164,8 @@ def _lock(descriptor: int) -> bool:
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # some network file systems
-        return True
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)  # other errors: some network file systems have no locks
     return True
 
 

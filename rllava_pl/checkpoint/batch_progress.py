@@ -26,7 +26,11 @@ def restart_interrupted(fit_loop: dict[str, Any], trainer: Trainer) -> None:
     training: Counts = fit_loop["epoch_loop.batch_progress"]
     validation: Counts = fit_loop["epoch_loop.val_loop.batch_progress"]
     now = training["current"]
-    due = _validates_after(training, trainer)
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    due = False  # whether a validation follows the last processed batch
+    if trainer.enable_validation and isinstance(every, int):
+        counted = training["total"] if epochs is None else now
+        due = counted["processed"] % every == 0 and (epochs is None or (trainer.current_epoch + 1) % epochs == 0)
     if now["started"] > now["processed"]:  # in a training step
         _complete(training)
         training["is_last_batch"] = False  # it would end the epoch without this batch
@@ -50,13 +54,3 @@ def _complete(training: Counts) -> None:
     """Every processed batch is completed, and no other has started."""
     for counts in (training["total"], training["current"]):
         counts.update(dict.fromkeys(("ready", "started", "completed"), counts["processed"]))
-
-
-def _validates_after(training: Counts, trainer: Trainer) -> bool:
-    """Whether a validation follows the last processed batch."""
-    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
-    if not trainer.enable_validation or not isinstance(every, int):
-        return False
-    if epochs is None:
-        return training["total"]["processed"] % every == 0
-    return (trainer.current_epoch + 1) % epochs == 0 and training["current"]["processed"] % every == 0

@@ -35,15 +35,9 @@ Plain: TypeAlias = "bool | int | float | str | Tensor | list[Plain] | tuple[Plai
 
 KIND = "kind"
 """Key that says what a dictionary stands for; every JSON object of an encoded value has it."""
-CLASSES: Mapping[str, type] = MappingProxyType(
-    {
-        cls.__name__: cls
-        for cls in (
-            *(ScoredBatch, RewardedBatch, TrainingBatch),
-            *(Rollout, Segment, Prompt, PromptInputs, Message, ImageSlot),
-        )
-    }
-)
+_BATCHES = (ScoredBatch, RewardedBatch, TrainingBatch)
+_PARTS = (Rollout, Segment, Prompt, PromptInputs, Message, ImageSlot)
+CLASSES: Mapping[str, type] = MappingProxyType({cls.__name__: cls for cls in (*_BATCHES, *_PARTS)})
 
 
 class Encoded(TypedDict):

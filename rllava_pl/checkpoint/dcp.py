@@ -54,14 +54,8 @@ class _Range(Tensor):
 
     def __create_write_items__(self, name: str, x: object) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self.as_subclass(Tensor))
-        return [
-            WriteItem(
-                MetadataIndex(name, chunk.offsets),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, properties, self.size()),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
+        chunks = ((x.offsets, TensorWriteData(x, properties, self.size())) for x in self.__create_chunk_list__())
+        return [WriteItem(MetadataIndex(name, at), WriteItemType.SHARD, tensor_data=data) for at, data in chunks]
 
 
 def save(tensors: Tensors, directory: Path) -> None:

@@ -79,15 +79,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             DamagedCheckpoint: The file differs from its manifest.
             ValueError: It is a directory, which only the strategy that wrote it can read.
         """
-        if not _is_remote(path) and Path(path).is_dir():
+        local = None if _is_remote(path) else Path(path)
+        if local and local.is_dir():
             raise ValueError(
                 f"{path} is a directory, saved by a sharded strategy, and resumes under that strategy only; to use its "
                 "weights, export them with ExportHF and name the export as the policy's path"
             )
-        if not _is_remote(path) and Path(path).exists():
-            refuse_damaged(Path(path))
-        only = True if weights_only is None else weights_only
-        return super().load_checkpoint(path, map_location, only)
+        if local and local.exists():
+            refuse_damaged(local)
+        return super().load_checkpoint(path, map_location, weights_only is not False)
 
 
 def bytes_of(checkpoint: object) -> int:
@@ -111,11 +111,7 @@ def _is_remote(path: str | Path) -> bool:
 
 
 def refuse_damaged(path: Path) -> None:
-    """Compare a file or directory with its manifest, if it has one.
-
-    Raises:
-        DamagedCheckpoint: Naming the path, what is wrong, and what to do.
-    """
+    """Raise ``DamagedCheckpoint`` if a file or directory differs from its manifest; without one it is accepted."""
     try:
         manifest.check(path)
     except manifest.NoManifest:  # written by another program

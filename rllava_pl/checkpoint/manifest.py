@@ -70,7 +70,9 @@ class Manifest:
     """Number of ranks that wrote it."""
     saved_at_ns: int = field(default_factory=time.time_ns)
     """Time since 1970; decides which of several is the newest."""
-    versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+    versions: Mapping[str, str] = field(
+        default_factory=lambda: {module.__name__: str(module.__version__) for module in (rllava_pl, torch, lightning)}
+    )
     """Versions of the packages that wrote it."""
     format: int = FORMAT
 
@@ -109,7 +111,20 @@ def read(checkpoint: Path) -> Manifest:
     Raises:
         DamagedCheckpoint: There is no manifest, or a file is missing, unexpected or of another size.
     """
-    manifest, sizes = _of_directory(checkpoint) if checkpoint.is_dir() else _of_file(checkpoint)
+    if checkpoint.is_dir():
+        names = names_in(checkpoint)
+        text = (checkpoint / NAME).read_bytes() if NAME in names else b""
+        sizes = {name: (checkpoint / name).stat().st_size for name in names if name != NAME}
+    else:
+        try:
+            with zipfile.ZipFile(checkpoint) as archive:
+                text = archive.comment
+        except (zipfile.BadZipFile, OSError) as error:
+            raise DamagedCheckpoint(f"it cannot be read ({error})") from error
+        sizes = {ARCHIVE: checkpoint.stat().st_size - len(text)}
+    if not text:
+        raise NoManifest("it has no manifest")
+    manifest = Manifest.loads(text)
     for name in sorted(sizes.keys() | manifest.files.keys()):
         expected = manifest.files[name].bytes if name in manifest.files else None
         if sizes.get(name) != expected:
@@ -118,18 +133,15 @@ def read(checkpoint: Path) -> Manifest:
 
 
 def check(checkpoint: Path) -> Manifest:
-    """Compare the contents of a checkpoint with its manifest; only once unless a file changes.
-
-    Raises:
-        DamagedCheckpoint: Naming what differs.
-    """
+    """As ``read``, and compares the contents, only once unless a file changes."""
     manifest = read(checkpoint)
-    state = (checkpoint.absolute(), _changes_ns(checkpoint))
+    paths = [checkpoint / name for name in names_in(checkpoint)] if checkpoint.is_dir() else [checkpoint]
+    state = (checkpoint.absolute(), tuple(path.stat().st_mtime_ns for path in paths))
     if state in _intact:
         return manifest
     for name, content in manifest.files.items():
-        digest = _digest_of_archive(checkpoint, content.bytes) if name == ARCHIVE else digest_of(checkpoint / name)
-        if digest != content.sha256:
+        found = _archive_of(checkpoint, content.bytes) if name == ARCHIVE else content_of(checkpoint / name)
+        if found != content:
             raise DamagedCheckpoint(f"{name} was changed: its SHA-256 is not the one in the manifest")
     _intact.add(state)
     return manifest
@@ -148,28 +160,27 @@ def newest(checkpoints: Iterable[Path]) -> Path | None:
             found[path] = read(path)
         except (DamagedCheckpoint, OSError) as error:
             damaged[path] = str(error)
+    intact = None
     for path in sorted(found, key=lambda path: found[path].saved_at_ns, reverse=True):
         try:
             check(path)
         except (DamagedCheckpoint, OSError) as error:
             damaged[path] = str(error)
-            continue
-        if damaged:
-            rank_zero_warn(f"resuming {path}, the newest intact checkpoint; damaged: {_listing(damaged)}")
-        return path
+        else:
+            intact = path
+            break
+    listing = "; ".join(f"{path}: {why}" for path, why in sorted(damaged.items()))
+    if damaged and intact is None:
+        raise DamagedCheckpoint(f"no checkpoint is intact: {listing}; to start a new run, move them away")
     if damaged:
-        raise DamagedCheckpoint(f"no checkpoint is intact: {_listing(damaged)}; to start a new run, move them away")
-    return None
+        rank_zero_warn(f"resuming {intact}, the newest intact checkpoint; damaged: {listing}")
+    return intact
 
 
-def _listing(damaged: Mapping[Path, str]) -> str:
-    return "; ".join(f"{path}: {why}" for path, why in sorted(damaged.items()))
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
+def content_of(path: Path) -> Content:
+    """Size and hash of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return Content(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def save_archive(checkpoint: Mapping[str, object], file: BinaryIO, facts: Mapping[str, object]) -> None:
@@ -197,48 +208,21 @@ class _HashingWriter:
         self._file.flush()
 
 
-def _of_file(path: Path) -> tuple[Manifest, dict[str, int]]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            comment = archive.comment
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DamagedCheckpoint(f"it cannot be read ({error})") from error
-    if not comment:
-        raise NoManifest("it has no manifest")
-    return Manifest.loads(comment), {ARCHIVE: path.stat().st_size - len(comment)}
-
-
-def _of_directory(directory: Path) -> tuple[Manifest, dict[str, int]]:
-    if not (directory / NAME).is_file():
-        raise NoManifest("it has no manifest")
-    manifest = Manifest.loads((directory / NAME).read_bytes())
-    return manifest, {name: (directory / name).stat().st_size for name in names_in(directory) if name != NAME}
-
-
-def _changes_ns(checkpoint: Path) -> tuple[int, ...]:
-    files = [checkpoint / name for name in names_in(checkpoint)] if checkpoint.is_dir() else [checkpoint]
-    return tuple(path.stat().st_mtime_ns for path in files)
-
-
 def names_in(directory: Path) -> list[str]:
     """Paths of all files in a directory, relative to it, sorted."""
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
-def _digest_of_archive(path: Path, size: int) -> str:
-    """SHA-256 of the archive as it was before the comment was added."""
+def _archive_of(path: Path, size: int) -> Content:
+    """Size and hash of the archive as it was before the comment was added."""
     digest, left = hashlib.sha256(), size - END.size
     with path.open("rb") as file:
         while chunk := file.read(min(left, 1 << 20)):
             digest.update(chunk)
             left -= len(chunk)
     digest.update(END.pack(0))
-    return digest.hexdigest()
+    return Content(size, digest.hexdigest())
 
 
 def _digest_of_body(body: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    return {"rllava_pl": rllava_pl.__version__, "torch": torch.__version__, "lightning": lightning.__version__}
