@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count, repeat
 from numbers import Real
+from typing import TypeGuard
 
 from rllava_pl.redaction import escaped
 from rllava_pl.rewards.base import RewardError, snake_case
@@ -101,34 +102,38 @@ def combine_scores(
     rewards: Sequence[Reward], rollouts: Sequence[Rollout], scores: Sequence[Sequence[Score]]
 ) -> RewardOutput:
     """Add up the checked scores of every reward; the rest is as in ``compute_rewards``."""
-    totals = [_weighted_sum(rewards, row) for row in zip(*scores, strict=True)]
+    weights = [reward.weight for reward in rewards]
+    totals = [_weighted_sum(weights, row) for row in zip(*scores, strict=True)]
     for name, column in zip([*map(reward_name, rewards), "sum"], [*scores, totals], strict=True):
-        first_of_cause: dict[str, tuple[str, str]] = {}
-        for rollout, score in zip(rollouts, column, strict=True):
-            if score.value is None and score.detail:  # what a reward returns on purpose has no detail
-                source = f" ({rollout.prompt.source})" if rollout.prompt.source else ""
-                first_of_cause.setdefault(score.reason, (f"{rollout.prompt.uid!r}{source}", score.detail))
-        for cause, (prompt, detail) in first_of_cause.items():
-            log.warning("reward %s, %s at prompt %s: %s", *map(escaped, (name, cause, prompt, detail)))
-    causes = Counter(total.reason for total in totals if total.value is None)
+        faults = [(rollout.prompt, x) for rollout, x in zip(rollouts, column, strict=True) if _is_fault(x)]
+        for prompt, score in {score.reason: (prompt, score) for prompt, score in reversed(faults)}.values():
+            where = f"{prompt.uid!r} ({prompt.source})" if prompt.source else repr(prompt.uid)
+            log.warning("reward %s, %s at prompt %s: %s", *map(escaped, (name, score.reason, where, score.detail)))
+    causes = Counter(total.reason for total in totals if isinstance(total, Score))
     flags = Counter(flag for score in chain.from_iterable(scores) for flag in score.flags)
     components, applies = _columns(rewards, scores)
-    return RewardOutput([total.value for total in totals], components, causes, flags, applies)
+    values = [None if isinstance(total, Score) else total for total in totals]
+    return RewardOutput(values, components, causes, flags, applies)
 
 
-def _weighted_sum(rewards: Sequence[Reward], row: Sequence[Score]) -> Score:
-    """One sample's reward, or the first cause why there is none."""
-    applicable = [(reward.weight, score) for reward, score in zip(rewards, row, strict=True) if score.applicable]
-    if not applicable:
-        return Score(None, reason="not_applicable", detail="no reward applies to this row")
-    total = 0.0
-    for weight, score in applicable:
-        if score.value is None:
+def _is_fault(x: Score | float) -> TypeGuard[Score]:
+    """Whether a score is missing by a fault; what a reward returns on purpose has no detail."""
+    return isinstance(x, Score) and x.value is None and bool(x.detail)
+
+
+def _weighted_sum(weights: Sequence[float], row: Sequence[Score]) -> float | Score:
+    """One sample's reward, or an unscored one with the first cause why there is none."""
+    total, applies = 0.0, False
+    for weight, score in zip(weights, row, strict=True):
+        if score.value is not None:
+            total, applies = total + weight * score.value, True
+        elif score.applicable:
             return Score(None, reason=score.reason)  # its detail is in the log already
-        total += weight * score.value
+    if not applies:
+        return Score(None, reason="not_applicable", detail="no reward applies to this row")
     if finite_float(total) is None:
         return Score(None, reason="not_finite", detail="the weighted sum is infinite in float32")
-    return Score(total)
+    return total
 
 
 def _columns(

@@ -24,7 +24,7 @@ Other causes are those that rewards return themselves, as ``Score(None, reason="
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, TypeGuard
@@ -96,25 +96,30 @@ def score_rollouts(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
     A reward that scores samples one by one loses the faulty one, a reward with its own ``__call__`` the whole call.
     """
     declared = tuple(getattr(reward, "components", ()))
-    scores: list[Score] = []
-    for samples in [[rollout] for rollout in rollouts] if is_samplewise(reward) else [rollouts]:
+
+    def attempt(score: Callable[[], list[Score]], number: int) -> list[Score]:
         try:
-            returned: object = [reward.score(samples[0])] if is_samplewise(reward) else reward(samples)
-            if not isinstance(returned, Sequence) or isinstance(returned, str):
-                detail = f"returned {type(returned).__name__}, not a list of Score"
-                fault = Score(None, reason="bad_type", detail=detail)
-            elif len(returned) != len(samples):
-                detail = f"returned {len(returned)} scores for {len(samples)} rollouts"
-                fault = Score(None, reason="bad_length", detail=detail)
-            else:
-                scores += [check_score(score, declared) for score in returned]
-                continue
+            return score()
         except RewardError:
             raise
         except Exception as error:
-            fault = error_score(error)
-        scores += [fault] * len(samples)
-    return scores
+            return [error_score(error)] * number
+
+    if is_samplewise(reward):
+        one = reward.score
+        return [attempt(lambda r=r: [check_score(one(r), declared)], 1)[0] for r in rollouts]  # type: ignore[misc]
+
+    def together() -> list[Score]:
+        returned: object = reward(rollouts)
+        if not isinstance(returned, Sequence) or isinstance(returned, str):
+            detail = f"returned {type(returned).__name__}, not a list of Score"
+            return [Score(None, reason="bad_type", detail=detail)] * len(rollouts)
+        if len(returned) != len(rollouts):
+            detail = f"returned {len(returned)} scores for {len(rollouts)} rollouts"
+            return [Score(None, reason="bad_length", detail=detail)] * len(rollouts)
+        return [check_score(score, declared) for score in returned]
+
+    return attempt(together, len(rollouts))
 
 
 def is_samplewise(reward: Reward) -> TypeGuard[BaseReward]:

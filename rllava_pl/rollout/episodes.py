@@ -51,9 +51,12 @@ def run_episodes(
     rollouts = []
     for request, generation in samples:
         sampled = Segment(generation.ids_T, logprobs_T=generation.logprobs_T, weight_version=generation.weight_version)
-        given = Segment(torch.tensor(request.prefix_ids, dtype=torch.int64), "given")
-        segments = (given, sampled) if len(given) else (sampled,)
-        text = policy.decode(torch.cat([segment.ids_T for segment in segments]))
+        segments: tuple[Segment, ...] = (sampled,)
+        ids_T = sampled.ids_T
+        if request.prefix_ids:
+            given = Segment(torch.tensor(request.prefix_ids, dtype=torch.int64), "given")
+            segments, ids_T = (given, sampled), torch.cat([given.ids_T, ids_T])
+        text = policy.decode(ids_T)
         rollouts.append(
             Rollout(request.prompt, request.group, request.inputs, segments, generation.finish_reason, text)
         )
