@@ -24,7 +24,7 @@ Other causes are those that rewards return themselves, as ``Score(None, reason="
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, TypeGuard
@@ -96,30 +96,35 @@ def score_rollouts(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
     A reward that scores samples one by one loses the faulty one, a reward with its own ``__call__`` the whole call.
     """
     declared = tuple(getattr(reward, "components", ()))
-
-    def attempt(score: Callable[[], list[Score]], number: int) -> list[Score]:
+    if not is_samplewise(reward):
+        return _score_together(reward, rollouts, declared)
+    scores = []
+    for rollout in rollouts:
         try:
-            return score()
+            scores.append(check_score(reward.score(rollout), declared))
         except RewardError:
             raise
         except Exception as error:
-            return [error_score(error)] * number
+            scores.append(error_score(error))
+    return scores
 
-    if is_samplewise(reward):
-        one = reward.score
-        return [attempt(lambda r=r: [check_score(one(r), declared)], 1)[0] for r in rollouts]  # type: ignore[misc]
 
-    def together() -> list[Score]:
+def _score_together(reward: Reward, rollouts: Sequence[Rollout], declared: tuple[str, ...]) -> list[Score]:
+    """All samples in one call, which a fault costs them all."""
+    try:
         returned: object = reward(rollouts)
         if not isinstance(returned, Sequence) or isinstance(returned, str):
-            detail = f"returned {type(returned).__name__}, not a list of Score"
-            return [Score(None, reason="bad_type", detail=detail)] * len(rollouts)
-        if len(returned) != len(rollouts):
+            fault = Score(None, reason="bad_type", detail=f"returned {type(returned).__name__}, not a list of Score")
+        elif len(returned) != len(rollouts):
             detail = f"returned {len(returned)} scores for {len(rollouts)} rollouts"
-            return [Score(None, reason="bad_length", detail=detail)] * len(rollouts)
-        return [check_score(score, declared) for score in returned]
-
-    return attempt(together, len(rollouts))
+            fault = Score(None, reason="bad_length", detail=detail)
+        else:
+            return [check_score(score, declared) for score in returned]
+    except RewardError:
+        raise
+    except Exception as error:
+        fault = error_score(error)
+    return [fault] * len(rollouts)
 
 
 def is_samplewise(reward: Reward) -> TypeGuard[BaseReward]:
