@@ -63,7 +63,10 @@ def _clean(value: T, secrets: list[str]) -> T:
     fields = _fields(value)
     if fields is None:
         return value
-    clean = {name: HIDDEN if _is_hidden(name, x) else _clean(x, secrets) for name, x in fields.items()}
+    clean: dict[str, object] = {}
+    for name, item in fields.items():  # None and switches are kept, whatever their name
+        hidden = is_secret(str(name)) and item is not None and not isinstance(item, bool)
+        clean[name] = HIDDEN if hidden else _clean(item, secrets)
     return clean if isinstance(value, Mapping) else type(value)(**clean)  # type: ignore[return-value]
 
 
@@ -74,7 +77,7 @@ def _secrets(value: object, below_secret: bool = False) -> Iterator[str]:
             yield from _secrets(item, below_secret)
     elif (fields := _fields(value)) is not None:
         for name, item in fields.items():
-            yield from _secrets(item, below_secret or _is_hidden(name, item))
+            yield from _secrets(item, below_secret or is_secret(str(name)))
     elif below_secret and value is not None and not isinstance(value, bool):
         yield str(value)
 
@@ -84,8 +87,3 @@ def _fields(value: object) -> Mapping[str, object] | None:
     if isinstance(value, Mapping):
         return value
     return vars(value) if type(value).__name__ == "Namespace" else None
-
-
-def _is_hidden(name: object, value: object) -> bool:
-    """None and switches are kept, whatever their name."""
-    return isinstance(name, str) and is_secret(name) and value is not None and not isinstance(value, bool)

@@ -54,7 +54,7 @@ def empty_folder(monkeypatch, tmp_path):
 @pytest.fixture
 def built(monkeypatch):
     """Parses and instantiates a command without running it."""
-    monkeypatch.setattr(RLCLI, "fit", lambda self, **kwargs: None)
+    monkeypatch.setattr(RLCLI, "_run_subcommand", lambda self, subcommand: None)
     return lambda *args: main([*COLOUR, *args])
 
 

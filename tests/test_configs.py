@@ -92,7 +92,7 @@ def in_the_repository(monkeypatch):
 @pytest.fixture
 def built(monkeypatch, tmp_path):
     """A function that parses and instantiates a command without running it."""
-    monkeypatch.setattr(RLCLI, "fit", lambda self, **kwargs: None)
+    monkeypatch.setattr(RLCLI, "_run_subcommand", lambda self, subcommand: None)
     return lambda *args: main(["fit", *args, f"--trainer.default_root_dir={tmp_path}"])
 
 

@@ -67,9 +67,8 @@ def main(args: list[str] | None = None) -> RLCLI | None:
             stderr; with ``RLLAVA_PL_DEBUG=1`` the error itself is raised. With code 1 if ``check-data`` or ``plan``
             find that the run would not start or not fit.
     """
-    words = list(sys.argv[1:] if args is None else args)
     try:
-        return _run(words)
+        return _run(list(sys.argv[1:] if args is None else args))
     except UsageError as error:
         if debugging():
             raise
@@ -81,9 +80,11 @@ def _run(words: list[str]) -> RLCLI | None:
     command = words[0] if words else "--help"
     if command in TRAINER_COMMANDS:
         args = configs.resolve(words)  # before the imports, so that a wrong name is answered at once
-        from rllava_pl.cli.app import run
+        from rllava_pl.cli.app import RLCLI
+        from rllava_pl.cli.warnings import filter_warnings
 
-        return run(args)
+        with filter_warnings():
+            return RLCLI(args)
     if command in OTHER_COMMANDS:
         module = import_module(f"rllava_pl.cli.{command.replace('-', '_')}")
         if code := module.run(words[1:]):

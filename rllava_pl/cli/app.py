@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from traceback import walk_tb
 from typing import cast
 
 from jsonargparse import ArgumentError, Namespace
@@ -25,7 +26,6 @@ from rllava_pl.cli import TRAINER_COMMANDS
 from rllava_pl.cli.errors import UsageError, debugging, raised_by_us, with_hint
 from rllava_pl.cli.messages import check_keys, explain, import_class, unknown_option
 from rllava_pl.cli.raw_config import CLASS, OPTIONS, Tree, Value, lookup, merge, sources
-from rllava_pl.cli.warnings import filter_warnings
 from rllava_pl.modules import PolicyModule
 from rllava_pl.redaction import redact
 
@@ -67,17 +67,12 @@ class RLCLI(LightningCLI):
     """One command from arguments to the end of the run.
 
     Args:
-        args: Subcommand and options, names of configs replaced by their files.
-
-    Raises:
-        UsageError: The arguments or a config are wrong, a constructor refuses its options, or a run cannot start.
+        args: Subcommand and options, names of configs replaced by their files. A mistake in them is a ``UsageError``.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
         self.command = args[0]
-        self.raw: Tree = {
-            "trainer": {**TRAINER_DEFAULTS, "callbacks": CALLBACKS}
-        }  # the user's values are merged into it
+        self.raw: Tree = {"trainer": {**TRAINER_DEFAULTS, "callbacks": CALLBACKS}}  # the user's are merged into it
         strict = {"exit_on_error": False, "allow_abbrev": False}  # raise, so that the message can be shortened
         followers = ", ".join(f"--{target} follows --{source}" for target, source in LINKS.items())
         about = f"{TRAINER_COMMANDS[self.command].capitalize()}. Where a class has them, {followers}."
@@ -111,17 +106,21 @@ class RLCLI(LightningCLI):
         """Set default callbacks, and link the seed and the policy's path to the options that need them."""
         parser.set_defaults({"trainer.callbacks": CALLBACKS})
         for target, source in LINKS.items():
-            compute = _seed_of if source == "seed_everything" else None
-            parser.link_arguments(_full(source), _full(target), compute_fn=compute)
+            parser.link_arguments(_full(source), _full(target), _seed_of if source == "seed_everything" else None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; an unknown key, a wrong value or a contradiction is a ``UsageError``."""
         args = cast("list[str]", args)
-        defaults = self._parser(self.command).get_defaults()
-        known = list(dict.fromkeys(str(key).partition(".")[0] for key in defaults.keys()))  # noqa: SIM118
+        known = list(self._parser(self.command).get_defaults().as_dict())
         for source in sources(args[1:]):
             self.raw = cast(Tree, merge(self.raw, source))
-            self._check_source(source, known)
+            for name, section in source.items():
+                if name not in known:
+                    raise UsageError(unknown_option(name, known))
+                if name == "trainer" and not isinstance(section, dict) and not Path(str(section)).is_file():
+                    raise UsageError(f"trainer: expected options such as max_time, got {section!r}")
+                if name in SECTIONS:
+                    check_keys(section, self.raw[name], SECTIONS[name], name)
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
@@ -137,28 +136,12 @@ class RLCLI(LightningCLI):
         if path is not None and path not in LIGHTNING_PATHS and ":" not in path and not Path(path).exists():
             raise UsageError(f"--ckpt_path {path}: there is no such file or directory; last is the newest checkpoint")
 
-    def _check_source(self, source: Tree, known: Sequence[str]) -> None:
-        """Check the keys of one config file or argument.
-
-        Raises:
-            UsageError: One is unknown, or ``trainer`` has no options.
-        """
-        for name, section in source.items():
-            if name not in known:
-                raise UsageError(unknown_option(name, known))
-            if name == "trainer" and not isinstance(section, dict) and not Path(str(section)).is_file():
-                raise UsageError(f"trainer: expected options such as max_time, got {section!r}")
-            if name in SECTIONS:
-                check_keys(section, self.raw[name], SECTIONS[name], name)
-
     def before_instantiate_classes(self) -> None:
         """Pass on a seed that was drawn at random (``seed_everything: true``); others are passed by their link."""
         config = self.config[self.subcommand]
-        if isinstance(config.seed_everything, bool):
-            return
         for section in (config.model, config.data):
             if section is not None and "seed" in section.get("init_args", {}):
-                section.init_args.seed = config.seed_everything
+                section.init_args.seed = _seed_of(config.seed_everything)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; an error of a constructor names its place in the config."""
@@ -168,8 +151,7 @@ class RLCLI(LightningCLI):
             origin: BaseException = error  # behind the errors that the parser makes of it
             while isinstance(origin, ValueError) and origin.__cause__ is not None:
                 origin = origin.__cause__
-            where = _place(origin, self.config[self.subcommand])
-            raise UsageError(with_hint(f"{where}{origin}")) from error
+            raise UsageError(with_hint(f"{_place(origin, self.config[self.subcommand])}{origin}")) from error
 
     def build(self) -> None:
         """Everything that the config describes; overridden by commands that need only part of it."""
@@ -186,33 +168,19 @@ class RLCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: options come from the config, so that a run can be resumed with others, e.g. more rollouts."""
 
-    # -- the subcommands ---------------------------------------------------------------------------------------------
-
-    def fit(self, **kwargs: object) -> None:
-        """``Trainer.fit``."""
-        self._run("fit", kwargs)
-
-    def validate(self, **kwargs: object) -> None:
-        """``Trainer.validate``."""
-        self._run("validate", kwargs)
-
-    def test(self, **kwargs: object) -> None:
-        """``Trainer.test``."""
-        self._run("test", kwargs)
-
-    def predict(self, **kwargs: object) -> None:
-        """``Trainer.predict``, the answers written to a file instead of kept in memory."""
-        callbacks = cast("list[Callback]", self.trainer.callbacks)  # type: ignore[attr-defined]
-        if not any(isinstance(callback, RolloutWriter) for callback in callbacks):
-            callbacks.append(RolloutWriter())
-        self._run("predict", {**kwargs, "return_predictions": False})
-
-    def _run(self, subcommand: str, kwargs: dict[str, object]) -> None:
+    def _run_subcommand(self, subcommand: str) -> None:
         """Run; errors of this package before the first metric become one line, others keep their traceback."""
+        kwargs = self._prepare_subcommand_kwargs(subcommand)
+        callbacks = cast("list[Callback]", self.trainer.callbacks)  # type: ignore[attr-defined]
         if kwargs.get("weights_only") is None:
             kwargs["weights_only"] = True  # loading a checkpoint must not run code
-        if kwargs.get("ckpt_path") == "last":
-            kwargs["ckpt_path"] = self._last_checkpoint(subcommand)
+        if subcommand == "predict":  # answers are written to a file instead of kept in memory
+            kwargs["return_predictions"] = False
+            if not any(isinstance(callback, RolloutWriter) for callback in callbacks):
+                callbacks.append(RolloutWriter())
+        saver = next((callback for callback in callbacks if isinstance(callback, RolloutCheckpoint)), None)
+        if kwargs.get("ckpt_path") == "last" and saver is not None:  # Lightning finds those of its own callbacks
+            kwargs["ckpt_path"] = self._last_checkpoint(saver)
         try:
             getattr(self.trainer, subcommand)(**kwargs)
         except (ValueError, OSError, ImportError) as error:
@@ -220,25 +188,15 @@ class RLCLI(LightningCLI):
                 raise UsageError(with_hint(str(error))) from error
             raise
 
-    def _last_checkpoint(self, subcommand: str) -> str | None:
-        """The newest complete checkpoint of ``RolloutCheckpoint``; None, which starts a new run, if there is none yet.
-
-        Raises:
-            UsageError: None is complete, or there is none for a command that needs one.
-        """
-        callbacks = cast("list[Callback]", self.trainer.callbacks)  # type: ignore[attr-defined]
-        ours = next((callback for callback in callbacks if isinstance(callback, RolloutCheckpoint)), None)
-        if ours is None:  # Lightning finds those of its own callbacks
-            return "last"
+    def _last_checkpoint(self, saver: RolloutCheckpoint) -> str | None:
+        """The newest complete checkpoint; None, with which ``fit`` starts a new run, if there is none yet."""
         try:
-            found = ours.newest(self.trainer)
+            found = saver.newest(self.trainer)
         except DamagedCheckpoint as error:
             raise UsageError(str(error)) from error
-        if found is None and subcommand != "fit":
-            raise UsageError(f"--ckpt_path last: there is no checkpoint in {shown(ours.directory(self.trainer))} yet")
-        rank_zero_info(
-            f"--ckpt_path last: {'no checkpoint yet, starting a new run' if found is None else shown(found)}"
-        )
+        if found is None and self.command != "fit":
+            raise UsageError(f"--ckpt_path last: there is no checkpoint in {shown(saver.directory(self.trainer))} yet")
+        rank_zero_info(f"--ckpt_path last: {shown(found) if found else 'no checkpoint yet, starting a new run'}")
         return found
 
 
@@ -250,16 +208,6 @@ class PartialCLI(RLCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Do nothing."""
-
-
-def run(args: Sequence[str]) -> RLCLI:
-    """Parse, build and run.
-
-    Raises:
-        UsageError: As ``RLCLI``.
-    """
-    with filter_warnings():
-        return RLCLI(args)
 
 
 def _full(option: str) -> str:
@@ -280,10 +228,9 @@ def _place(error: BaseException, config: Namespace) -> str:
     if len(homes) == 1:
         return homes[0]
     places = {cls: f"{key}: " for key, cls in objects.items() if cls} | {Trainer: "trainer: "}
-    traceback, found = error.__traceback__, ""
-    while traceback is not None:  # towards the frame that raised
-        found = places.get(type(traceback.tb_frame.f_locals.get("self")), found)
-        traceback = traceback.tb_next
+    found = ""
+    for frame, _ in walk_tb(error.__traceback__):  # towards the frame that raised
+        found = places.get(type(frame.f_locals.get("self")), found)
     return found
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -66,17 +65,7 @@ class Checked:
 
 
 def run(args: Sequence[str]) -> int:
-    """Check and print.
-
-    Args:
-        args: The words after ``check-data``.
-
-    Returns:
-        0 if all splits are good enough to train, else 1.
-
-    Raises:
-        UsageError: The options, the config or a data source as a whole cannot be read.
-    """
+    """Check and print; 0 if all splits are good enough to train, else 1."""
     parser = command_parser("check-data", ABOUT, EXIT_CODES)
     parser.add_argument("--split", choices=SPLITS, help="check only this one; default: every split that has a source")
     parser.add_argument("--report", metavar="FILE", help="write every rejected row there, as JSON lines")
@@ -86,7 +75,11 @@ def run(args: Sequence[str]) -> int:
     with filter_warnings():
         data = DataCLI(configs.resolve(rest)).datamodule
         try:
-            results = [_check(data, split, options.decode) for split in _splits(data, options.split)]
+            if not isinstance(data, BaseDataModule):
+                raise ValueError(f"check-data needs a subclass of BaseDataModule; {type(data).__name__} is none")
+            named = [split for split in SPLITS if not isinstance(data, PromptDataModule) or data.specs[split]]
+            splits = [options.split] if options.split else named or ["train"]
+            results = [_check(data, split, options.decode) for split in splits]
         except (ValueError, OSError, ImportError) as error:
             if raised_by_us(error):
                 raise UsageError(with_hint(str(error))) from error
@@ -100,39 +93,23 @@ def run(args: Sequence[str]) -> int:
     return 0 if all(result.passed for result in results) else 1
 
 
-def _splits(data: LightningDataModule, only: str | None) -> list[str]:
-    if not isinstance(data, BaseDataModule):
-        raise ValueError(f"check-data reads data modules derived from BaseDataModule; {type(data).__name__} is not")
-    if only:
-        return [only]
-    if isinstance(data, PromptDataModule):
-        return [split for split in SPLITS if data.specs[split]] or ["train"]
-    return list(SPLITS)
-
-
 def _check(data: BaseDataModule, split: str, decode: bool) -> Checked:
-    start = time.perf_counter()
-    if isinstance(data, PromptDataModule):
-        sources = data.sources(split)
-        with _progress(split, sum(len(source.table.rows) for source in sources)) as tick:
-            verdicts, allowed = audit(sources, decode, tick), data.max_reject_fraction
-    else:  # the prompts are generated, not read
-        data.setup("test" if split == "test" else "fit")
-        prompts = getattr(data, f"{split}_prompts")
-        with _progress(split, len(prompts)) as tick:
-            verdicts, allowed = audit_prompts(prompts, f"{type(data).__name__}.{split}_prompts", tick), 0.0
+    start, console = time.perf_counter(), Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(split, total=None)
+        tick = partial(progress.advance, task)
+        if isinstance(data, PromptDataModule):
+            sources, allowed = data.sources(split), data.max_reject_fraction
+            progress.update(task, total=sum(len(source.table.rows) for source in sources))
+            verdicts = audit(sources, decode, tick)
+        else:  # the prompts are generated, not read
+            data.setup("test" if split == "test" else "fit")
+            prompts, allowed = getattr(data, f"{split}_prompts"), 0.0
+            progress.update(task, total=len(prompts))
+            verdicts = audit_prompts(prompts, f"{type(data).__name__}.{split}_prompts", tick)
     if not verdicts.total:
         raise ValueError(f"the {split} split has no rows")
     return Checked(split, verdicts, allowed, time.perf_counter() - start)
-
-
-@contextmanager
-def _progress(split: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar if stderr is a terminal; the function yielded advances it by a row."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(split, total=total)
-        yield lambda: progress.advance(task)
 
 
 def _as_json(result: Checked) -> dict[str, object]:
@@ -153,27 +130,22 @@ def _as_json(result: Checked) -> dict[str, object]:
 
 
 def _print(results: Sequence[Checked], report: str | None) -> None:
-    console = Console()
+    """One line for each split, and a table with number and examples of the rows of every code."""
     for result in results:
         verdicts = result.audit
         rows = f"{verdicts.total} rows, {len(verdicts.kept)} usable, {len(verdicts.rejections)} refused"
         limit = "" if result.passed else f", more than the allowed {result.allowed:.2%}"
-        console.print(f"{result.split}: {rows}{limit} ({result.seconds:.1f} s)", highlight=False, markup=False)
-        if verdicts.rejections or verdicts.repairs:
-            console.print(_table(result))
+        print(f"{result.split}: {rows}{limit} ({result.seconds:.1f} s)")
+        table = Table("code", "meaning", "rows", "examples")
+        for code, refused in result.by_code().items():
+            examples = [
+                f"{row.source} row {row.row}{f' (line {row.line})' if row.line else ''}, {row.field}: {row.message}"
+                for row in refused[:EXAMPLES]
+            ]
+            table.add_row(code, CODES[code], str(len(refused)), Text("\n".join(examples)))
+        for code, count in sorted(verdicts.repairs.items()):
+            table.add_row(code, CODES[code], str(count), "repaired and used")
+        if table.row_count:
+            Console().print(table)
     if report:
-        console.print(f"every refused row: {report}", highlight=False, markup=False)
-
-
-def _table(result: Checked) -> Table:
-    """Number and examples of the rows of every code."""
-    table = Table("code", "meaning", "rows", "examples")
-    for code, rows in result.by_code().items():
-        examples = [
-            f"{row.source} row {row.row}{f' (line {row.line})' if row.line else ''}, {row.field}: {row.message}"
-            for row in rows[:EXAMPLES]
-        ]
-        table.add_row(code, CODES[code], str(len(rows)), Text("\n".join(examples)))
-    for code, count in sorted(result.audit.repairs.items()):
-        table.add_row(code, CODES[code], str(count), "repaired and used")
-    return table
+        print(f"every refused row: {report}")

@@ -27,18 +27,17 @@ def run(args: Sequence[str]) -> int:
     """Print one line for each config: its name and the first line of its comment."""
     command_parser("configs", "List the configs that --config finds by name.\n").parse_args(args)
     width = max(map(len, names()))
-    lines = [f"{name:{width}} {_title(folder() / (name + SUFFIX))}" for name in names()]
-    print("\n".join([*lines, f"\nfiles in {folder()}; several --config are merged, later ones win"]))
+    for name in names():
+        first, *_ = (folder() / (name + SUFFIX)).read_text("utf-8").splitlines() or [""]
+        print(f"{name:{width}} {first.lstrip('# ') if first.startswith('#') else ''}")
+    print(f"\nfiles in {folder()}; several --config are merged, later ones win")
     return 0
 
 
 def find(name: str) -> str:
     """The file called ``name``: a path, or the name of a config with or without ``configs/`` and ``.yaml``.
 
-    A URL or YAML text is returned as it is.
-
-    Raises:
-        UsageError: There is no such file; the message names the configs that exist.
+    A URL or YAML text is returned as it is. An unknown name is a ``UsageError`` with the configs that exist.
     """
     if Path(name).is_file() or "://" in name or "\n" in name or "{" in name:
         return name
@@ -50,23 +49,12 @@ def find(name: str) -> str:
 
 
 def resolve(args: Sequence[str]) -> list[str]:
-    """The arguments with the name after every ``--config`` replaced by its file.
-
-    Raises:
-        UsageError: As ``find``.
-    """
-    resolved, expected = [], False
-    for word in args:
+    """The arguments with the name after every ``--config`` replaced by its file."""
+    words = list(args)
+    for k, word in enumerate(args):
         option, equals, value = word.partition("=")
-        if expected:
-            word = find(word)
+        if k and args[k - 1] in CONFIG:
+            words[k] = find(word)
         elif equals and option in CONFIG:
-            word = f"{option}={find(value)}"
-        expected = not expected and word in CONFIG
-        resolved.append(word)
-    return resolved
-
-
-def _title(path: Path) -> str:
-    first = path.read_text("utf-8").partition("\n")[0]
-    return first.lstrip("# ") if first.startswith("#") else ""
+            words[k] = f"{option}={find(value)}"
+    return words

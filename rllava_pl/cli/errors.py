@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 from collections.abc import Iterable
+from traceback import walk_tb
 
 DEBUG = "RLLAVA_PL_DEBUG"
 """Environment variable: any value but 0 shows the traceback of an error."""
@@ -33,10 +34,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def raised_by_us(error: BaseException) -> bool:
     """Whether the innermost frame is one of this package, whose messages are written for users."""
-    frame, traceback = None, error.__traceback__
-    while traceback is not None:
-        frame, traceback = traceback.tb_frame, traceback.tb_next
-    return frame is not None and str(frame.f_globals.get("__name__", "")).startswith("rllava_pl.")
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].startswith("rllava_pl.")
 
 
 def with_hint(message: str) -> str:

@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from types import NoneType
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from rllava_pl.cli.errors import UsageError, nearest
 from rllava_pl.cli.raw_config import CLASS, EXTRA, OPTIONS, Value, lookup
@@ -40,17 +40,10 @@ _NOISE = re.compile(
 
 
 def check_keys(source: Value, given: Value, hint: object, path: str, default: type | None = None) -> None:
-    """Compare the keys of one config file or argument with the options of the classes they belong to.
+    """Raise ``UsageError`` for a key or a class that is unknown, or has another name since 0.1.
 
-    Args:
-        source: What the file or argument has at ``path``.
-        given: What everything read so far has there, which names the class.
-        hint: Type of the option.
-        path: The option, e.g. ``model.policy``.
-        default: The class if none is named.
-
-    Raises:
-        UsageError: A key or a class is unknown, or has another name since 0.1.
+    ``source`` is what one config file or argument has for the option ``path`` of type ``hint``; ``given`` is what
+    everything read so far has there, which names the class. ``default`` is the class if none is named.
     """
     if isinstance(source, list):
         for k, item in enumerate(source):
@@ -133,35 +126,35 @@ def options_of(cls: type) -> dict[str, tuple[object, type | None]]:
     """Options of a class as the parser finds them: their types, and the class of their default."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, fail_untyped=False)
-    defaults = parser.get_defaults()
-    options: dict[str, tuple[object, type | None]] = {}
-    for name in dict.fromkeys(str(key).partition(".")[0] for key in defaults.keys()):  # noqa: SIM118 - its keys() are dotted
-        default = defaults.get(name)
-        named = default.get(CLASS) if isinstance(default, Namespace) else None
-        options[name] = _annotation(cls, name), import_class(named) if named else None
-    return options
+    defaults = parser.get_defaults().as_dict()
+    named = {name: x.get(CLASS) if isinstance(x, dict) else None for name, x in defaults.items()}
+    return {name: (_annotation(cls, name), import_class(path) if path else None) for name, path in named.items()}
 
 
 def import_class(class_path: str) -> type:
     """The class at a dotted path."""
     module, _, name = class_path.rpartition(".")
-    cls: type = getattr(import_module(module), name)
-    return cls
+    return typing.cast(type, getattr(import_module(module), name))
 
 
 def _find_class(name: str, bases: Sequence[type], path: str) -> type | None:
-    """The class that ``name`` means for an option; None for what the parser must decide.
-
-    Raises:
-        UsageError: There is no such class.
-    """
+    """The class that ``name`` means for an option; None for what the parser must decide."""
     if name in MOVED:
         raise UsageError(f"{path}: {name} is now {MOVED[name]}")
     if name in ("null", "None") or Path(name).is_file():
         return None
     module, _, short = name.rpartition(".")
     if not module:
-        return _find_short(name, bases, path)
+        fitting = {cls.__name__: cls for base in bases for cls in _subclasses(base)}
+        if name in fitting:
+            return fitting[name]
+        if all(map(dataclasses.is_dataclass, bases)):
+            options = ", ".join(key for base in bases for key in options_of(base))
+            raise UsageError(f"{path}: expected the options {options}, got {name!r}")
+        known = sorted(key for key, cls in fitting.items() if _is_offered(cls))
+        listed = f"; there are {', '.join(known)}" if 0 < len(known) <= SHOWN else ""
+        own = f"{listed}; name a class of your own with its module, e.g. my_package.{name}"
+        raise UsageError(f"{path}: no class is called {name!r}{nearest(name, known) or own}")
     try:
         cls = import_class(name)
     except ModuleNotFoundError as error:
@@ -170,19 +163,6 @@ def _find_class(name: str, bases: Sequence[type], path: str) -> type | None:
         known = [key for key, x in vars(import_module(module)).items() if inspect.isclass(x) and key[0] != "_"]
         raise UsageError(f"{path}: {module} has no {short!r}{nearest(short, known)}") from error
     return cls if inspect.isclass(cls) else None
-
-
-def _find_short(name: str, bases: Sequence[type], path: str) -> type:
-    fitting = {cls.__name__: cls for base in bases for cls in _subclasses(base)}
-    if name in fitting:
-        return fitting[name]
-    if all(map(dataclasses.is_dataclass, bases)):
-        options = ", ".join(key for base in bases for key in options_of(base))
-        raise UsageError(f"{path}: expected the options {options}, got {name!r}")
-    known = sorted(key for key, cls in fitting.items() if _is_offered(cls))
-    listed = f"; there are {', '.join(known)}" if 0 < len(known) <= SHOWN else ""
-    own = f"{listed}; name a class of your own with its module, e.g. my_package.{name}"
-    raise UsageError(f"{path}: no class is called {name!r}{nearest(name, known) or own}")
 
 
 def _annotation(owner: type, option: str) -> object:

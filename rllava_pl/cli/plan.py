@@ -55,30 +55,18 @@ class PlanCLI(PartialCLI):
         """The parts that take memory."""
         config = self.config[self.subcommand]
         model = config.model.clone()
-        if _option(model.init_args, "optimizer", "class_path", default="").startswith("deepspeed."):
+        optimizer = model.init_args.get("optimizer")
+        if optimizer is not None and str(optimizer.get("class_path")).startswith("deepspeed."):
             del model.init_args["optimizer"]  # DeepSpeed would compile it; its size is known without
         callbacks = config.trainer.callbacks
-        rollout = [
-            callback
-            for callback in (callbacks if isinstance(callbacks, list) else [callbacks])
-            if issubclass(import_class(callback.class_path), RolloutCallback)
-        ]
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        rollout = [item for item in callbacks if issubclass(import_class(item.class_path), RolloutCallback)]
         built = self._parser(self.subcommand).instantiate(Namespace(model=model, trainer=Namespace(callbacks=rollout)))
         self.model, self.callbacks = built.model, built.trainer.callbacks
 
 
 def run(args: Sequence[str]) -> int:
-    """Plan and print.
-
-    Args:
-        args: The words after ``plan``.
-
-    Returns:
-        0 if every phase fits, else 1.
-
-    Raises:
-        UsageError: The options or the config cannot be read, or the model or the strategy is unknown.
-    """
+    """Plan and print; 0 if every phase fits, else 1."""
     parser = command_parser("plan", ABOUT, EXIT_CODES)
     parser.add_argument("--gpu", metavar="SIZE", help="memory of one GPU, e.g. 24GiB; without it the run is on the CPU")
     parser.add_argument("--ram", metavar="SIZE", required=True, help="memory of one machine, e.g. 64GB")
@@ -108,8 +96,8 @@ def limits_of(options: argparse.Namespace) -> MemoryLimits:
     """The limits of one rank: one GPU, and its share of a machine's memory."""
     if options.ranks < 1 or options.machines < 1 or options.ranks % options.machines:
         raise ValueError(f"--ranks {options.ranks} cannot be spread evenly over --machines {options.machines}")
-    gpu = parse_bytes(options.gpu) if options.gpu else 0
-    return MemoryLimits(gpu, parse_bytes(options.ram) * options.machines // options.ranks)
+    host = parse_bytes(options.ram) * options.machines // options.ranks
+    return MemoryLimits(parse_bytes(options.gpu) if options.gpu else 0, host)
 
 
 def settings_of_config(cli: PlanCLI, options: argparse.Namespace) -> PlanSettings:
@@ -117,7 +105,7 @@ def settings_of_config(cli: PlanCLI, options: argparse.Namespace) -> PlanSetting
     config, module = cli.config[cli.subcommand], cast(RLModule, cli.model)
     module.policy.prepare(module.seed)
     data = config.data.init_args if config.data else Namespace()
-    tokens = options.prompt_tokens or _option(data, "max_prompt_tokens", default=0) or PromptSize.tokens
+    tokens = options.prompt_tokens or data.get("max_prompt_tokens") or PromptSize.tokens
     strategy = config.trainer.strategy
     name, arguments = (strategy, {}) if isinstance(strategy, str) else (strategy.class_path, vars(strategy.init_args))
     if name == "auto" and options.ranks > 1:
@@ -129,16 +117,10 @@ def settings_of_config(cli: PlanCLI, options: argparse.Namespace) -> PlanSetting
         placement=placement_with(placement_of(name, arguments), optimizer),
         precision=str(config.trainer.precision or "32-true"),
         ranks=options.ranks,
-        batch_prompts=_option(data, "batch_size", default=32),
+        batch_prompts=data.get("batch_size") or 32,
         prompt=PromptSize(tokens, options.images, options.image_tokens),
         device="cuda" if options.gpu else "cpu",
     )
-
-
-def _option(section: Any, *path: str, default: Any = None) -> Any:  # noqa: ANN401 - a parsed config has no types
-    for key in path:
-        section = section.get(key) if section is not None else None
-    return default if section is None else section
 
 
 def _report(found: MemoryPlan, limits: MemoryLimits, optimizer: MakeOptimizer) -> dict[str, Any]:
@@ -153,11 +135,7 @@ def _report(found: MemoryPlan, limits: MemoryLimits, optimizer: MakeOptimizer) -
         "ranks": found.settings.ranks,
         "limits": {"gpu_bytes": limits.gpu, "host_bytes": limits.host},
         "phases": {
-            phase.name: {
-                "gpu_bytes": phase.gpu,
-                "host_bytes": phase.host,
-                "items": [vars(item) for item in phase.items],
-            }
+            phase.name: {"gpu_bytes": phase.gpu, "host_bytes": phase.host, "items": [vars(x) for x in phase.items]}
             for phase in found.phases
         },
         "largest": {"gpu_bytes": found.gpu, "host_bytes": found.host},
@@ -168,18 +146,10 @@ def _report(found: MemoryPlan, limits: MemoryLimits, optimizer: MakeOptimizer) -
     }
 
 
-# -- tables ----------------------------------------------------------------------------------------------------------
-
-
 def _print(found: MemoryPlan, limits: MemoryLimits, report: Mapping[str, Any]) -> None:
-    console, settings, size = Console(), found.settings, found.size
-
-    def write(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    prompt = settings.prompt
+    console, settings, size, prompt = Console(), found.settings, found.size, found.settings.prompt
     images = f", of these {prompt.images} x {prompt.image_tokens} of images" if prompt.images else ""
-    write(
+    print(
         f"{settings.model.path}: {size.parameters:,} parameters, {size.trained:,} trained, "
         f"{settings.loaded_model.dtype}; {settings.placement.name}, {settings.ranks} rank(s)\n"
         f"a micro-batch of {settings.micro_batch_rows} rows: {prompt.tokens} prompt tokens{images}, "
@@ -188,13 +158,14 @@ def _print(found: MemoryPlan, limits: MemoryLimits, report: Mapping[str, Any]) -
     console.print(_phases(found, limits))
     console.print(_items(found))
     cache = report["largest_kv_cache"]
-    write(f"micro-batch: {settings.micro_batch_rows} rows; largest that fits: {report['largest_micro_batch_size']}")
-    write(f"largest KV cache that fits: {gib(cache['bytes']):.1f} GiB, {cache['tokens']} tokens")
-    need = f"{gib(found.gpu):.1f} of {gib(limits.gpu):.1f} GiB on the GPU and "
-    need += f"{gib(found.host):.1f} of {gib(limits.host):.1f} GiB on the host"
+    print(f"micro-batch: {settings.micro_batch_rows} rows; largest that fits: {report['largest_micro_batch_size']}")
+    print(f"largest KV cache that fits: {gib(cache['bytes']):.1f} GiB, {cache['tokens']} tokens")
     if settings.device == "cpu":
         need = f"{gib(found.host):.2f} of {gib(limits.host):.2f} GiB, beside Python and its libraries"
-    write(f"{'fits' if report['fits'] else 'DOES NOT FIT'}: {need}")
+    else:
+        need = f"{gib(found.gpu):.1f} of {gib(limits.gpu):.1f} GiB on the GPU and "
+        need += f"{gib(found.host):.1f} of {gib(limits.host):.1f} GiB on the host"
+    print(f"{'fits' if report['fits'] else 'DOES NOT FIT'}: {need}")
     if report["advice"]:
         table = _table("what helps, GiB saved in the largest phase", ["one change"], ["GPU", "host", "then it fits"])
         for item in report["advice"]:

@@ -26,11 +26,7 @@ FLAGS = ("-h", "help", "print_config", "print_shtab")
 
 
 def sources(args: Sequence[str]) -> Iterator[Tree]:
-    """One tree for each config file and each argument, in order; values of arguments stay text.
-
-    Raises:
-        UsageError: A config file cannot be read, or an argument is no option or has no value.
-    """
+    """One tree for each config file and each argument, in order; values of arguments stay text."""
     words = list(args)
     while words:
         word = words.pop(0)

@@ -38,18 +38,18 @@ LOGGERS = (
 @contextmanager
 def filter_warnings() -> Iterator[None]:
     """Leave out the messages named above; everything else is shown."""
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        return not any(part in record.getMessage() for part in LOGS)
+
     loggers = [logging.getLogger(name) for name in LOGGERS]
     with warnings.catch_warnings():
         for start in WARNINGS:
             warnings.filterwarnings("ignore", message=start)
         for logger in loggers:
-            logger.addFilter(_is_shown)
+            logger.addFilter(is_shown)
         try:
             yield
         finally:
             for logger in loggers:
-                logger.removeFilter(_is_shown)
-
-
-def _is_shown(record: logging.LogRecord) -> bool:
-    return not any(part in record.getMessage() for part in LOGS)
+                logger.removeFilter(is_shown)
