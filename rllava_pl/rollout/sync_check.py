@@ -122,8 +122,7 @@ class SyncCheck:
             return
         raise SyncCheckError(
             f"after a sync the engine's log-probs differ from the trainer's by more than {self.limit} nats: "
-            f"{differences}. It would sample from another policy than the one that is trained. Likely "
-            f"cause: {cause}"
+            f"{differences}. It would sample from another policy than the one that is trained. Likely cause: {cause}"
         )
 
     @torch.no_grad()

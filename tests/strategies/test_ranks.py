@@ -23,7 +23,7 @@ def fits(directory: Path, ranks: int, algorithms: str = "GRPO", **options: objec
     """The result of every rank, by algorithm."""
     directory.mkdir()
     options["algorithms"] = algorithms
-    launcher = ["-m", "torch.distributed.run", "--standsingle", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     pairs = [f"{name}={value}" for name, value in options.items()]
     command = [sys.executable, *launcher, str(ROOT / "tests/strategies/fit_on_ranks.py"), str(directory), *pairs]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
