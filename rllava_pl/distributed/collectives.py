@@ -24,26 +24,26 @@ def rank() -> int:
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Element-wise sum over ranks; the argument stays as it is."""
-    if world_size() == 1:
-        return x
-    total = x.detach().clone()
-    dist.all_reduce(total)
-    return total
+    return _reduced(x, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(x: Tensor) -> Tensor:
     """Element-wise maximum over ranks; the argument stays as it is."""
+    return _reduced(x, dist.ReduceOp.MAX)
+
+
+def _reduced(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
     if world_size() == 1:
         return x
-    largest = x.detach().clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest
+    result = x.detach().clone()
+    dist.all_reduce(result, op=op)
+    return result
 
 
 def gather_objects(own: T) -> list[T]:
     """What every rank has, in rank order; for small and rare things, which are pickled on the way."""
     everyone = [own] * world_size()
-    if len(everyone) > 1:
+    if world_size() > 1:
         dist.all_gather_object(everyone, own)
     return everyone
 

@@ -14,7 +14,8 @@ import secrets
 import selectors
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal, NamedTuple
 
 from rllava_pl.distributed.collectives import gather_objects, rank, world_size
@@ -73,9 +74,13 @@ class FailureDetector:
         atexit.register(self.close)  # an exit after an exception is not a broken connection
         threading.Thread(target=self._receive_all, name="failure-detector", daemon=True).start()
 
-    def send(self, message: Message) -> None:
-        """Send to all other ranks; one that cannot be reached is reported by its own connection."""
-        self._send(message, self._connections)
+    def send(self, message: Message, source: int = -1) -> None:
+        """Send to all connected ranks but ``source``; one that cannot be reached is reported when it is read."""
+        with self._lock:
+            for receiver, connection in self._connections.items():
+                if receiver != source:
+                    with suppress(OSError):
+                        connection.sendall(json.dumps(message).encode() + b"\n")
 
     def close(self) -> None:
         """Announce a normal end, which the other ranks do not report. Idempotent."""
@@ -130,20 +135,12 @@ class FailureDetector:
             messages = [Message("gone", sender)]
         for message in messages:
             if self._rank == 0:
-                self._send(message, set(self._connections) - {sender})
+                self.send(message, source=sender)
             if message.kind in ("bye", "gone"):
                 self._left.add(message.rank)
             if message.kind != "bye":
                 self._on_message(message)
         return bool(data)
-
-    def _send(self, message: Message, receivers: Iterable[int]) -> None:
-        with self._lock:
-            for receiver in receivers:
-                try:
-                    self._connections[receiver].sendall(json.dumps(message).encode() + b"\n")
-                except OSError:
-                    continue  # reported when its connection is read
 
 
 def _keep_alive(connection: socket.socket) -> None:

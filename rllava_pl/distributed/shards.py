@@ -43,12 +43,7 @@ class Shard:
         return full.view(self.shape)
 
     def copy_from_rank0(self, full: Tensor | None, device: torch.device) -> None:
-        """Fill the local part from rank 0's ``full``, converted to the parameter's dtype; collective.
-
-        Args:
-            full: The whole parameter on rank 0; None on other ranks.
-            device: Where it is sent from and received.
-        """
+        """Fill the local part from rank 0's ``full`` (None on other ranks), sent through ``device``; collective."""
         x = torch.empty(self.bounds[-1], dtype=self.local.dtype, device=device)
         if full is not None:
             x.copy_(full.detach().flatten())
@@ -74,10 +69,3 @@ def broadcast(x: Tensor, source: int) -> None:
     """Overwrite contiguous ``x`` with that of rank ``source``, whatever its dtype; a no-op if it has no elements."""
     if world_size() > 1 and x.numel():
         dist.broadcast(x.detach().view(-1).view(torch.uint8), src=source)
-
-
-def broadcast_buffer(buffer: Tensor, device: torch.device) -> None:
-    """Overwrite a tensor that every rank holds in full with that of rank 0, sent from ``device``; collective."""
-    x = buffer.detach().to(device).contiguous()
-    broadcast(x, source=0)
-    buffer.detach().copy_(x)

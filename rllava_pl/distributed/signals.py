@@ -68,27 +68,14 @@ def install_handlers() -> None:
         _record.earlier = {number: signal.signal(number, _record) for number in WATCHED}
 
 
-def signalled() -> bool:
-    """Whether this process has received a signal."""
-    return _record.received > 0
-
-
 def abort_if_signalled() -> None:
-    """Stop sampling on this rank alone.
-
-    Raises:
-        Aborted: This process has received a signal.
-    """
-    if signalled():
+    """Raise ``Aborted`` if this process has received a signal; stops sampling on this rank alone."""
+    if _record.received:
         raise Aborted
 
 
 def stop_if_signalled() -> None:
-    """Stop on all ranks if any of them has received a signal; collective.
-
-    Raises:
-        Interrupted: One has.
-    """
+    """Raise ``Interrupted`` on all ranks if any of them has received a signal; collective."""
     if received := max(gather_objects(_record.received)):
         raise Interrupted(WATCHED[received - 1])
 

@@ -81,18 +81,10 @@ class StrategyAdapter:
         return "full"
 
     def check(self) -> None:
-        """Refuse settings under which the strategy cannot train.
-
-        Raises:
-            ValueError: Naming the option and what to use instead.
-        """
+        """Refuse, with a ValueError, settings under which the strategy cannot train."""
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that would leave no gradients to exchange.
-
-        Raises:
-            ValueError: Naming optimizer and strategy, and what to use instead.
-        """
+        """Refuse, with a ValueError, an optimizer that would leave no gradients to exchange."""
         if isinstance(optimizer, HoldsGradients) and isinstance(self.strategy, ParallelStrategy):
             raise ValueError(
                 f"{type(optimizer).__name__} moves gradients away before {type(self.strategy).__name__} can exchange "
@@ -145,11 +137,7 @@ class DDPAdapter(StrategyAdapter):
 
 
 def adapter_for(strategy: Strategy) -> StrategyAdapter:
-    """The adapter of a strategy: the one that its class names in ``adapter_class``, or that of a stock strategy.
-
-    Raises:
-        ValueError: The gradients of this strategy are wrong or unverified; says why and what to use instead.
-    """
+    """The adapter of a strategy; a ValueError if its gradients are wrong or unverified here."""
     name = type(strategy).__name__
     if adapter_class := cast("type[StrategyAdapter] | None", getattr(strategy, "adapter_class", None)):
         return adapter_class(strategy)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from rllava_pl.checkpoint.atomic import raise_on_all_ranks
+
+
+def _on_module(step: str, context: str) -> Callable[..., STEP_OUTPUT]:
+    def call(strategy: Strategy, *args: object, **kwargs: object) -> STEP_OUTPUT:
+        with getattr(strategy.precision_plugin, context)():
+            return cast(STEP_OUTPUT, getattr(strategy.lightning_module, step)(*args, **kwargs))
+
+    return call
 
 
 class RLStrategyMixin:
@@ -18,25 +27,10 @@ class RLStrategyMixin:
     RL loop with many forwards, each of which must go through the wrapper (``trainer.strategy.model``).
     """
 
-    def training_step(self, *args: object, **kwargs: object) -> STEP_OUTPUT:
-        """One pass of the loop."""
-        with self.precision_plugin.train_step_context():  # type: ignore[attr-defined]
-            return self.lightning_module.training_step(*args, **kwargs)  # type: ignore[attr-defined, no-any-return]
-
-    def validation_step(self, *args: object, **kwargs: object) -> STEP_OUTPUT:
-        """Rollouts for evaluation."""
-        with self.precision_plugin.val_step_context():  # type: ignore[attr-defined]
-            return self.lightning_module.validation_step(*args, **kwargs)  # type: ignore[attr-defined, no-any-return]
-
-    def test_step(self, *args: object, **kwargs: object) -> STEP_OUTPUT:
-        """Rollouts for the test."""
-        with self.precision_plugin.test_step_context():  # type: ignore[attr-defined]
-            return self.lightning_module.test_step(*args, **kwargs)  # type: ignore[attr-defined, no-any-return]
-
-    def predict_step(self, *args: object, **kwargs: object) -> STEP_OUTPUT:
-        """Rollouts as output."""
-        with self.precision_plugin.predict_step_context():  # type: ignore[attr-defined]
-            return self.lightning_module.predict_step(*args, **kwargs)  # type: ignore[attr-defined, no-any-return]
+    training_step = _on_module("training_step", "train_step_context")
+    validation_step = _on_module("validation_step", "val_step_context")
+    test_step = _on_module("test_step", "test_step_context")
+    predict_step = _on_module("predict_step", "predict_step_context")
 
 
 class RLDDPStrategy(RLStrategyMixin, DDPStrategy):

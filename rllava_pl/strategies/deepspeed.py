@@ -109,27 +109,24 @@ class RLDeepSpeedStrategy(ShardedStrategy, DeepSpeedStrategy):
         if offload_parameters and stage != 3:
             raise ValueError(f"offload_parameters needs stage 3, where weights are sharded; the stage is {stage}")
         host = {"device": "cpu", "pin_memory": pin_memory and not allow_cpu}
-        zero: dict[str, object] = {
+        zero = {
             "stage": stage,
             "contiguous_gradients": True,
             "overlap_comm": overlap_comm and not allow_cpu,
             "reduce_bucket_size": reduce_bucket_size,
             "sub_group_size": sub_group_size,
+            "offload_optimizer": host if offload_optimizer else None,
+            "offload_param": host if offload_parameters else None,
+            "stage3_prefetch_bucket_size": prefetch_bucket_size if stage == 3 else None,
+            "stage3_param_persistence_threshold": param_persistence_threshold if stage == 3 else None,
+            "stage3_max_live_parameters": max_live_parameters if stage == 3 else None,
         }
-        if stage == 3:
-            zero["stage3_prefetch_bucket_size"] = prefetch_bucket_size
-            zero["stage3_param_persistence_threshold"] = param_persistence_threshold
-            zero["stage3_max_live_parameters"] = max_live_parameters
-        if offload_optimizer:
-            zero["offload_optimizer"] = host
-        if offload_parameters:
-            zero["offload_param"] = host
         super().__init__(
             config={
                 "train_micro_batch_size_per_gpu": 1,  # used by DeepSpeed's log of its throughput only
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW is slow, not wrong
-                "zero_optimization": zero,
+                "zero_optimization": {key: x for key, x in zero.items() if x is not None},
             },
             exclude_frozen_parameters=True,
         )
@@ -228,13 +225,8 @@ class RLDeepSpeedStrategy(ShardedStrategy, DeepSpeedStrategy):
         if not (directory / TAG).is_dir():
             raise ValueError(f"{directory} was not saved by {type(self).__name__}: it has no {TAG}")
         with _weights_only():
-            self.deepspeed_engine.load_checkpoint(
-                str(directory),
-                tag=TAG,
-                load_module_strict=False,
-                load_optimizer_states=optimizers,
-                load_lr_scheduler_states=False,
-            )
+            which = {"load_optimizer_states": optimizers, "load_lr_scheduler_states": False}
+            self.deepspeed_engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=False, **which)
 
 
 @contextmanager
@@ -256,6 +248,4 @@ def _weights_only() -> Iterator[None]:
             os.environ[variable] = before
 
 
-StrategyRegistry.register(
-    "rl_deepspeed", RLDeepSpeedStrategy, description="DeepSpeed ZeRO for steps with many forwards"
-)
+StrategyRegistry.register("rl_deepspeed", RLDeepSpeedStrategy, description="ZeRO for steps with many forwards")

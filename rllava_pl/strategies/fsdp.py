@@ -20,21 +20,22 @@ from torch.optim import Optimizer
 
 from rllava_pl.checkpoint import dcp
 from rllava_pl.checkpoint.codec import Plain
-from rllava_pl.distributed.shards import Shard, bounds_within, broadcast_buffer, even_bounds
-from rllava_pl.strategies import optimizer_shards
+from rllava_pl.distributed.shards import Shard, bounds_within, broadcast, even_bounds
 from rllava_pl.strategies.adapter import LoadMode, StrategyAdapter, adapter_for
 from rllava_pl.strategies.sharding import (
     ShardedAdapter,
     ShardedStrategy,
+    empty_state,
     initial_values,
     materialize,
+    restore_state,
     sharding_units,
+    state_tensors,
 )
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 WRAPPER = "_fsdp_wrapped_module."
 """What the first generation adds to the names of parameters."""
@@ -85,7 +86,10 @@ class FSDP2Adapter(FSDPAdapter):
 
 
 class FullyShardedStrategy(ShardedStrategy):
-    """Base of both generations.
+    """Base of both generations: weights, gradients and optimizer states are sharded over all ranks.
+
+    Rank 0 alone reads the checkpoint of the model, the other ranks receive their shards. Gradients are exchanged in
+    every micro-batch, so that no rank ever holds those of the whole model.
 
     Args:
         allow_cpu: Run on CPU processes; for tests, it saves no memory there.
@@ -110,19 +114,16 @@ class FullyShardedStrategy(ShardedStrategy):
         super().setup_environment()
 
     def copy_from_rank0(self, root: nn.Module, values: Mapping[str, Tensor | None]) -> None:
-        """Give parameters and persistent buffers rank 0's values, one tensor at a time; collective.
-
-        Args:
-            root: The sharded module.
-            values: Of ``initial_values`` before sharding; only those of rank 0 count.
-        """
+        """Give a sharded module rank 0's ``initial_values`` from before sharding, one at a time; collective."""
         shards, device = self.shards(), self.root_device
         for name, p in root.named_parameters():
             value = values[name.replace(WRAPPER, "")]
             shards[id(p)].copy_from_rank0(value if self.is_global_zero else None, device)
         for name, buffer in root.named_buffers():
             if name.replace(WRAPPER, "") in values:
-                broadcast_buffer(buffer, device)
+                x = buffer.detach().to(device).contiguous()
+                broadcast(x, source=0)
+                buffer.detach().copy_(x)
 
     def save_shards(self, directory: Path) -> Plain:
         """Trained parameters, the module's buffers and optimizer states, through ``torch.distributed.checkpoint``."""
@@ -130,7 +131,7 @@ class FullyShardedStrategy(ShardedStrategy):
         tensors: dict[str, Shard | Tensor] = self._weights(shards)
         plain: list[Plain] = []
         for k, optimizer in enumerate(self.optimizers):
-            states, settings = optimizer_shards.state_tensors(optimizer, parameters, shards)
+            states, settings = state_tensors(optimizer, parameters, shards)
             tensors |= {f"{OPTIMIZER}{k}/{name}": x for name, x in states.items()}
             plain.append(settings)
         dcp.save(tensors, directory)
@@ -147,9 +148,9 @@ class FullyShardedStrategy(ShardedStrategy):
         for k, optimizer in enumerate(self.optimizers if optimizers else ()):
             prefix = f"{OPTIMIZER}{k}/"
             of_optimizer = {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
-            states = optimizer_shards.empty_state(of_optimizer, shards)
+            states = empty_state(of_optimizer, shards)
             dcp.load({prefix + name: x for name, x in states.items()}, directory)
-            optimizer_shards.restore_state(optimizer, parameters, states, settings[k])
+            restore_state(optimizer, parameters, states, settings[k])
 
     def _trained(self) -> tuple[dict[str, nn.Parameter], dict[str, Shard]]:
         """Trained parameters and their shards, by the names that both generations share."""
@@ -166,11 +167,7 @@ class FullyShardedStrategy(ShardedStrategy):
 
 
 class RLFSDPStrategy(FullyShardedStrategy, FSDPStrategy):
-    """Shards weights, gradients and optimizer states over all ranks; ``rl_fsdp2`` is its successor.
-
-    Rank 0 alone reads the checkpoint of the model, the other ranks receive their shards. Gradients are exchanged in
-    every micro-batch, so that no rank ever holds those of the whole model. Arguments as of ``FullyShardedStrategy``.
-    """
+    """First generation, whose successor is ``rl_fsdp2``. Arguments as of ``FullyShardedStrategy``."""
 
     _wrapped: FullyShardedDataParallel | None = None
 
@@ -209,28 +206,22 @@ class RLFSDPStrategy(FullyShardedStrategy, FSDPStrategy):
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         handles = [unit._handle for unit in FullyShardedDataParallel.fsdp_modules(self._wrapped)]
-        return {key: shard for handle in handles if handle is not None for key, shard in _shards_of(handle)}
-
-
-def _shards_of(handle: FlatParamHandle) -> Iterator[tuple[int, Shard]]:
-    """The shards of one flat parameter, by the ids of the parameters it consists of."""
-    flat = handle.flat_param
-    length = flat._sharded_size.numel()
-    bounds = [length * r for r in range(handle.world_size + 1)]
-    offsets = zip(handle._get_flat_param_offsets(), flat._is_padding_mask, strict=True)
-    starts = [start for (start, _), is_padding in offsets if not is_padding]
-    for parameter, start, shape in zip(flat._params, starts, flat._shapes, strict=True):
-        first = start - bounds[handle.rank]  # relative to this rank's range
-        local = flat.detach()[max(0, first) : max(0, first + shape.numel())]
-        yield id(parameter), Shard(local, bounds_within(bounds, start, shape.numel()), shape)
+        found = {}
+        for handle in filter(None, handles):
+            flat = handle.flat_param
+            length = flat._sharded_size.numel()
+            bounds = [length * r for r in range(handle.world_size + 1)]
+            offsets = zip(handle._get_flat_param_offsets(), flat._is_padding_mask, strict=True)
+            starts = [start for (start, _), is_padding in offsets if not is_padding]
+            for parameter, start, shape in zip(flat._params, starts, flat._shapes, strict=True):
+                first = start - bounds[handle.rank]  # relative to this rank's range
+                local = flat.detach()[max(0, first) : max(0, first + shape.numel())]
+                found[id(parameter)] = Shard(local, bounds_within(bounds, start, shape.numel()), shape)
+        return found
 
 
 class RLFSDP2Strategy(FullyShardedStrategy, ModelParallelStrategy):
-    """Shards weights, gradients and optimizer states over all ranks (``fully_shard``) and gathers layer by layer.
-
-    Rank 0 alone reads the checkpoint of the model, the other ranks receive their shards. Gradients are exchanged in
-    every micro-batch, so that no rank ever holds those of the whole model. Arguments as of ``FullyShardedStrategy``.
-    """
+    """Second generation (``fully_shard``). Arguments as of ``FullyShardedStrategy``."""
 
     adapter_class = FSDP2Adapter
 
@@ -241,11 +232,18 @@ class RLFSDP2Strategy(FullyShardedStrategy, ModelParallelStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         """Shard first: the optimizers are built for the shards."""
-        from torch.distributed.fsdp import FSDPModule
+        from torch.distributed.fsdp import FSDPModule, fully_shard
 
         if not isinstance(self.model, FSDPModule):  # it stays sharded between the stages of a run
             self.model = self.precision_plugin.convert_module(self.model)
-            self._shard()
+            root, mesh = self.lightning_module, self.device_mesh["data_parallel"]
+            values, name = initial_values(root), type(root).__name__
+            materialize(root)
+            for unit in (*sharding_units(root), root):
+                fully_shard(unit, mesh=mesh)
+            type(root).__name__ = name  # summaries and logs show the name of the algorithm
+            self.copy_from_rank0(root, values)
+            self.root._get_fsdp_state()._lazy_init()  # else the first module that runs becomes the root
         super().setup(trainer)
 
     @property
@@ -270,20 +268,6 @@ class RLFSDP2Strategy(FullyShardedStrategy, ModelParallelStrategy):
                 bounds = even_bounds(p.numel(), rows * (p.numel() // max(1, p.shape[0])))
                 found[id(p)] = Shard(p.to_local().detach().flatten(), bounds, p.shape)
         return found
-
-    def _shard(self) -> None:
-        from torch.distributed.fsdp import fully_shard
-
-        root, mesh = self.lightning_module, self.device_mesh["data_parallel"]
-        values = initial_values(root)
-        materialize(root)
-        for unit in sharding_units(root):
-            fully_shard(unit, mesh=mesh)
-        name = type(root).__name__
-        fully_shard(root, mesh=mesh)
-        type(root).__name__ = name  # summaries and logs show the name of the algorithm
-        self.copy_from_rank0(root, values)
-        self.root._get_fsdp_state()._lazy_init()  # else the first module that runs becomes the root
 
 
 StrategyRegistry.register("rl_fsdp", RLFSDPStrategy, description="FSDP for steps with many forwards")

@@ -1,9 +1,14 @@
-"""What all sharded strategies share: which modules are gathered together, and checkpoints that are directories."""
+"""What all sharded strategies share: which modules are gathered together, and checkpoints that are directories.
+
+The state of an optimizer is stored as named shards: ``PARAMETER/FIELD``, e.g. ``policy.model.lm_head.weight/exp_avg``.
+A tensor with the layout of its parameter, such as a moment, is sharded like it; others, such as the count of steps, are
+equal on all ranks.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,12 +17,14 @@ import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rllava_pl.checkpoint.atomic import committed_directory, raise_on_all_ranks
 from rllava_pl.checkpoint.codec import Plain
 from rllava_pl.checkpoint.io import refuse_damaged
 from rllava_pl.checkpoint.manifest import FACTS
+from rllava_pl.distributed.collectives import gather_objects
 from rllava_pl.distributed.shards import Shard
 from rllava_pl.models.lazy_weights import LAZY_VALUE
 from rllava_pl.models.trainable import hf_weights
@@ -117,16 +124,14 @@ class ShardedStrategy(RLStrategyMixin, ParallelStrategy):
     def save_shards(self, directory: Path) -> Plain:
         """Write this rank's shards of trained weights and optimizer states; collective.
 
-        Returns:
-            Plain data to store with them; that of rank 0 is kept.
+        Returns plain data to store with them; that of rank 0 is kept.
         """
 
     @abstractmethod
     def load_shards(self, directory: Path, plain: Plain, *, optimizers: bool) -> None:
         """Restore what ``save_shards`` wrote, optimizer states only if wanted; collective.
 
-        Raises:
-            ValueError: Another strategy saved it, or it belongs to another model.
+        Raises a ValueError if another strategy saved it or it belongs to another model.
         """
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -148,11 +153,7 @@ class ShardedStrategy(RLStrategyMixin, ParallelStrategy):
                 torch.save(loop | {OPTIMIZERS: plain}, temporary / LOOP_FILE)
 
     def load_checkpoint(self, checkpoint_path: str | PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
-        """Fill this rank's shards; returns everything else. Files are read as tensors and plain data only.
-
-        Raises:
-            ValueError: It is no directory that this strategy saved.
-        """
+        """Fill this rank's shards; returns everything else. Files are read as tensors and plain data only."""
         path = Path(self.broadcast(str(checkpoint_path)))
         if not (path / LOOP_FILE).is_file():
             raise ValueError(f"{path} is no checkpoint of {type(self).__name__}: it has no {LOOP_FILE}")
@@ -163,3 +164,68 @@ class ShardedStrategy(RLStrategyMixin, ParallelStrategy):
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         self.load_shards(path, loop.pop(OPTIMIZERS, None), optimizers=fitting)
         return loop | {"state_dict": {}}
+
+
+def local_tensor(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor, without gradient."""
+    return (x.to_local() if isinstance(x, DTensor) else x).detach()
+
+
+def state_tensors(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], shards: Mapping[str, Shard]
+) -> tuple[dict[str, Shard | Tensor], dict[str, Any]]:
+    """The state of the optimizer of these parameters, sharing memory, and the plain data beside it; collective."""
+    tensors: dict[str, Shard | Tensor] = {}
+    values: dict[str, object] = {}
+    for name, parameter in parameters.items():
+        for field, x in optimizer.state.get(parameter, {}).items():
+            if not isinstance(x, Tensor):
+                values[f"{name}/{field}"] = x
+            elif local_tensor(x).shape == local_tensor(parameter).shape:
+                tensors[f"{name}/{field}"] = shards[name].with_local(local_tensor(x))
+            else:
+                tensors[f"{name}/{field}"] = x
+    values = {name: x for part in gather_objects(values) for name, x in part.items()}
+    return tensors, {"param_groups": optimizer.state_dict()["param_groups"], "values": values}
+
+
+def empty_state(saved: Mapping[str, Tensor], shards: Mapping[str, Shard]) -> dict[str, Shard | Tensor]:
+    """Uninitialised tensors, sharded as the parameters are now, to load a state into.
+
+    Args:
+        saved: Tensors of the right dtypes, in full and flattened where they are sharded; without storage.
+        shards: Of the parameters, by name.
+    """
+
+    def empty(x: Tensor, shard: Shard) -> Shard | Tensor:
+        if x.shape == (shard.bounds[-1],):
+            return shard.with_local(torch.empty_like(shard.local, dtype=x.dtype))
+        return torch.empty_like(x, device="cpu")
+
+    return {name: empty(x, shards[name.rsplit("/", 1)[0]]) for name, x in saved.items()}
+
+
+def restore_state(
+    optimizer: Optimizer,
+    parameters: Mapping[str, Tensor],
+    tensors: Mapping[str, Shard | Tensor],
+    plain: Mapping[str, Any],
+) -> None:
+    """Load what ``state_tensors`` returned into the optimizer of the same parameters, however they are sharded now."""
+    positions = {id(p): k for k, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state: dict[int, dict[str, object]] = {}
+    for key, x in {**tensors, **plain["values"]}.items():
+        name, field = key.rsplit("/", 1)
+        value = _with_layout_of(parameters[name], x.local) if isinstance(x, Shard) else x
+        state.setdefault(positions[id(parameters[name])], {})[field] = value
+    optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
+
+
+def _with_layout_of(parameter: Tensor, local: Tensor) -> Tensor:
+    local = local.view(local_tensor(parameter).shape)
+    if not isinstance(parameter, DTensor):
+        return local
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+    )

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rllava_pl.strategies import RLFSDP2Strategy, RLFSDPStrategy
-from rllava_pl.strategies.optimizer_shards import state_tensors
+from rllava_pl.strategies.sharding import state_tensors
 
 STRATEGIES = {"rl_fsdp": RLFSDPStrategy, "rl_fsdp2": RLFSDP2Strategy}
 STEPS = 3
