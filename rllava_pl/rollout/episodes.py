@@ -52,11 +52,9 @@ def run_episodes(
     for request, generation in samples:
         sampled = Segment(generation.ids_T, logprobs_T=generation.logprobs_T, weight_version=generation.weight_version)
         segments: tuple[Segment, ...] = (sampled,)
-        ids_T = sampled.ids_T
         if request.prefix_ids:
-            given = Segment(torch.tensor(request.prefix_ids, dtype=torch.int64), "given")
-            segments, ids_T = (given, sampled), torch.cat([given.ids_T, ids_T])
-        text = policy.decode(ids_T)
+            segments = (Segment(torch.tensor(request.prefix_ids, dtype=torch.int64), "given"), sampled)
+        text = policy.decode(torch.cat([x.ids_T for x in segments]) if request.prefix_ids else sampled.ids_T)
         rollouts.append(
             Rollout(request.prompt, request.group, request.inputs, segments, generation.finish_reason, text)
         )
