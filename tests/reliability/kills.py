@@ -136,9 +136,7 @@ def campaign(trials: int, ranks: int = 1, seed: int = 0, workers: int = 1) -> di
             outcome = Outcome()
             for k in range(worker, trials, workers):
                 draw = random.Random(f"{seed}/{k}")
-                at = draw.choice(
-                    draw.choice(moments[phases[k * 8 % len(phases)]])
-                )  # 8: all phases come early
+                at = draw.choice(draw.choice(moments[phases[k * 8 % len(phases)]]))  # 8: all phases come early
                 with fresh(base / str(k)) as root:
                     trial(root, at, ranks, bool(k % 2), outcome, expected)
             return asdict(outcome)

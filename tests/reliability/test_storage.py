@@ -118,17 +118,19 @@ def test_newest_checkpoint_is_the_one_saved_last_not_the_one_with_the_largest_nu
     for rollouts, saved_at in ((300, 1), (10, 2)):
         facts = {"rollouts": rollouts, "saved_at_ns": saved_at}
         AtomicCheckpointIO().save_checkpoint({manifest.FACTS: facts}, tmp_path / f"rollout-{rollouts:06d}.ckpt")
-    callback = RolloutCheckpoint(str(tmp_path), keep=1)
-    assert callback.newest(runs.trainer(tmp_path)).endswith("rollout-000010.ckpt")
-    callback._prune(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["rollout-000010.ckpt"]
+    callback = RolloutCheckpoint(str(tmp_path), keep=2)
+    trainer = runs.trainer(tmp_path, callbacks=[callback])
+    assert callback.newest(trainer).endswith("rollout-000010.ckpt")
+    trainer.fit(runs.module(max_rollouts=1), runs.data())
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"rollout-000001.ckpt", "rollout-000010.ckpt"}
 
 
 def test_damaged_checkpoint_never_replaces_an_intact_one(run, tmp_path):
-    shutil.copy(run / "rollout-000001.ckpt", tmp_path)
+    shutil.copy(run / "rollout-000001.ckpt", tmp_path / "rollout-000003.ckpt")
     (tmp_path / "rollout-000002.ckpt").write_bytes((run / "rollout-000002.ckpt").read_bytes()[:-9])
-    RolloutCheckpoint(str(tmp_path), keep=1)._prune(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"rollout-000001.ckpt", "rollout-000002.ckpt"}
+    trainer = runs.trainer(tmp_path, callbacks=[RolloutCheckpoint(str(tmp_path), keep=2)])
+    trainer.fit(runs.module(max_rollouts=1), runs.data())
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {f"rollout-00000{k}.ckpt" for k in (1, 2, 3)}
 
 
 def test_checkpoints_of_lightning_have_a_manifest(tmp_path):
