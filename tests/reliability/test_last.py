@@ -31,7 +31,7 @@ def in_an_empty_folder(monkeypatch, tmp_path):
 
 def test_same_command_starts_a_run_and_resumes_it_in_the_next_folder(caplog):
     first = main(["fit", *FIT, "--model.max_rollouts=1"])
-    assert "--ckpt_path last: no checkpoint yet, starting anew" in caplog.text
+    assert "--ckpt_path last: no checkpoint yet, starting a new run" in caplog.text
     (saved,) = Path().rglob("rollout-*.ckpt")
     (saved.parent / f".{saved.name}.tmp1").write_bytes(b"incomplete checkpoint of a killed process")
     second = main(["fit", *FIT, "--model.max_rollouts=2"])
