@@ -22,13 +22,7 @@ def assemble(rollouts: Sequence[Rollout], output: RewardOutput, group_size: int,
 
     A group with an unscored sample is dropped whole: a baseline over the rest would be of another size, and a made-up
     reward would be trained on. If no group is left, one stays with empty masks, so that this rank can still take part
-    in every collective call.
-
-    Args:
-        rollouts: N, ``group_size`` to a prompt.
-        output: Their rewards.
-        group_size: Rows of a prompt.
-        device: Of the tensors.
+    in every collective call. ``group_size`` counts all rows of a prompt.
     """
     segments = [segment for rollout in rollouts for segment in rollout.segments]
     segment_tokens = torch.tensor([len(segment) for segment in segments])

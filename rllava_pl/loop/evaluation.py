@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,25 +45,18 @@ class Scores:
         return {name: float(self._means[name].compute()) for name in sorted(names)}
 
 
-class MakeRequests(Protocol):
-    """Requests for prompts."""
-
-    def __call__(self, prompts: Sequence[Prompt], *, samples: int, stream: str) -> list[Request]:
-        """Requests for ``samples`` completions of each prompt; ``stream`` names the random numbers."""
-
-
 class Evaluator:
     """Answers prompts with the present policy and scores the answers.
 
     Args:
         sampling: Of training; greedy answers take the most likely token instead.
         rewards: Scores the answers.
-        requests: Makes the requests.
+        requests: ``PolicyModule.requests``.
     """
 
     engine: ManagedEngine
 
-    def __init__(self, sampling: Sampling, rewards: RewardRunner, requests: MakeRequests) -> None:
+    def __init__(self, sampling: Sampling, rewards: RewardRunner, requests: Callable[..., list[Request]]) -> None:
         self.sampling = sampling
         self.rewards = rewards
         self.requests = requests

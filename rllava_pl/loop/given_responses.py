@@ -46,11 +46,7 @@ def encode_given(policy: Policy, text: str, place: str, max_tokens: int) -> Tens
 def given_rollout(
     policy: Policy, request: Request, field: str, max_tokens: int, *, in_baseline: bool = True
 ) -> Rollout:
-    """The prompt's ``field`` as a response to the request, all of its tokens given.
-
-    Raises:
-        ValueError: As ``encode_given``, with the prompt.
-    """
+    """The prompt's ``field`` as a response to the request, all of its tokens given; errors as of ``encode_given``."""
     prompt = request.prompt
     place = f"{field} of prompt {prompt.uid!r}" + (f" ({prompt.source})" if prompt.source else "")
     ids_T = encode_given(policy, getattr(prompt, field), place, max_tokens)

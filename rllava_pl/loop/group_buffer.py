@@ -45,11 +45,7 @@ class GroupBuffer:
         return len(self.parts)
 
     def informative(self, batch: ScoredBatch) -> Tensor:
-        """Bool (N,): the row's group has samples of different scores.
-
-        Raises:
-            ValueError: The rewards have no component of the name that decides.
-        """
+        """Bool (N,): the row's group has samples of different scores, in the component that decides."""
         if not self.options.max_rounds:
             return informative_groups(batch.scores_N, batch.group_N)
         if self.options.component not in batch.components:
@@ -60,12 +56,7 @@ class GroupBuffer:
         return informative_groups(batch.components[self.options.component].nan_to_num(0.0), batch.group_N)
 
     def add(self, batch: ScoredBatch, wanted: int) -> ScoredBatch | None:
-        """Add one round; returns the full batch once it is full on every rank or the rounds are used up, else None.
-
-        Args:
-            batch: Of this round.
-            wanted: Groups that make a full batch.
-        """
+        """Add a round; returns a batch of ``wanted`` groups once every rank has them or the rounds are used up."""
         if not self.options.max_rounds:
             return batch
         self.parts.append(batch)

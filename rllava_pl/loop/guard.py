@@ -16,15 +16,8 @@ from rllava_pl.types import PolicyOutput, ScoredBatch, TrainingBatch
 log = logging.getLogger(__name__)
 
 FIELDS = (
-    "engine_logp_NT",
-    "scores_N",
-    "old_logp_NT",
-    "ref_logp_NT",
-    "values_NT",
-    "rewards_N",
-    "token_rewards_NT",
-    "returns_NT",
-    "advantages_NT",
+    *("engine_logp_NT", "scores_N", "old_logp_NT", "ref_logp_NT", "values_NT"),
+    *("rewards_N", "token_rewards_NT", "returns_NT", "advantages_NT"),
 )
 """Tensors behind an update in the order in which they are computed; finite everywhere, padding included."""
 

@@ -77,12 +77,7 @@ class Updater:
         self.optimizer, self.scheduler = optimizer, scheduler
 
     def step(self, minibatch: TrainingBatch, terms: Terms, losses: Losses) -> bool:
-        """One optimizer step.
-
-        Args:
-            minibatch: Of this rank.
-            terms: The named terms of a batch: weight, mask, aggregation.
-            losses: Their values (N, T), from the forward's output and the micro-batch.
+        """One optimizer step on the ``terms`` of a mini-batch, whose values (N, T) ``losses`` computes.
 
         Returns:
             False if nothing was trained: no token counts on any rank, or a number was not finite. Weights, moments and
@@ -133,13 +128,7 @@ class Updater:
 
     @torch.no_grad()
     def forward(self, policy: Forward, batch: ScoredBatch, mask_NT: Tensor | None = None) -> PolicyOutput:
-        """Log-probs of a batch under ``policy``, and values where there is a critic, without gradients.
-
-        Args:
-            policy: A forward; entropies are left out by the caller.
-            batch: N rows.
-            mask_NT: Where log-probs are wanted; the trained tokens by default.
-        """
+        """Log-probs under ``policy`` of the tokens in ``mask_NT`` (the trained ones by default), without gradients."""
         if mask_NT is not None:
             batch = batch.replace(trained_mask_NT=mask_NT)
         with self.adapter.accumulate(last=False):  # no gradients are exchanged

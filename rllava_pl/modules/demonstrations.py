@@ -33,11 +33,7 @@ class DemonstrationModule(RLModule):
     """Name of the metric for the fraction of trained tokens that were given."""
 
     def on_fit_start(self) -> None:
-        """Check the given responses of data sets from files.
-
-        Raises:
-            ValueError: A response does not fit the budget.
-        """
+        """Check the given responses of data sets from files: none may exceed the budget."""
         super().on_fit_start()
         rows = getattr(getattr(self.trainer, "datamodule", None), "train_prompts", None)
         name, budget = type(self).__name__, self.sampling.max_tokens

@@ -39,11 +39,7 @@ class SupervisedModule(PolicyModule):
         self.group_size = len(self.given_fields)
 
     def on_fit_start(self) -> None:
-        """Check the responses of data sets from files.
-
-        Raises:
-            ValueError: A response is missing or does not fit the budget.
-        """
+        """Check the responses of data sets from files: none may be missing or exceed the budget."""
         super().on_fit_start()
         rows = getattr(getattr(self.trainer, "datamodule", None), "train_prompts", None)
         name, budget = type(self).__name__, self.sampling.max_tokens

@@ -25,7 +25,6 @@ from rllava_pl.types.batches import (
     PolicyOutput,
     RewardedBatch,
     ScoredBatch,
-    TensorMap,
     Term,
     TrainingBatch,
 )
@@ -84,7 +83,6 @@ __all__ = [
     "Score",
     "ScoredBatch",
     "Segment",
-    "TensorMap",
     "Term",
     "TrainingBatch",
 ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,7 +53,6 @@ SOURCES: Mapping[str, str] = {
 """How a batch comes to hold each tensor that only some algorithms need."""
 
 BatchT = TypeVar("BatchT", bound="ScoredBatch")
-Self = TypeVar("Self", bound="ScoredBatch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +146,11 @@ class ScoredBatch:
         mask_NT = self.trained_mask_NT if mask_NT is None else mask_NT
         return PolicyBatch(self.inputs, self.group_size, self.response_ids_NT, mask_NT)
 
-    def replace(self: Self, **changes: object) -> Self:
+    def replace(self, **changes: object) -> Self:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
-    def with_computed(self: Self, **tensors: Tensor) -> Self:
+    def with_computed(self, **tensors: Tensor) -> Self:
         """A copy that holds these tensors as well, by the names in ``SOURCES``."""
         return self.replace(computed={**self.computed, **tensors})
 
@@ -160,7 +159,7 @@ class ScoredBatch:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return stage(**fields | tensors)
 
-    def map(self: Self, change: TensorMap) -> Self:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """A copy with ``change`` applied to every per-row tensor."""
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changes: dict[str, object] = {name: change(x) for name, x in tensors.items() if isinstance(x, Tensor)}
@@ -168,7 +167,7 @@ class ScoredBatch:
             changes[name] = {key: change(x) for key, x in getattr(self, name).items()}
         return self.replace(**changes)
 
-    def select(self: Self, prompts: Sequence[int], members: Sequence[int] | None = None) -> Self:
+    def select(self, prompts: Sequence[int], members: Sequence[int] | None = None) -> Self:
         """The part with these prompts and these members of each group, cut to its longest response.
 
         Args:
@@ -224,10 +223,3 @@ class Term:
     """See ``functional.reduce``."""
     weight: float = 1.0
     """Factor of the term in the loss."""
-
-
-class TensorMap(Protocol):
-    """A function from a per-row tensor to a per-row tensor."""
-
-    def __call__(self, x: Tensor, /) -> Tensor:
-        """The changed tensor."""
