@@ -52,7 +52,10 @@ def fit(root: Path, strategy: str, batch_size: int, algorithm: str) -> None:
     uids: list[str] = []
     trained: list[int] = []
     training_step, minibatches = module.training_step, module.minibatches
-    module.training_step = lambda prompts, k: (uids.extend(p.uid for p in prompts), training_step(prompts, k))[1]
+    module.training_step = lambda prompts, batch_idx: (
+        uids.extend(p.uid for p in prompts),
+        training_step(prompts, batch_idx),
+    )[1]
     module.minibatches = lambda batch: (trained.append(len(batch)), minibatches(batch))[1]
     trainer = runs.trainer(
         root,
