@@ -42,6 +42,7 @@ from rllava_pl.models.architectures import architecture, config_of
 from rllava_pl.models.encoding import encode
 from rllava_pl.models.families import FAMILIES
 from rllava_pl.models.processors import load_processor
+from rllava_pl.models.vlm import LoadMode
 from rllava_pl.modules import GRPO, RLModule
 from rllava_pl.optim import HostAdamW
 from rllava_pl.rewards import BaseReward
@@ -129,7 +130,8 @@ def run(options: argparse.Namespace, device: str, folder: Path) -> dict[str, obj
 class RandomVLM(VLM):
     """Random weights from a config."""
 
-    def _load_model(self, *, lazy: bool) -> PreTrainedModel:
+    def load_model(self, mode: LoadMode) -> PreTrainedModel:
+        """A model of the config alone."""
         from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
         config = AutoConfig.from_pretrained(self.path)

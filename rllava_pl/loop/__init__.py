@@ -10,7 +10,6 @@
 ``updater``          one optimizer step: denominators, micro-batches, clipping, finite check
 ``micro_batches``    parts of a batch that fit in memory; smaller ones after an out-of-memory error
 ``guard``            which samples of a skipped update are not finite
-``correction``       importance weights for the difference between engine and trainer
 ``given_responses``  responses of the data: tokenised, checked, as rollouts
 ``evaluation``       validation, test, prediction
 ``metrics``          sums and counts over micro-batches and ranks

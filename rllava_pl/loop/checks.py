@@ -22,11 +22,7 @@ def check_run_options(
     max_grad_norm: float,
     max_skipped: int,
 ) -> None:
-    """Refuse options of a run that are out of range or contradict each other.
-
-    Raises:
-        ValueError: Naming the option, with the arithmetic.
-    """
+    """Refuse options of a run that are out of range or contradict each other, with the arithmetic."""
     require(max_rollouts >= 0, "max_rollouts", max_rollouts, "at least 0")
     require(max_grad_norm > 0, "max_grad_norm", max_grad_norm, "larger than 0; .inf: no clipping")
     require(max_skipped >= 1, "max_skipped", max_skipped, "at least 1")
@@ -47,11 +43,7 @@ def check_run_options(
 
 
 def check_resume(checkpoint: Mapping[str, Any], seed: int, state: RunState) -> None:
-    """Refuse to continue a run from a checkpoint of another one. Collective.
-
-    Raises:
-        ValueError: The run has another seed, or ranks have read different checkpoints.
-    """
+    """Refuse a checkpoint of a run with another seed, and ranks that have read different checkpoints. Collective."""
     saved = checkpoint.get("hyper_parameters", {}).get("seed", seed)
     if saved != seed:
         raise ValueError(
@@ -63,11 +55,7 @@ def check_resume(checkpoint: Mapping[str, Any], seed: int, state: RunState) -> N
 
 
 def check_batch_size(prompts: int, group_size: int, num_minibatches: int) -> None:
-    """Refuse a batch that mini-batches of whole groups cannot split.
-
-    Raises:
-        ValueError: With the arithmetic.
-    """
+    """Refuse a batch that mini-batches of whole groups cannot split, with the arithmetic."""
     if prompts % num_minibatches or not prompts:
         raise ValueError(
             f"{prompts} prompts x group_size {group_size} = {prompts * group_size} samples cannot be split into "
@@ -76,11 +64,7 @@ def check_batch_size(prompts: int, group_size: int, num_minibatches: int) -> Non
 
 
 def check_credit(owner: type, returned: Tensor | Credit, batch: ScoredBatch) -> Credit:
-    """What ``advantages`` returned, with one advantage a token.
-
-    Raises:
-        ValueError: Another shape than (N,) or (N, T).
-    """
+    """What ``advantages`` returned, with one advantage a token; other shapes than (N,) and (N, T) are refused."""
     credit = returned if isinstance(returned, Credit) else Credit(returned)
     rows_NT = batch.trained_mask_NT.shape
     if not isinstance(credit.advantages, Tensor) or credit.advantages.shape not in (rows_NT[:1], rows_NT):
@@ -94,11 +78,7 @@ def check_credit(owner: type, returned: Tensor | Credit, batch: ScoredBatch) -> 
 
 
 def check_token_loss(owner: type, loss_NT: Tensor, logp_NT: Tensor) -> Tensor:
-    """The loss, unless it was reduced: a scalar would spread over all tokens and depend on the micro-batches.
-
-    Raises:
-        ValueError: Another shape than that of the log-probs.
-    """
+    """The loss, unless it was reduced: a scalar would spread over all tokens and depend on the micro-batches."""
     if not isinstance(loss_NT, Tensor) or loss_NT.shape != logp_NT.shape:
         raise ValueError(
             f"{owner.__name__}.policy_loss returned {_shape(loss_NT)}; it is the loss of every token, "

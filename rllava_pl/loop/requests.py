@@ -12,7 +12,7 @@ from rllava_pl.types import Prompt, Request
 
 
 def make_requests(
-    policy: Policy, prompts: Sequence[Prompt], samples: int, stream: str, *, seed: int, rollout: int, round_: int = 0
+    policy: Policy, prompts: Sequence[Prompt], samples: int, stream: str, seed: int, rollout: int, round_: int = 0
 ) -> list[Request]:
     """Requests for ``samples`` completions of each prompt.
 

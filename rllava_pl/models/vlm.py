@@ -94,7 +94,7 @@ class VLM(Policy):
         """
         from rllava_pl.models.processors import load_processor
 
-        model = self._model(mode)
+        model = self.load_model(mode)
         self._attach(model, load_processor(self.path, revision=self.revision), temperature)
         if self.share_prompt and not self.shares_prompt:
             reason = "computing it once per group is not known to be exact for this model"
@@ -108,7 +108,8 @@ class VLM(Policy):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return self.train(self.gradient_checkpointing)  # it only works in training mode; dropout is off in either
 
-    def _model(self, mode: LoadMode) -> PreTrainedModel:
+    def load_model(self, mode: LoadMode) -> PreTrainedModel:
+        """The transformers model of ``path``; a subclass may build it in another way."""
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
         from rllava_pl.models.lazy_weights import narrow_dtype, with_lazy_weights

@@ -12,12 +12,11 @@ from torch import Tensor
 from rllava_pl.distributed.collectives import gather_objects, rank
 from rllava_pl.functional._numerics import check_choice
 from rllava_pl.functional.kl import kl_estimate
-from rllava_pl.functional.losses import clipped
+from rllava_pl.functional.losses import clipped, importance_weights
 from rllava_pl.functional.reduce import ReduceMode
 from rllava_pl.loop import observe
 from rllava_pl.loop.batch import assemble, drop_untrained_members, gather_batch, sorted_over_ranks
 from rllava_pl.loop.checks import check_batch_size, check_credit, check_token_loss
-from rllava_pl.loop.correction import correct
 from rllava_pl.loop.group_buffer import GroupBuffer
 from rllava_pl.loop.metrics import moments
 from rllava_pl.loop.options import (
@@ -245,8 +244,16 @@ class RLModule(PolicyModule):
         first_update, exact = self.state.before_first_update, self.engine.exact
         clipped_NT = self.clipped_tokens(policy_NT, logp_NT, batch)
         observe.tokens(self.metrics, output, batch, clipped_NT, first_update=first_update, exact=exact)
-        if not exact:
-            policy_NT = correct(policy_NT, batch, self.engine_correction, self.metrics)
+        options = self.engine_correction
+        if options.level != "none" and not exact:
+            weights_NT = importance_weights(
+                *(batch.old_logp_NT, batch.engine_logp_NT, batch.own_mask_NT),
+                level=options.level,
+                mode=options.mode,
+                cap=options.cap,
+            )
+            self.metrics.add_masked({"engine_weight": weights_NT}, batch.own_mask_NT)
+            policy_NT = policy_NT * weights_NT.masked_fill(batch.given_mask_NT, 1.0)
         losses = {"policy": policy_NT}
         if self.entropy_coef:
             losses["entropy"] = -output.entropy_NT
@@ -284,6 +291,4 @@ class RLModule(PolicyModule):
     def requests(self, prompts: Iterable[Prompt], *, samples: int, stream: str) -> list[Request]:
         """What to ask of the engine; a further round of dynamic sampling draws other numbers."""
         rollout, round_ = self.state.rollouts, self.group_buffer.rounds
-        return make_requests(
-            self.policy, list(prompts), samples, stream, seed=self.seed, rollout=rollout, round_=round_
-        )
+        return make_requests(self.policy, list(prompts), samples, stream, self.seed, rollout, round_)

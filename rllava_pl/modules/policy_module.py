@@ -135,11 +135,10 @@ class PolicyModule(LightningModule):
         self.sampling = sampling
         self.max_rollouts = max_rollouts
         self.batching = complete(type(self), "batching", batching)
-        self.optimizer = optimizer
+        self.optimizer, self.seed = optimizer, seed
         self.schedule = complete(type(self), "schedule", schedule)
         self.max_grad_norm, self.max_skipped = max_grad_norm, max_skipped
         self.evaluation = complete(type(self), "evaluation", evaluation)
-        self.seed = seed
         check_run_options(max_rollouts, self.batching, self.schedule, sampling, max_grad_norm, max_skipped)
         if not rewards and self.needs_rewards:
             raise ValueError(f"{type(self).__name__}: no reward given, e.g. rewards: [AnswerTagReward]")
@@ -232,8 +231,10 @@ class PolicyModule(LightningModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
         """Skip what is left of an epoch once ``max_rollouts`` passes are done, also right after a resume."""
-        self.on_train_batch_end(None, batch, batch_idx)
-        return -1 if self.trainer.should_stop and 0 < self.max_rollouts <= self.state.rollouts else None
+        if 0 < self.max_rollouts <= self.state.rollouts:
+            self.trainer.should_stop = True
+            return -1
+        return None
 
     def on_train_batch_end(self, outputs: object, batch: PromptBatch, batch_idx: int) -> None:
         """Stop after ``max_rollouts`` passes."""
@@ -268,8 +269,7 @@ class PolicyModule(LightningModule):
 
     def requests(self, prompts: Iterable[Prompt], *, samples: int, stream: str) -> list[Request]:
         """What to ask of the engine; a sample's seed is a function of run, stream, rollout, prompt and its number."""
-        rollout = self.state.rollouts
-        return make_requests(self.policy, list(prompts), samples, stream, seed=self.seed, rollout=rollout)
+        return make_requests(self.policy, list(prompts), samples, stream, self.seed, self.state.rollouts)
 
     def on_validation_epoch_start(self) -> None:
         """Begin with empty scores."""

@@ -75,8 +75,8 @@ def drop_log_records(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def soak(root: Path, rollouts: int, faults: list[RewardFault], scoring: Scoring) -> tuple[RLModule, Books]:
     engine, books = FaultyRollout(rate=RATE, seed=5), Books()
-    module = runs.module(Shaky, max_rollouts=rollouts, scoring=scoring)
-    module.rewards = [AnswerTagReward(), FaultyReward(faults, RATE, seed=2)]
+    rewards = [AnswerTagReward(), FaultyReward(faults, RATE, seed=2)]
+    module = runs.module(Shaky, rewards=rewards, max_rollouts=rollouts, scoring=scoring)
     trainer = runs.trainer(root, callbacks=[engine, books, Watchdog()])
     trainer.fit(module, runs.data())
     injected, calls = engine.engine.injected, range(engine.engine.calls)

@@ -42,13 +42,13 @@ OPTIONS: dict[str, dict[str, object]] = {
 def fit(root: Path, strategy: str, batch_size: int, algorithm: str) -> None:
     module = runs.module(
         getattr(modules, algorithm),
+        rewards=[Accuracy()],
         max_rollouts=3,
         batching=Batching(),
         max_grad_norm=0.5,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),  # Adam amplifies rounding
         **OPTIONS.get(algorithm, {}),
     )
-    module.rewards = [Accuracy()]
     uids: list[str] = []
     trained: list[int] = []
     training_step, minibatches = module.training_step, module.minibatches
