@@ -179,7 +179,7 @@ class RLCLI(LightningCLI):
             if not any(isinstance(callback, RolloutWriter) for callback in callbacks):
                 callbacks.append(RolloutWriter())
         saver = next((callback for callback in callbacks if isinstance(callback, RolloutCheckpoint)), None)
-        if kwargs.get("ckpt_path") == "last" and saver is not None:  # Lightning finds those of its own callbacks
+        if kwargs.get("ckpt_path") == "last" and saver is not None:  # else Lightning looks for its checkpoints
             kwargs["ckpt_path"] = self._last_checkpoint(saver)
         try:
             getattr(self.trainer, subcommand)(**kwargs)

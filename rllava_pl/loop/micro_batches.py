@@ -166,15 +166,15 @@ def row_tokens(batch: ScoredBatch) -> list[int]:
 
 
 def balance(weights: Sequence[int], parts: int, most: int) -> list[list[int]]:
-    """Positions of ``weights`` in ``parts`` of at most ``most``: the heaviest first, each to the lightest with room.
+    """Positions of ``weights`` in ``parts`` of at most ``most``: the heaviest first, each to the lightest below ``most``.
 
     >>> balance([9, 1, 2, 8], parts=2, most=2)
     [[0, 1], [2, 3]]
     """
     chosen: list[list[int]] = [[] for _ in range(parts)]
     for position in sorted(range(len(weights)), key=lambda k: -weights[k]):
-        with_room = (part for part in chosen if len(part) < most)
-        min(with_room, key=lambda part: sum(weights[k] for k in part)).append(position)
+        not_full = (part for part in chosen if len(part) < most)
+        min(not_full, key=lambda part: sum(weights[k] for k in part)).append(position)
     return [sorted(part) for part in chosen]
 
 

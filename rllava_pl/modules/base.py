@@ -225,7 +225,7 @@ class RLModule(PolicyModule):
         return (gradient_NT == 0) & (batch.advantages_NT != 0)
 
     def terms(self, batch: TrainingBatch) -> dict[str, Term]:
-        """Policy, KL and entropy; an algorithm with terms of its own extends this and ``losses``."""
+        """Policy, KL and entropy; an algorithm that adds terms extends this and ``losses``."""
         terms = {"policy": Term(batch.trained_mask_NT, self.aggregation)}
         if self.kl.loss_coef:
             policy = terms["policy"]

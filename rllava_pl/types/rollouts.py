@@ -167,7 +167,7 @@ class Score:
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples from the policy; it may live inside the trainer, in a process of its own or on a server.
+    """Samples from the policy; it may live inside the trainer, in a separate process or on a server.
 
     ``start`` hands in requests, ``advance`` returns finished turns until all handles have ended. Episodes of several
     turns add two calls, which come with environments: ``extend(handle, ids, images)`` appends an observation behind a
