@@ -166,7 +166,7 @@ def row_tokens(batch: ScoredBatch) -> list[int]:
 
 
 def balance(weights: Sequence[int], parts: int, most: int) -> list[list[int]]:
-    """Positions of ``weights`` in ``parts`` of at most ``most``: the heaviest first, each to the lightest below ``most``.
+    """Positions of ``weights`` in ``parts`` of at most ``most``: heaviest first, each to the lightest below ``most``.
 
     >>> balance([9, 1, 2, 8], parts=2, most=2)
     [[0, 1], [2, 3]]
